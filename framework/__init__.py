@@ -1,0 +1,1 @@
+"""stagewise: train deep vision networks with local losses."""

@@ -1,0 +1,7 @@
+"""Errors that the person at the keyboard can mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """One line that names the file, key or number at fault and says what would be right."""

@@ -1,0 +1,76 @@
+"""Numeric precision of a training step: autocast, and one dynamic loss scale a head (float16 only).
+
+The scale has to act before the backward: in float16 a unit of weight 0.001 loses its cotangents to
+underflow, and nothing that multiplies afterwards brings them back.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from framework.errors import UserError
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+START = 2.0**16
+GROWTH_INTERVAL = 2000
+
+
+def autocast_type(precision: str) -> torch.dtype | None:
+    """The low-precision type of ``precision``, ``None`` for fp32 (which leaves tensors as they come).
+
+    Raises:
+        UserError: there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"train.precision={precision}: must be one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+class LossScales(nn.Module):
+    """A power-of-two scale for each head, halved when its gradients overflow, doubled after 2000 clean steps.
+
+    Its buffers are part of a checkpoint.
+
+    Args:
+        weights: each head's loss weight; a light head starts with a larger scale.
+    """
+
+    def __init__(self, weights: list[float]) -> None:
+        super().__init__()
+        start = [START * 2.0 ** round(-math.log2(w)) if w > 0 else START for w in weights]
+        self.scale: Tensor
+        self.clean_steps: Tensor
+        self.register_buffer("scale", torch.tensor(start, dtype=torch.float64))
+        self.register_buffer("clean_steps", torch.zeros(len(weights), dtype=torch.int64))
+
+    def current(self) -> list[float]:
+        """The scales as Python numbers; waits for the device."""
+        return self.scale.tolist()
+
+    @torch.no_grad()
+    def update(self, overflowed: Tensor) -> Tensor:
+        """Move the scales by which heads ``overflowed`` (bool, one a head); returns whether to skip the step.
+
+        Collective: a head that overflowed on one rank has overflowed on all.
+        """
+        if dist.is_initialized():
+            overflowed = overflowed.float()
+            dist.all_reduce(overflowed, op=dist.ReduceOp.MAX)
+            overflowed = overflowed > 0
+        self.clean_steps.add_(1).masked_fill_(overflowed, 0)
+        grown = self.clean_steps >= GROWTH_INTERVAL
+        self.scale.mul_(torch.where(overflowed, 0.5, torch.where(grown, 2.0, 1.0)))
+        self.clean_steps.masked_fill_(grown, 0)
+        return overflowed.any()
+
+
+def unscale_(gradients: list[Tensor], scale: float) -> Tensor:
+    """Divide by ``scale`` in place; returns whether any element is infinite or NaN (bool scalar)."""
+    found = gradients[0].new_zeros(1, dtype=torch.float32)
+    inverse = torch.full_like(found, 1.0 / scale)
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, inverse)
+    return found[0] > 0

@@ -1,0 +1,97 @@
+"""Local units and plans: the one abstraction that every method is written in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from framework.errors import UserError
+from framework.network import Shape
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method may know when it plans.
+
+    Attributes:
+        names: the segments' names, in order.
+        shapes: channels, height and width at every segment's output.
+        num_classes: classes of a supervised task, 0 without labels.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    num_classes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalUnit:
+    """A window of segments with a head on top: its loss trains the head and the window, nothing below.
+
+    Attributes:
+        name: what metrics and tables call the unit.
+        first: lowest segment of the window; below it lies a gradient boundary.
+        last: highest segment of the window, whose output the head reads.
+        head: auxiliary network and objective, ``head(x_NCHW, batch) -> scalar loss``. Units that end at
+            the same segment may share one head object; it then runs once.
+        weight: factor of the loss.
+        trains: segments of the window whose weights learn from this unit; the others only pass the
+            gradient down. ``None`` means all of them.
+    """
+
+    name: str
+    first: int
+    last: int
+    head: nn.Module
+    weight: float = 1.0
+    trains: frozenset[int] | None = None
+
+    @property
+    def learns(self) -> frozenset[int]:
+        """Segments whose weights learn from this unit."""
+        return frozenset(range(self.first, self.last + 1)) if self.trains is None else self.trains
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Local units over a list of segments.
+
+    Attributes:
+        units: the units; order matters only where two end at the same segment.
+        segments: number of segments in the network.
+        views: augmented views of an image that the heads expect side by side in a batch.
+        supervised: whether the heads need labels (and the last one predicts classes).
+
+    Raises:
+        UserError: a window outside the network, a weight that is not positive, a unit that trains a
+            segment outside its window, a segment that no unit trains, or two units of one name.
+    """
+
+    units: tuple[LocalUnit, ...]
+    segments: int
+    views: int = 1
+    supervised: bool = False
+
+    def __post_init__(self) -> None:
+        for unit in self.units:
+            if not 0 <= unit.first <= unit.last < self.segments:
+                raise UserError(
+                    f"unit {unit.name}: window [{unit.first}..{unit.last}] lies outside the network's segments "
+                    f"0..{self.segments - 1}"
+                )
+            if not unit.weight > 0:
+                raise UserError(f"unit {unit.name}: weight {unit.weight} must be above 0")
+            if outside := unit.learns - set(range(unit.first, unit.last + 1)):
+                raise UserError(
+                    f"unit {unit.name}: segment {min(outside)} is outside its window [{unit.first}..{unit.last}]"
+                )
+        learned = {s for unit in self.units for s in unit.learns}
+        if missing := set(range(self.segments)) - learned:
+            raise UserError(f"no unit trains segment {min(missing)} of 0..{self.segments - 1}")
+        names = [unit.name for unit in self.units]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise UserError(f"two units are called {min(twice)}")

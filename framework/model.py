@@ -1,0 +1,52 @@
+"""From names to a network that trains with local losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from framework import network as networks
+from framework.execution import LocalNetwork
+from framework.local import Task, methods
+from framework.network.norm import synchronise
+
+
+def local_network(
+    network: str | nn.Module,
+    method: str,
+    options: Any = None,
+    *,
+    image_size: int,
+    num_classes: int = 0,
+    cut: str = "stage",
+    precision: str = "fp32",
+    sync_bn: bool = False,
+    channels_last: bool = False,
+) -> LocalNetwork:
+    """A network cut into segments, with the local units of a method on it.
+
+    Args:
+        network: a timm name, or a network without classifier.
+        method: one of ``framework.local.methods.names()``.
+        options: the method's ``Options``; ``None`` means as published.
+        image_size: side of the square images in pixels.
+        num_classes: classes, for supervised methods.
+        cut: ``"stage"`` or ``"block"``.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        sync_bn: BatchNorm over all ranks.
+        channels_last: keep weights and activations in channels-last order.
+
+    Raises:
+        UserError: a name is unknown, or the network can't be cut or planned that way.
+    """
+    module = methods.load(method)
+    backbone = networks.create(network) if isinstance(network, str) else network
+    segments = networks.cut(backbone, cut)
+    shapes = networks.output_shapes(segments, image_size)
+    task = Task(tuple(s.name for s in segments), shapes, num_classes)
+    net = LocalNetwork(backbone, segments, module.plan(task, options or module.Options()), precision)
+    if sync_bn:
+        synchronise(net)
+    return net.to(memory_format=torch.channels_last) if channels_last else net  # type: ignore[call-overload]

@@ -1,0 +1,103 @@
+"""CIFAR ResNets of depth 6n+2 (He et al. 2016, section 4.2), registered with timm.
+
+Projection shortcuts (1x1 convolution and BatchNorm) as in the code of InfoPro, AugLocal and MLAAN:
+0.467 M parameters for depth 32 and 1.731 M for depth 110 with ten classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from timm.models.resnet import BasicBlock, downsample_conv
+from torch import Tensor, nn
+
+from framework.network.layers import GlobalAveragePool, initialise
+
+CHANNELS = (16, 32, 64)
+MAX_DEPTH = 110
+
+
+class CifarResNet(nn.Module):
+    """3x3 stem, three stages of ``blocks`` basic blocks at 16, 32 and 64 channels; names as in timm's ResNet.
+
+    Args:
+        blocks: residual blocks a stage, n of depth 6n+2.
+        num_classes: outputs of ``fc``; 0 leaves the pooled 64-d feature.
+        in_chans: input channels.
+        zero_init_last: start every residual branch at zero (off in the papers' CIFAR code).
+    """
+
+    def __init__(self, blocks: int, num_classes: int = 10, in_chans: int = 3, zero_init_last: bool = False) -> None:
+        super().__init__()
+        self.num_classes, self.num_features = num_classes, CHANNELS[-1]
+        self.head_hidden_size = self.num_features
+        self.conv1 = nn.Conv2d(in_chans, CHANNELS[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(CHANNELS[0])
+        self.act1 = nn.ReLU(inplace=True)
+        width = CHANNELS[0]
+        for stage, channels in enumerate(CHANNELS, start=1):
+            self.add_module(f"layer{stage}", _stage(width, channels, blocks))
+            width = channels
+        self.global_pool = GlobalAveragePool()
+        self.reset_classifier(num_classes)
+        initialise(self)
+        for module in self.modules() if zero_init_last else ():
+            if isinstance(module, BasicBlock):
+                module.zero_init_last()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace ``fc`` by one with ``num_classes`` outputs, or by nothing for 0."""
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.fc
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 64, H/4, W/4)."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        for stage in range(1, len(CHANNELS) + 1):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(N, 64, h, w) -> (N, classes), or the pooled feature (N, 64)."""
+        x = self.global_pool(x)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _stage(width: int, channels: int, blocks: int) -> nn.Sequential:
+    stride = 1 if width == channels else 2
+    shortcut = downsample_conv(width, channels, kernel_size=1, stride=stride) if stride == 2 else None
+    first = BasicBlock(width, channels, stride=stride, downsample=shortcut)
+    return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+
+def _entry_point(depth: int) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(CifarResNet, f"resnet{depth}", pretrained, blocks=(depth - 2) // 6, **kwargs)
+
+    create.__name__, create.__doc__ = f"resnet{depth}", f"CIFAR ResNet of depth {depth}."
+    return create
+
+
+# timm's own resnet26 and resnet50 keep their names; the other depths 6n+2 are free.
+_DEPTHS = [depth for depth in range(8, MAX_DEPTH + 1, 6) if not is_model(f"resnet{depth}")]
+_CONFIG = {
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "pool_size": (8, 8),
+    "crop_pct": 1.0,
+    "first_conv": "conv1",
+    "classifier": "fc",
+}
+default_cfgs = generate_default_cfgs({f"resnet{depth}": _CONFIG for depth in _DEPTHS})
+for _depth in _DEPTHS:
+    register_model(_entry_point(_depth))

@@ -1,0 +1,108 @@
+"""BatchNorm over all ranks, and BatchNorm whose running statistics stand still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from framework.errors import UserError
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def synchronise(network: nn.Module) -> nn.Module:
+    """Let every BatchNorm of ``network`` use the statistics of all ranks; parameter names are kept.
+
+    GPUs get PyTorch's own SyncBatchNorm, which refuses CPU tensors; there ``SyncBatchNorm`` below serves.
+    """
+    if next(network.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in _PLAIN:
+                setattr(module, name, SyncBatchNorm.like(child))
+            elif isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
+                raise UserError(f"network.sync_bn=true can't synchronise {type(child).__name__} on the CPU")
+    return network
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the batch of all ranks: one differentiable all-reduce of count, sum and sum of squares."""
+
+    @classmethod
+    def like(cls, norm: nn.modules.batchnorm._BatchNorm) -> SyncBatchNorm:
+        """The same parameters and buffers under synchronised statistics."""
+        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        new._parameters, new._buffers, new.training = norm._parameters, norm._buffers, norm.training
+        return new
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected (N, C, ...), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, ...) -> the same, normalised; one collective in training, none in evaluation."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if not self.training or world == 1:
+            return super().forward(input)
+        axes = [0, *range(2, input.ndim)]
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        count = x.new_tensor([x.numel() // x.shape[1]])
+        sums = _AllReduceSum.apply(torch.cat([x.sum(axes), (x * x).sum(axes), count]))
+        total, squares, n = sums.split([self.num_features, self.num_features, 1])
+        mean = total / n
+        variance = (squares / n - mean * mean).clamp_min(0)
+        self._move_statistics(mean.detach(), variance.detach(), n.detach())
+        shape = (1, -1) + (1,) * (input.ndim - 2)
+        scale = torch.rsqrt(variance + self.eps)
+        bias = -mean * scale
+        if self.affine:
+            scale, bias = scale * self.weight, bias * self.weight + self.bias
+        return (x * scale.view(shape) + bias.view(shape)).to(input.dtype)
+
+    @torch.no_grad()
+    def _move_statistics(self, mean: Tensor, variance: Tensor, n: Tensor) -> None:
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_((variance * n / (n - 1)).to(self.running_var.dtype), momentum)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks; so is its gradient, since every rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+@contextmanager
+def frozen_statistics(network: nn.Module) -> Iterator[None]:
+    """BatchNorms in training mode normalise with the batch, but leave their running statistics alone."""
+    moving = [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats
+    ]
+    for norm in moving:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in moving:
+            norm.track_running_stats = True

@@ -1,0 +1,185 @@
+"""Time and activation memory of one training step of a local method, against end-to-end backpropagation.
+
+    python tools/bench_step.py --network resnet32 --method mlm --window 2 --head gap --batch 64
+
+Three networks take turns in one process: end-to-end (BP, or SimCLR for a contrastive method), the routed
+step, and the definition that runs the segments of every window again. Each ratio is the median over
+rounds of a time to the end-to-end time of the same round; activations are counted, not sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from framework.batch import Batch
+from framework.execution.activations import LiveActivations
+from framework.execution.naive import naive_gradients
+from framework.execution.routing import LocalNetwork
+from framework.local.heads import Classifier, Projection
+from framework.local.methods import bp, dgl, gim, loco, mlaan, simclr
+from framework.model import local_network
+
+CLASSES = 10
+CONTRASTIVE = ("simclr", "gim", "loco")
+GAP = {"contrastive": Projection(layers=1), "supervised": Classifier("linear")}
+
+
+def options(method: str, head: str, window: int) -> Any:
+    """The method's options: its own head (``paper``), or pooling and one linear layer (``gap``)."""
+    gap = head == "gap"
+    contrast = {"head": GAP["contrastive"]} if gap else {}
+    classify = {"head": GAP["supervised"]} if gap else {}
+    return {
+        "bp": lambda: bp.Options(),
+        "simclr": lambda: simclr.Options(**contrast),
+        "gim": lambda: gim.Options(**contrast),
+        "loco": lambda: loco.Options(window=window, **contrast),
+        "dgl": lambda: dgl.Options(**classify),
+        "mlm": lambda: mlaan.Options(window=window),
+    }[method]()
+
+
+def build(method: str, arguments: argparse.Namespace, image_size: int, cut: str) -> LocalNetwork:
+    """The network with the method's units, from the same random weights each time."""
+    torch.manual_seed(0)
+    name = {"mlm": "mlaan"}.get(method, method)
+    opts = options(method, arguments.head, arguments.window)
+    classes = 0 if method in CONTRASTIVE else CLASSES
+    return local_network(arguments.network, name, opts, image_size=image_size, num_classes=classes, cut=cut).train()
+
+
+def routed_step(network: LocalNetwork, batch: Batch) -> Callable[[], None]:
+    """Forward, gradients, SGD with momentum."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        network(batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def naive_step(network: LocalNetwork, batch: Batch) -> Callable[[], None]:
+    """The same by repeated forwards."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        for parameter, gradient in naive_gradients(network, batch)[1].items():
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak_activations(network: nn.Module, batch: Batch) -> int:
+    """Most bytes that autograd holds at once during a step."""
+    with LiveActivations([*network.parameters(), *network.buffers(), batch.images]) as live:
+        network(batch).loss.backward()
+    network.zero_grad()
+    return live.peak
+
+
+def measure(steps: list[Callable[[], None]], rounds: int, warm_up: int = 2) -> list[list[float]]:
+    """Seconds of every step in every round; the steps take turns."""
+    times: list[list[float]] = [[] for _ in steps]
+    for round_ in range(warm_up + rounds):
+        for i, step in enumerate(steps):
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_ >= warm_up:
+                times[i].append(time.perf_counter() - start)
+    return times
+
+
+def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One line of the table."""
+    cifar = (int(arguments.network.removeprefix("resnet")) - 2) % 6 == 0 and arguments.network != "resnet50"
+    size = arguments.image_size or (32 if cifar else 128)
+    cut = arguments.cut or ("block" if cifar else "stage")
+    views = 2 if method in CONTRASTIVE else 1
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = torch.randn(arguments.batch, 3, size, size, device=device)
+    labels = torch.randint(CLASSES, (arguments.batch,), device=device)
+    batch = Batch(images, None, 2) if views == 2 else Batch(images, labels)
+    reference = build("simclr" if views == 2 else "bp", arguments, size, cut).to(device)
+    network = build(method, arguments, size, cut).to(device)
+    steps = [routed_step(reference, batch), routed_step(network, batch), naive_step(copy.deepcopy(network), batch)]
+    base, ours, naive = measure(steps, arguments.rounds)
+    return {
+        "network": arguments.network,
+        "method": method,
+        "window": arguments.window if method in ("loco", "mlm") else None,
+        "head": arguments.head,
+        "image_size": size,
+        "batch": arguments.batch,
+        "units": len(network.plan.units),
+        "reference": "simclr" if views == 2 else "bp",
+        "reference_seconds": statistics.median(base),
+        "ratio_time": statistics.median(a / b for a, b in zip(ours, base, strict=True)),
+        "ratio_time_naive": statistics.median(a / b for a, b in zip(naive, base, strict=True)),
+        "ratio_peak_activations": peak_activations(network, batch) / peak_activations(reference, batch),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "rounds": arguments.rounds,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table."""
+    table = Table(title="one training step, ratio to end-to-end")
+    for column in ("network", "method", "window", "head", "batch", "end-to-end", "time", "repeated", "activations"):
+        table.add_column(column, justify="right" if column not in ("network", "method", "head") else "left")
+    for r in rows:
+        table.add_row(
+            f"{r['network']} @ {r['image_size']}",
+            r["method"],
+            str(r["window"] or "-"),
+            r["head"],
+            str(r["batch"]),
+            f"{r['reference']} {r['reference_seconds'] * 1000:.0f} ms",
+            f"{r['ratio_time']:.2f}",
+            f"{r['ratio_time_naive']:.2f}",
+            f"{r['ratio_peak_activations']:.3f}",
+        )
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="resnet32", help="any ResNet of timm or of depth 6n+2")
+    parser.add_argument("--method", default="mlm", help="one or several of bp simclr gim dgl loco mlm, with commas")
+    parser.add_argument("--window", type=int, default=2, help="segments in a window (loco, mlm)")
+    parser.add_argument("--head", choices=("gap", "paper"), default="paper", help="the method's own head, or GAP + linear")
+    parser.add_argument("--cut", choices=("stage", "block"), help="default: blocks for CIFAR networks, stages for others")
+    parser.add_argument("--image-size", type=int, help="default: 32 for CIFAR networks, 128 for others")
+    parser.add_argument("--batch", type=int, default=64, help="images in a step (both views counted)")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after two to warm up")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--json", type=Path, help="append-free list of rows")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = [row(method, arguments) for method in arguments.method.split(",")]
+    show(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
