@@ -33,6 +33,9 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "mlm-6": ("mlaan", mlaan.Options(window=6), "block"),
 }
 
+#: cases whose losses are recorded: one a method, and MLAAN's other window
+GOLDEN = ("bp", "simclr", "gim", "loco", "dgl", "mlm-2", "mlm-3")
+
 
 def network(case: str, name: str = "resnet14", image_size: int = 16, seed: int = 0, **arguments: Any) -> LocalNetwork:
     """The network of a case in training mode."""

@@ -1,0 +1,59 @@
+"""Twenty steps of every method in float64 give the losses that were recorded.
+
+A change that is not meant to alter numbers must not alter these. After one that is:
+
+    uv run python -m tests.test_golden
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from framework.execution import LocalNetwork
+from tests import networks
+
+GOLDEN = Path(__file__).parent / "golden" / "losses.json"
+STEPS = 20
+
+
+def losses(case: str) -> list[list[float]]:
+    """Unit losses of every step. Weights and images come from NumPy, whose streams don't change between releases."""
+    net = networks.network(case, "resnet8").double()
+    _initialise(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+    history = []
+    for step in range(STEPS):
+        output = net(networks.batch(net, seed=step % 4))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        history.append(output.unit_losses.tolist())
+    return history
+
+
+@torch.no_grad()
+def _initialise(net: LocalNetwork) -> None:
+    generator = np.random.default_rng(0)
+    for parameter in net.parameters():
+        if parameter.ndim > 1:
+            fan_in = parameter[0].numel()
+            values = generator.standard_normal(tuple(parameter.shape)) * np.sqrt(2 / fan_in)
+            parameter.copy_(torch.from_numpy(values))
+
+
+@pytest.mark.parametrize("case", networks.GOLDEN)
+def test_losses_are_the_recorded_ones(case: str) -> None:
+    recorded = json.loads(GOLDEN.read_text())[case]
+    now = losses(case)
+    assert np.allclose(now, recorded, rtol=1e-6, atol=0)
+    assert np.mean(now[-4:]) < np.mean(now[:4])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    GOLDEN.write_text(json.dumps({case: losses(case) for case in networks.GOLDEN}, indent=None) + "\n")
