@@ -66,11 +66,23 @@ def levels(batch: Batch) -> list[int]:
     return (batch.images[:, 0, 0, 0] * 255).round().int().tolist()
 
 
-def whole_batches(shards: ShardSet, world: int, accumulation: int, start: int, stop: int, **changes: object) -> list:
+def failure(loader: TrainLoader, steps: int) -> str:
+    """The error's text; an error that was kept would keep the loader's workers for as long."""
+    try:
+        list(loader.steps(0, steps))
+    except UserError as error:
+        return str(error)
+    pytest.fail("no UserError")
+
+
+def whole_batches(
+    shards: ShardSet, world: int, accumulation: int, start: int, stop: int, **changes: object
+) -> list:
     """Each step's images [V, batch, ...] and labels, put together from all ranks and micro-batches."""
     views = int(changes.get("views_per_image", 1))
     loaders = [
-        train_loader(shards, rank=r, world_size=world, accumulation=accumulation, **changes) for r in range(world)
+        train_loader(shards, rank=r, world_size=world, accumulation=accumulation, **changes)
+        for r in range(world)
     ]
     result = []
     for ranks in zip(*(loader.steps(start, stop) for loader in loaders), strict=True):
@@ -95,7 +107,7 @@ def test_epoch_order_is_a_permutation_by_seed_and_epoch():
         assert sorted(order) == list(range(1000))
     assert len({order.tobytes() for order in orders}) == 4
     assert np.array_equal(orders[2], epoch_order(1000, 1, 0))
-    assert epoch_order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 7, 6]  # on every machine
+    assert epoch_order(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]  # on every machine
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -218,31 +230,31 @@ def test_a_broken_image_gives_way_to_the_next_position(tmp_path, caplog, workers
 def test_too_many_broken_images_stop_the_run(tmp_path, workers):
     shards = numbered(tmp_path / "a", 40, range(20))
     loader = train_loader(shards, workers=workers)
-    with pytest.raises(UserError, match=r"1\d of \d+ images are broken .* more than 1.0%") as error:
-        list(loader.steps(0, 5))
-    assert "\n" not in str(error.value)
+    assert re.fullmatch(r".*: 1\d of \d+ images are broken .* more than 1.0%", failure(loader, 5))
     assert len(list(train_loader(shards, max_broken=0.6).steps(0, 5))) == 5
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_broken_images_stops_the_run(tmp_path, workers):
     shards = numbered(tmp_path / "a", 9, range(9))
-    with pytest.raises(UserError, match=r"broken images in a row, last shard-00000\d.tar @ \d+ \(Unid") as error:
-        next(train_loader(shards, workers=workers).steps(0, 1))
-    assert "\n" not in str(error.value)
+    message = failure(train_loader(shards, workers=workers), 1)
+    assert re.fullmatch(
+        r".*broken images in a row, last shard-00000\d.tar @ \d+ \(no known image format\)", message
+    )
 
 
 def test_a_shard_that_vanishes_stops_the_run(tmp_path):
     shards = numbered(tmp_path / "a", 14)
     (tmp_path / "a" / "shard-000001.tar").unlink()
-    with pytest.raises(UserError, match="shard-000001.tar: cannot be read"):
-        list(train_loader(shards, workers=1).steps(0, 1))
+    assert "shard-000001.tar: cannot be read" in failure(train_loader(shards, workers=1), 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_each_sample_once(tmp_path, workers):
     shards = numbered(tmp_path / "a", 23)
-    loaders = [eval_loader(shards, rank=rank, world_size=3, batch_size=3, workers=workers) for rank in range(3)]
+    loaders = [
+        eval_loader(shards, rank=rank, world_size=3, batch_size=3, workers=workers) for rank in range(3)
+    ]
     seen: list[int] = []
     for loader in loaders:
         assert len(loader) == 3

@@ -130,7 +130,7 @@ def test_features_are_those_of_the_encoder_in_evaluation_mode(folder: Path) -> N
 
 def test_pixels_are_the_images(folder: Path) -> None:
     x, _ = evaluate.pixels(loader(folder, batch_size=360))
-    (_, images, _), = loader(folder, batch_size=360)
+    ((_, images, _),) = loader(folder, batch_size=360)
     assert torch.equal(x.view_as(images), images)
 
 

@@ -1,0 +1,151 @@
+"""Recipe files and command-line overrides into one tree, and who set which key.
+
+Hydra reads ``defaults:`` lists and overrides, OmegaConf interpolations; no global state stays behind.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
+
+from framework.errors import UserError
+from framework.schema import Fault
+
+
+class Source(NamedTuple):
+    """A file or an override: ``where`` names it in messages, ``tree`` is what it sets."""
+
+    where: str
+    tree: dict[str, Any]
+
+
+def recipe_files(path: Path) -> list[Source]:
+    """The recipe at ``path`` and those that its ``defaults:`` list names, from the same folder.
+
+    Hydra finds them and says in which order they go over each other, the first one undermost.
+
+    Raises:
+        UserError: no such file (the nearest names are listed), no valid YAML (with the line), a default that
+            does not exist or leads back to itself.
+    """
+    if path.suffix != ".yaml" or not path.is_file():
+        raise UserError(f"{path}: no such recipe; {_nearest(path.name, path.parent)}")
+    sources = []
+    with _hydra(path):
+        loader = GlobalHydra.instance().config_loader()
+        for entry in loader.compute_defaults_list(path.stem, [], RunMode.RUN).defaults:
+            file = path.parent / f"{entry.config_path}.yaml"
+            if file.is_file():  # the others are Hydra's own
+                tree: Any = OmegaConf.to_container(OmegaConf.load(file))
+                if not isinstance(tree, dict):
+                    raise UserError(f"{file}: must hold key: value lines")
+                tree.pop("defaults", None)
+                sources.append(Source(str(file), _nested(entry.package, tree) if entry.package else tree))
+    return sources
+
+
+def parse_overrides(texts: Sequence[str]) -> list[Source]:
+    """Overrides ``a.b=value`` in Hydra's grammar, so that lists, sections and quotes work.
+
+    Raises:
+        UserError: not of that form.
+    """
+    return [Source("command line", _nested(*_parse_override(text))) for text in texts]
+
+
+def merge(*trees: dict[str, Any]) -> dict[str, Any]:
+    """Later trees over earlier ones, interpolations such as ``${name}`` resolved.
+
+    Raises:
+        Fault: an interpolation that leads nowhere.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(reduce(_over, trees)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise Fault(str(error.full_key), "${...}", str(error.msg or error).splitlines()[0]) from error
+    return tree  # type: ignore[return-value]
+
+
+def origin(key: str, sources: Sequence[Source]) -> str | None:
+    """Where ``key`` was set last; ``None`` if nowhere."""
+    for source in reversed(sources):
+        if _sets(source.tree, key.split(".")):
+            return source.where
+    return None
+
+
+def _over(lower: Any, upper: Any) -> Any:
+    if not isinstance(lower, dict) or not isinstance(upper, dict):
+        return upper
+    return lower | {key: _over(lower.get(key), value) for key, value in upper.items()}
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        hint = "quote the value: key='value'" if "=" in text else "write key=value"
+        raise UserError(f"command line: {text}: {hint} ({str(error).splitlines()[0]})") from error
+    if override.is_delete() or override.is_sweep_override() or override.package or not override.key_or_group:
+        raise UserError(f"command line: {text}: write key=value with one value; a list is key=[a,b]")
+    return override.key_or_group, override.value()
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _sets(tree: Any, parts: list[str]) -> bool:
+    """Whether ``tree`` gives the key a value, be it through a scalar that stands for a whole section."""
+    for part in parts:
+        if not isinstance(tree, dict):
+            return True
+        if part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+@contextmanager
+def _hydra(path: Path) -> Iterator[None]:
+    """Hydra with the recipe's folder as its only place to look; its errors become single lines."""
+    folder = path.parent
+    try:
+        with warnings.catch_warnings(), initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+            warnings.filterwarnings("ignore", message=".*missing `_self_`")  # it comes last, as one expects
+            yield
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{folder / Path(mark.name).name}, line {mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: broken YAML: {error.problem}") from error
+    except MissingConfigException as error:
+        missing = f"{error.missing_cfg_file}.yaml"
+        there = _nearest(missing, folder)
+        raise UserError(f"{path}: defaults name {missing}, which does not exist; {there}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: the defaults lead back to the recipe that names them") from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        text = str(error).partition("\n    full_key")[0]
+        raise UserError(f"{path}: {' '.join(text.split())}") from error
+
+
+def _nearest(name: str, folder: Path) -> str:
+    there = sorted(file.name for file in folder.glob("*.yaml"))
+    near = get_close_matches(name, there, n=3, cutoff=0.4) or there[:10]
+    return f"{folder}/ has {', '.join(near) or 'no recipes'}"

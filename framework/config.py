@@ -1,0 +1,270 @@
+"""Recipes: one typed schema, YAML files that are differences to it, overrides on the command line.
+
+    recipe = load(["recipes/quickstart.yaml", "seed=1", "optim.lr=0.1"])
+
+``composition`` merges the files and the overrides, ``schema`` checks every key and value.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, OmegaConf
+
+from framework.composition import merge, origin, parse_overrides, recipe_files
+from framework.data.views import Views
+from framework.errors import UserError
+from framework.local import methods
+from framework.schema import Fault, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, build, keys
+
+
+@dataclass
+class Network:
+    """The encoder.
+
+    Attributes:
+        name: any ResNet of timm, or a CIFAR ResNet of this package.
+        cut: where one segment ends and the next begins.
+        sync_bn: BatchNorm statistics over the whole micro-batch of all ranks.
+        channels_last: memory format of images and weights; quicker on most GPUs.
+        args: passed to ``timm.create_model`` as they are, such as ``zero_init_last``.
+    """
+
+    name: str = "resnet50"
+    cut: Literal["stage", "block"] = "stage"
+    sync_bn: bool = True
+    channels_last: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Method:
+    """A file of ``framework/local/methods``; in YAML its options stand beside ``name``."""
+
+    name: str = "loco"
+    options: Any = None
+
+
+@dataclass
+class Data:
+    """Where the images are.
+
+    Attributes:
+        path: folder that holds the splits.
+        source: "shards": WebDataset shards that exist; "digits": scikit-learn's digits, packed on first use.
+        train: folder of the training split, below ``path``.
+        test: folder of the held-out split, below ``path``.
+        image_size: side of a view in pixels.
+        num_classes: check against the labels; ``None`` takes the count from the shards.
+        workers: processes per rank that decode; 0 decodes in the training process.
+    """
+
+    path: str = MISSING
+    source: Literal["shards", "digits"] = "shards"
+    train: str = "train"
+    test: str = "test"
+    image_size: PositiveInt = 224
+    num_classes: PositiveInt | None = None
+    workers: NonNegativeInt = 8
+
+
+@dataclass
+class Optim:
+    """Optimizer and its schedule: linear warm-up, then cosine to 0. The defaults are LoCo's (FACTS A4).
+
+    Attributes:
+        name: optimizer.
+        lr: highest learning rate, for the whole batch: nothing scales it.
+        momentum: lars and sgd.
+        nesterov: sgd only.
+        weight_decay: not applied to BatchNorm and biases.
+        trust: trust coefficient of lars.
+        warmup_epochs: length of the warm-up; may be a fraction.
+        clip: largest norm of the whole gradient; 0 clips nothing.
+    """
+
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    lr: Positive = 4.8
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegative = 1e-6
+    trust: Positive = 0.001
+    warmup_epochs: NonNegative = 10.0
+    clip: NonNegative = 0.0
+
+
+@dataclass
+class Train:
+    """Length and size of the training.
+
+    Attributes:
+        epochs: length of the schedule.
+        max_steps: stop earlier, with the schedule as it is.
+        batch_size: images per step over all ranks and micro-batches, each seen in all its views.
+        accumulation: micro-batches per step.
+        precision: of the forward and backward passes; weights and optimizer stay fp32.
+    """
+
+    epochs: PositiveInt = 100
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 4096
+    accumulation: PositiveInt = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+@dataclass
+class Evaluate:
+    """What is measured at the end.
+
+    Attributes:
+        knn: classify by the nearest neighbours in feature space, and in raw pixels beside it.
+        neighbours: k of the k-NN classifier.
+        linear: fit a linear probe on the frozen features.
+        batch_size: images per rank and forward.
+    """
+
+    knn: bool = True
+    neighbours: PositiveInt = 20
+    linear: bool = True
+    batch_size: PositiveInt = 256
+
+
+@dataclass
+class Checkpoint:
+    """When to save, besides at the end.
+
+    Attributes:
+        every_epochs: interval in epochs.
+        every_steps: interval in steps, on top of that in epochs.
+        keep: how many of the newest stay.
+    """
+
+    every_epochs: PositiveInt = 1
+    every_steps: PositiveInt | None = None
+    keep: PositiveInt = 2
+
+
+@dataclass
+class Recipe:
+    """One run.
+
+    Attributes:
+        name: of the run; the recipe's file name unless set.
+        run_dir: folder of everything that the run leaves.
+        seed: of weights, order of samples and augmentation.
+        engine: what averages gradients over ranks and steps the optimizer.
+        resume: "auto" goes on from the newest whole checkpoint of ``run_dir``, "never" starts afresh,
+            anything else is the path of a checkpoint.
+        zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer, 2 also the gradients.
+        deepspeed: handed to DeepSpeed as it is.
+    """
+
+    name: str = MISSING
+    run_dir: str = "runs/${name}"
+    seed: NonNegativeInt = 0
+    engine: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
+    resume: str = "auto"
+    network: Network = field(default_factory=Network)
+    method: Method = field(default_factory=Method)
+    data: Data = field(default_factory=Data)
+    views: Views = field(default_factory=Views)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    zero_stage: Literal[0, 1, 2] = 1
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
+def load(argv: Sequence[str]) -> Recipe:
+    """The recipe of a command line: a path, then overrides ``a.b=c``.
+
+    Raises:
+        UserError: the file, key or value at fault, with the nearest known name or what would be right.
+    """
+    parser = argparse.ArgumentParser(description="Train a network with local losses.")
+    parser.add_argument("recipe", type=Path, help="a file such as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=0.1")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    arguments = parser.parse_intermixed_args(argv)
+    path, overrides = arguments.recipe, parse_overrides(arguments.overrides)
+    sources = [*recipe_files(path), *overrides]
+    layers = [{"name": path.stem}, *(source.tree for source in sources)]
+    known = [key for key in keys(Recipe) if key != "method.options"]
+    try:
+        options = _options_class(merge(_defaults(), *layers)["method"])
+        known += keys(options, "method")
+        recipe = _build(merge(_defaults(), {"method": asdict(options())}, *layers), options)
+        _check(recipe)
+    except Fault as fault:
+        where = origin(fault.key.split("[")[0], sources) or path
+        raise UserError(f"{where}: {_explain(fault, known)}") from fault
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, which ``load`` reads again."""
+    tree = asdict(recipe)
+    tree["method"] = {"name": recipe.method.name, **tree["method"]["options"]}
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def _defaults() -> dict[str, Any]:
+    tree = asdict(Recipe())
+    del tree["method"]["options"]
+    return tree
+
+
+def _options_class(node: Any) -> type:
+    """The ``Options`` of the method that the ``method:`` section names."""
+    if not isinstance(node, dict):
+        raise Fault("method", node, "must be a section with the key name and the method's options")
+    if node["name"] not in methods.names():
+        raise Fault("method.name", node["name"], f"must be one of {', '.join(methods.names())}")
+    options: type = methods.load(node["name"]).Options
+    return options
+
+
+def _build(tree: dict[str, Any], options: type) -> Recipe:
+    name = tree["method"].pop("name")
+    method = Method(name, build(options, tree.pop("method"), "method"))
+    recipe = build(Recipe, tree)
+    recipe.method = method
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    """What no single key can show."""
+    warmup, epochs = recipe.optim.warmup_epochs, recipe.train.epochs
+    if warmup > epochs:
+        raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}")
+
+
+def _explain(fault: Fault, known: Sequence[str]) -> str:
+    if fault.problem:
+        problem = fault.problem
+    elif fault.key in known:
+        problem = "a file has no dotted keys; indent the last part below the first"
+    else:
+        scope = " for the method chosen" if fault.key.startswith("method.") else ""
+        allowed = [key for key in known if key.startswith("method.")] if scope else known
+        problem = f"unknown key{scope}; the nearest is {_nearest(fault.key, allowed)}"
+    if isinstance(fault.value, dict):
+        return f"{fault.key}: {problem}"
+    return f"{fault.key}={'null' if fault.value is None else fault.value}: {problem}"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """The known key whose last part is most like that of ``key``, the same section going first."""
+    section, _, last = key.rpartition(".")
+
+    def likeness(candidate: str) -> float:
+        its_section, _, its_last = candidate.rpartition(".")
+        return SequenceMatcher(None, last, its_last).ratio() + 0.3 * (section == its_section)
+
+    return max(known, key=likeness)

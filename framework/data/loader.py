@@ -1,0 +1,230 @@
+"""Loaders: the same samples and views for any number of ranks and workers, from any step on.
+
+Jobs (``order.py``) are pure functions of (seed, step, rank) and workers (``worker.py``) keep nothing between
+them, so that neither the number of workers nor the first step changes a byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from framework.batch import Batch
+from framework.data.index import ShardSet
+from framework.data.order import Job, TrainJobs, eval_jobs
+from framework.data.views import Views
+from framework.data.worker import Crops, Decoder
+from framework.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FORGIVEN = 10  # broken images below this number never stop a run
+
+
+class TrainLoader:
+    """Endless training data in global steps.
+
+    Position p of epoch e holds sample ``epoch_order(N, seed, e)[p]``. Step k of an epoch takes the
+    ``batch_size`` positions from ``k * batch_size`` on; they are cut into ``accumulation`` consecutive
+    micro-batches, and each of those into ``world_size`` consecutive parts, one per rank. The last, partial
+    batch of an epoch is dropped.
+
+    Attributes:
+        steps_per_epoch: whole batches in an epoch.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        views: Views,
+        *,
+        image_size: int,
+        batch_size: int,
+        views_per_image: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        workers: int,
+        device: torch.device | str,
+        max_broken: float = 0.01,
+    ) -> None:
+        """
+        Args:
+            shards: the images.
+            views: how views are made.
+            image_size: side of a view in pixels.
+            batch_size: images per step, over all ranks and micro-batches.
+            views_per_image: V; every image comes in V independent views.
+            accumulation: micro-batches per step.
+            rank: of this process, below ``world_size``.
+            world_size: processes that share a batch.
+            seed: of order and views, at least 0.
+            workers: processes that decode; 0 decodes in this one.
+            device: where batches are finished.
+            max_broken: share of the images drawn above which broken ones stop the run.
+
+        Raises:
+            UserError: fewer samples than ``batch_size``; it is no multiple of ``world_size * accumulation``.
+        """
+        if batch_size % (world_size * accumulation):
+            raise UserError(
+                f"batch_size={batch_size} must be a multiple of ranks times accumulation "
+                f"({world_size} x {accumulation} = {world_size * accumulation})"
+            )
+        if len(shards) < batch_size:
+            raise UserError(
+                f"{shards.folder}: holds {len(shards)} samples, fewer than batch_size={batch_size}"
+            )
+        self.steps_per_epoch = len(shards) // batch_size
+        self._shards, self._views, self._device = shards, views, torch.device(device)
+        self._views_per_image, self._accumulation = views_per_image, accumulation
+        self._jobs = TrainJobs(len(shards), batch_size, accumulation, rank, world_size, seed)
+        decoder = Decoder(shards, views, image_size, views_per_image, seed)
+        self._loader = _data_loader(decoder, self._jobs, workers, self._device)
+        self._tally = _Tally(shards, max_broken)
+
+    @property
+    def skipped(self) -> int:
+        """Broken images that this rank has met and replaced so far."""
+        return self._tally.broken
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Global steps ``start`` to ``stop - 1``, each as this rank's ``accumulation`` micro-batches.
+
+        Nothing before ``start`` is read. A new call ends the iterator of the previous one.
+
+        Raises:
+            UserError: too many broken images; a shard that vanished.
+        """
+        self._jobs.steps = range(start, stop)
+        crops = iter(self._loader)
+        for _ in range(start, stop):
+            yield [self._batch(next(crops)) for _ in range(self._accumulation)]
+
+    def _batch(self, crops: Crops | UserError) -> Batch:
+        crops = self._tally.checked(crops)
+        images = self._views.finish(crops.pixels, crops.look, self._device)
+        return Batch(images, _labels(self._shards, crops.samples, self._device), self._views_per_image)
+
+
+class EvalLoader:
+    """Every sample exactly once over all ranks, in equally many batches on each: (sample numbers, images,
+    labels).
+
+    Images are cut by the central crop (``Views.kind`` "none", whatever ``views`` says). Broken images are
+    left out. Ranks take turns: batch b of all ranks together is a run of consecutive samples.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        views: Views,
+        *,
+        image_size: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        device: torch.device | str,
+        max_broken: float = 0.01,
+    ) -> None:
+        """
+        Args:
+            shards: the images.
+            views: ``centre``, ``mean`` and ``std`` count.
+            image_size: side in pixels.
+            batch_size: images per rank and batch, at most (one more where a rank would else run dry).
+            rank: of this process, below ``world_size``.
+            world_size: processes that share the samples.
+            workers: processes that decode; 0 decodes in this one.
+            device: where batches are finished.
+            max_broken: share of the images above which broken ones stop the run.
+
+        Raises:
+            UserError: fewer samples than ranks.
+        """
+        if len(shards) < world_size:
+            raise UserError(
+                f"{shards.folder}: holds {len(shards)} samples, fewer than the {world_size} ranks"
+            )
+        self._shards, self._device = shards, torch.device(device)
+        self._views = dataclasses.replace(views, kind="none")
+        self._jobs = eval_jobs(len(shards), batch_size, rank, world_size)
+        decoder = Decoder(shards, self._views, image_size, views_per_image=1, seed=0)
+        self._loader = _data_loader(decoder, self._jobs, workers, self._device)
+        self._tally = _Tally(shards, max_broken)
+
+    @property
+    def skipped(self) -> int:
+        """Broken images that this rank has left out so far."""
+        return self._tally.broken
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Sample numbers [B] int64 on the CPU; images [B, 3, S, S] and labels [B] (or ``None``) on the
+        device."""
+        for crops in self._loader:
+            crops = self._tally.checked(crops)
+            images = self._views.finish(crops.pixels, crops.look, self._device)
+            yield crops.samples, images, _labels(self._shards, crops.samples, self._device)
+
+
+class _Tally:
+    """Counts and logs broken images."""
+
+    def __init__(self, shards: ShardSet, max_broken: float) -> None:
+        self.shards, self.max_broken = shards, max_broken
+        self.drawn = self.broken = 0
+
+    def checked(self, crops: Crops | UserError) -> Crops:
+        """Raises:
+        UserError: the worker's, or broken images beyond ``max_broken``.
+        """
+        if isinstance(crops, UserError):
+            raise UserError(
+                str(crops)
+            )  # raising ``crops`` itself would tie its frame, and the workers, to it
+        self.drawn += len(crops.samples) + len(crops.broken)
+        self.broken += len(crops.broken)
+        for sample, reason in crops.broken.items():
+            logger.warning("broken image skipped: %s (%s)", self.shards.where(sample), reason)
+        if self.broken >= _FORGIVEN and self.broken > self.max_broken * self.drawn:
+            raise UserError(
+                f"{self.shards.folder}: {self.broken} of {self.drawn} images are broken (named in the log), "
+                f"more than {self.max_broken:.1%}"
+            )
+        return crops
+
+
+def _data_loader(
+    decoder: Decoder, jobs: Iterable[Job], workers: int, device: torch.device
+) -> DataLoader[Crops | UserError]:
+    return DataLoader(
+        decoder,
+        sampler=jobs,  # one job is one batch: nothing is left to collate
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else every iterator would draw from the global one
+    )
+
+
+def _as_it_is(crops: Any) -> Any:
+    return crops
+
+
+def _labels(shards: ShardSet, samples: Tensor, device: torch.device) -> Tensor | None:
+    if not shards.labelled:
+        return None
+    return torch.from_numpy(shards.labels[samples.numpy()]).to(device, non_blocking=True)

@@ -1,0 +1,240 @@
+"""Views of an image: what a training step sees of it.
+
+The work is cut in two. Workers on the CPU decode and crop to bytes; colour, blur and normalisation, an order
+of magnitude dearer there, run on the device for the whole batch. All chance comes from ``chances``, so that a
+view is a pure function of (seed, epoch, position, view), whoever computes it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from framework.data import colour
+from framework.schema import NonNegative, NonNegativeInt, Positive, Rule
+
+Probability = Annotated[float, Rule("between 0 and 1", lambda value: 0 <= value <= 1)]
+
+_VIEW_STREAM = 1  # second word of the Philox key; the order of an epoch uses 0
+_ATTEMPTS = 10  # at a random crop, before the central one is taken
+# Which numbers of ``chances`` decide what: fixed, so that no field of ``Views`` shifts another's.
+_CROP = slice(0, 4 * _ATTEMPTS)
+_FLIP, _JITTER, _GREYSCALE, _BLUR, _SIGMA = range(40, 45)
+_ORDER, _FACTORS = slice(45, 49), slice(49, 53)
+CHANCES = 53
+
+
+class BrokenImage(Exception):
+    """Bytes that are no image, or none of 8 bits per channel."""
+
+
+class Look(NamedTuple):
+    """The parameters of the device half, N images, on the CPU.
+
+    Attributes:
+        flip: [N] bool.
+        order: [N, 4] int64, the k-th of the four jitter operations; -1 for no jitter.
+        factors: [N, 4] float32: brightness, contrast, saturation, hue.
+        greyscale: [N] bool.
+        sigma: [N] float32, of the blur in pixels; 0 for no blur.
+    """
+
+    flip: Tensor
+    order: Tensor
+    factors: Tensor
+    greyscale: Tensor
+    sigma: Tensor
+
+
+@dataclass(frozen=True)
+class Views:
+    """How views are made; the defaults are SimCLR's for ImageNet.
+
+    Attributes:
+        kind: "simclr": random resized crop, flip, colour jitter, greyscale, blur. "supervised": random
+            resized crop, flip. "cifar": crop from the image with reflected edges, flip. "none": central crop,
+            for evaluation.
+        area: of the random resized crop, smallest and largest share of the image.
+        aspect: of the random resized crop, smallest and largest width / height.
+        flip: probability of a mirror image.
+        jitter: largest change of brightness, contrast, saturation (factor 1 +- this) and hue (circles).
+        jitter_strength: multiplies ``jitter``.
+        jitter_probability: of jittering at all.
+        greyscale: probability.
+        blur: probability.
+        blur_sigma: smallest and largest, in pixels.
+        blur_kernel: taps of the blur as share of the side of a view.
+        pad: pixels of reflected edge, "cifar" only.
+        centre: share of the shorter side that the central crop keeps, "none" only.
+        mean: of the channels, subtracted.
+        std: of the channels, divided by.
+    """
+
+    kind: Literal["simclr", "supervised", "cifar", "none"] = "simclr"
+    area: tuple[Positive, Positive] = (0.08, 1.0)
+    aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    flip: Probability = 0.5
+    jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.8, 0.8, 0.8, 0.2)
+    jitter_strength: NonNegative = 1.0
+    jitter_probability: Probability = 0.8
+    greyscale: Probability = 0.2
+    blur: Probability = 0.5
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    blur_kernel: Probability = 0.1
+    pad: NonNegativeInt = 4
+    centre: Probability = 0.875
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("area", "aspect", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be [smallest, largest] with 0 < smallest <= largest")
+        if self.area[1] > 1:
+            raise ValueError("area must be at most 1, the whole image")
+        if self.jitter[3] * self.jitter_strength > 0.5:
+            raise ValueError("jitter's hue times jitter_strength must be at most 0.5, half the colour circle")
+        if self.centre == 0:
+            raise ValueError("centre must be above 0")
+
+    def crop(self, image: Image.Image, size: int, chance: np.ndarray) -> np.ndarray:
+        """The worker's half: cut and resize (bicubic) an RGB image of any size to uint8 [3, size, size].
+
+        ``chance`` is what ``chances`` gave for this view.
+        """
+        if self.kind == "cifar":
+            return _padded_crop(image, size, self.pad, chance[_CROP])
+        if self.kind == "none":
+            return _central_crop(image, size, self.centre)
+        box = crop_box(image.width, image.height, self.area, self.aspect, chance[_CROP])
+        return _channels_first(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+
+    def look(self, chance: np.ndarray) -> Look:
+        """The parameters of the device half from ``chances`` [N, ...] of N views."""
+        n = len(chance)
+        simclr = self.kind == "simclr"
+        flipped = (chance[:, _FLIP] < self.flip) & (self.kind != "none")
+        jittered = (chance[:, _JITTER] < self.jitter_probability) & simclr
+        greyscale = (chance[:, _GREYSCALE] < self.greyscale) & simclr
+        blurred = (chance[:, _BLUR] < self.blur) & simclr
+        order = np.where(jittered[:, None], chance[:, _ORDER].argsort(axis=1), -1)
+        middle = np.array([1.0, 1.0, 1.0, 0.0])
+        reach = np.array(self.jitter) * self.jitter_strength
+        low, high = middle - reach, middle + reach
+        low[:3] = np.maximum(low[:3], 0)
+        factors = low + chance[:, _FACTORS] * (high - low)
+        sigma = self.blur_sigma[0] + chance[:, _SIGMA] * (self.blur_sigma[1] - self.blur_sigma[0])
+        return Look(
+            flip=torch.from_numpy(flipped),
+            order=torch.from_numpy(order).reshape(n, 4),
+            factors=torch.from_numpy(factors.astype(np.float32)),
+            greyscale=torch.from_numpy(greyscale),
+            sigma=torch.from_numpy(np.where(blurred, sigma, 0).astype(np.float32)),
+        )
+
+    def finish(
+        self, pixels: Tensor, look: Look, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The device's half: flip, jitter, greyscale, blur and normalise.
+
+        Args:
+            pixels: [N, 3, S, S] uint8 crops on the CPU.
+            look: of the N crops.
+
+        Returns:
+            [N, 3, S, S] of ``dtype`` on ``device``; computed in float32.
+        """
+        pixels = pixels.to(device, non_blocking=True)
+        flipped = _rows(look.flip, device)
+        images = pixels.index_copy(0, flipped, pixels[flipped].flip(-1)).float().div_(255)
+        images = colour.jitter(images, look.order, look.factors)
+        greyed = _rows(look.greyscale, device)
+        images[greyed] = colour.grey(images[greyed]).expand(-1, 3, -1, -1)
+        blurred = _rows(look.sigma > 0, device)
+        kernel = blur_taps(self.blur_kernel, images.shape[-1])
+        sigma = look.sigma.to(device, non_blocking=True)[blurred]
+        images[blurred] = colour.blur(images[blurred], sigma, kernel)
+        statistics = torch.tensor([self.mean, self.std]).to(device, non_blocking=True).view(2, 3, 1, 1)
+        return images.sub_(statistics[0]).div_(statistics[1]).to(dtype)
+
+
+def chances(seed: int, epoch: int, position: int, view: int) -> np.ndarray:
+    """All the randomness of one view: [CHANCES] float64 in [0, 1), the same on every machine and version of
+    numpy."""
+    bits = np.random.Philox(key=[seed, _VIEW_STREAM], counter=[0, position, epoch, view]).random_raw(CHANCES)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def decode(data: bytes) -> Image.Image:
+    """An RGB image from the bytes of an image file.
+
+    Raises:
+        BrokenImage: whatever keeps it from being one.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.mode.startswith(("I", "F")):  # conversion to RGB would clip 16 bits to white
+            raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+        return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise BrokenImage("no known image format") from error
+    except Exception as error:  # Pillow's decoders raise nearly everything, SyntaxError included
+        raise BrokenImage(f"{type(error).__name__}: {error}") from error
+
+
+def crop_box(
+    width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], chance: np.ndarray
+) -> tuple[int, int, int, int]:
+    """Random resized crop (left, upper, right, lower) as torchvision draws it, from 40 numbers in [0, 1)."""
+    for for_area, for_aspect, for_x, for_y in chance.reshape(_ATTEMPTS, 4):
+        pixels = width * height * (area[0] + for_area * (area[1] - area[0]))
+        ratio = aspect[0] * (aspect[1] / aspect[0]) ** for_aspect
+        w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = int(for_x * (width - w + 1)), int(for_y * (height - h + 1))
+            return left, upper, left + w, upper + h
+    w, h = min(width, round(height * aspect[1])), min(height, round(width / aspect[0]))
+    left, upper = (width - w) // 2, (height - h) // 2
+    return left, upper, left + w, upper + h
+
+
+def blur_taps(share: float, size: int) -> int:
+    """Odd number of taps of a blur kernel that spans ``share`` of ``size`` pixels, as SimCLR rounds it."""
+    return 2 * (int(size * share) // 2) + 1
+
+
+def _padded_crop(image: Image.Image, size: int, pad: int, chance: np.ndarray) -> np.ndarray:
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    padded = np.pad(_channels_first(image), ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
+    left, upper = (int(number * (2 * pad + 1)) for number in chance[:2])
+    return padded[:, upper : upper + size, left : left + size]
+
+
+def _central_crop(image: Image.Image, size: int, centre: float) -> np.ndarray:
+    shorter = round(size / centre)
+    if image.width <= image.height:
+        whole = (shorter, int(shorter * image.height / image.width))
+    else:
+        whole = (int(shorter * image.width / image.height), shorter)
+    left, upper = round((whole[0] - size) / 2), round((whole[1] - size) / 2)
+    resized = image if image.size == whole else image.resize(whole, Image.Resampling.BICUBIC)
+    return _channels_first(resized.crop((left, upper, left + size, upper + size)))
+
+
+def _channels_first(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _rows(mask: Tensor, device: torch.device) -> Tensor:
+    """Indices of the true entries; found on the CPU, where the length is known without waiting for the
+    device."""
+    return mask.nonzero().squeeze(1).to(device, non_blocking=True)

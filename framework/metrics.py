@@ -1,0 +1,190 @@
+"""What a run measures: the JSONL log, images per second, memory, the environment, ``result.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from framework.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("stagewise", "torch", "torchvision", "deepspeed", "timm", "numpy", "scikit-learn", "webdataset")
+
+
+class MetricLog:
+    """A JSONL file that can be read as one run, however often it was interrupted.
+
+    Every start writes a line ``{"environment": ..., "step": first}``, every step one line. Lines that an
+    interrupted run wrote past the checkpoint from which it now goes on are dropped, a torn last line too.
+
+    Args:
+        path: the file; its folder must exist.
+        step: step to go on from; 0 for a new run.
+        environment: see ``environment``.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+
+    def __init__(self, path: Path, environment: Mapping[str, Any], step: int = 0) -> None:
+        self.path = path
+        kept = [line for line in read_log(path) if line["step"] < step] if path.exists() else []
+        text = "".join(map(_line, [*kept, {"step": step, "environment": environment}]))
+        write_whole(path, text)
+        self._file: TextIO = path.open("a")
+
+    def write(self, step: int, *, epoch: float, lr: float, losses: Mapping[str, float], **more: Any) -> None:
+        """Append a step, counted from 0: unweighted losses by unit name, whatever else by keyword.
+
+        Numbers that are not finite become ``null``, which every JSON reader accepts.
+        """
+        try:
+            self._file.write(_line({"step": step, "epoch": epoch, "lr": lr, "losses": losses, **more}))
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``MetricLog``; a last line that a crash cut short is left out.
+
+    Raises:
+        UserError: another line is no JSON.
+    """
+    lines = path.read_text().split("\n")
+    entries = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn or empty
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not a line of JSON") from error
+    return entries
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write ``result.json`` whole or not at all."""
+    write_whole(path, json.dumps(_finite(result), indent=2) + "\n")
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(entry), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, and its folder, whole or not at all.
+
+    Raises:
+        UserError: it can't be written; an earlier file of that name is untouched.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: can't be written: {error.strerror}") from error
+
+
+class Throughput:
+    """Images per second: over the last steps, and over all but the first.
+
+    The first step, which pays for compilation, caches and the filling of the loader's queues, is left out.
+    """
+
+    def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._recent: deque[tuple[float, int]] = deque(maxlen=window + 1)  # time, images up to then
+        self._first: tuple[float, int] | None = None
+
+    def step(self, images: int) -> float:
+        """Note that ``images`` more are done; the rate over the last ``window`` steps, 0 after the first."""
+        seen = self._recent[-1][1] if self._recent else 0
+        self._recent.append((self._clock(), seen + images))
+        self._first = self._first or self._recent[0]
+        return _rate(self._recent[0], self._recent[-1])
+
+    @property
+    def mean(self) -> float:
+        """Rate from the end of the first step to the end of the last; 0 with fewer than two."""
+        return _rate(self._first, self._recent[-1]) if self._first else 0.0
+
+
+def _rate(start: tuple[float, int], end: tuple[float, int]) -> float:
+    return (end[1] - start[1]) / (end[0] - start[0]) if end[0] > start[0] else 0.0
+
+
+def environment(world_size: int, device: torch.device) -> dict[str, Any]:
+    """What a number needs beside it to be compared: versions, commit, devices, ranks."""
+    return {
+        "versions": versions(),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "world_size": world_size,
+    }
+
+
+def _processor() -> str:
+    """The CPU's name; Python knows only its architecture on Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every package that can move a number."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """Commit of the checkout at ``root``, "-dirty" if edited; ``None`` if ``root`` is not one."""
+    try:
+        top = _git(root, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() != root:  # installed below somebody else's repository
+            return None
+        return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: the tensors' on a GPU, the resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB on Linux

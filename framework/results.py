@@ -1,0 +1,95 @@
+"""What a finished run leaves: scores beside their baselines, the loss curves, the backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from framework import checkpoint, distributed, evaluate, metrics
+from framework.config import Recipe
+from framework.data.splits import Splits
+from framework.display import loss_curves
+from framework.engines import Engine
+from framework.execution import LocalNetwork
+
+
+def leave_results(
+    recipe: Recipe, engine: Engine, untrained: LocalNetwork, splits: Splits, run: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluate, print the scores and write ``result.json``, ``loss_curves.png`` and ``backbone.safetensors``.
+
+    Args:
+        recipe: of the run.
+        engine: holds the trained network.
+        untrained: the network as it was at the start, to compare with.
+        splits: images to score on.
+        run: what the training loop measured.
+
+    Returns:
+        What ``result.json`` holds.
+    """
+    scores = score(recipe, engine.net, untrained, splits)
+    result = {
+        "name": recipe.name,
+        "method": recipe.method.name,
+        "network": recipe.network.name,
+        **{key: round(value, 4) for key, value in scores.items()},
+        **run,
+        "peak_memory_bytes": metrics.peak_memory_bytes(distributed.device()),
+        "seed": recipe.seed,
+        **metrics.environment(distributed.world_size(), distributed.device()),
+    }
+    run_dir = Path(recipe.run_dir)
+    checkpoint.export_backbone(engine, run_dir / "backbone.safetensors")
+    with distributed.same_outcome():
+        if distributed.is_main():
+            title = f"{recipe.name}: {recipe.method.name} on {recipe.network.name}"
+            loss_curves(run_dir / "metrics.jsonl", run_dir / "loss_curves.png", title)
+            metrics.write_result(run_dir / "result.json", result)
+            show(scores, result, run_dir)
+    return result
+
+
+def score(recipe: Recipe, net: LocalNetwork, untrained: LocalNetwork, splits: Splits) -> dict[str, float]:
+    """Accuracies in per cent, on rank 0; elsewhere only those that every rank knows."""
+    scores: dict[str, float] = {}
+    if net.plan.supervised:
+        scores["test_top1"] = evaluate.test_top1(net, splits.eval_loader(splits.test))
+    if splits.num_classes and recipe.evaluate.knn:
+        for suffix, encode in (
+            ("", lambda loader: evaluate.features(net, loader)),
+            ("_untrained", lambda loader: evaluate.features(untrained, loader)),
+            ("_pixels", evaluate.pixels),
+        ):
+            train, test = (encode(splits.eval_loader(shards)) for shards in (splits.train, splits.test))
+            with distributed.same_outcome():
+                if distributed.is_main():
+                    scores[f"knn_top1{suffix}"] = evaluate.knn_top1(*train, *test, recipe.evaluate.neighbours)
+                    if recipe.evaluate.linear and suffix != "_pixels":
+                        scores[f"linear_top1{suffix}"] = evaluate.linear_top1(*train, *test)
+    return scores
+
+
+def show(scores: dict[str, float], result: dict[str, Any], run_dir: Path) -> None:
+    """Print the scores as a table, and where everything is."""
+    table = Table(title=f"{result['name']}: top-1 in per cent on the held-out split")
+    table.add_column("")
+    columns = {"": "trained", "_untrained": "untrained", "_pixels": "raw pixels"}
+    for column in columns.values():
+        table.add_column(column, justify="right")
+    for key, label in (("knn_top1", "k-NN"), ("linear_top1", "linear probe"), ("test_top1", "classifier")):
+        if key in scores:
+            cells = (f"{scores[key + c]:.1f}" if key + c in scores else "-" for c in columns)
+            table.add_row(label, *cells)
+    console = Console()
+    if scores:
+        console.print(table)
+    console.print(
+        f"{result['steps']} steps, {result['images_per_second']:.0f} images/s; "
+        f"recipe, metrics, curves, checkpoint and backbone are in {run_dir}",
+        highlight=False,
+        soft_wrap=True,
+    )

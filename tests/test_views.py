@@ -1,0 +1,251 @@
+"""Views against torchvision: every operation on equal parameters, every parameter by its distribution."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2 as T
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+from scipy import stats
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+
+from framework.data import colour
+from framework.data.views import BrokenImage, Views, blur_taps, chances, crop_box, decode
+
+CPU = torch.device("cpu")
+
+
+def random_images(n: int, side: int) -> torch.Tensor:
+    images = torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images[0] = 0.5  # no hue
+    images[1, :, : side // 2] = 0  # black
+    images[2, 1] = images[2, 0]  # ties between channels
+    return images
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def draws(n: int) -> np.ndarray:
+    return np.stack([chances(0, 0, position, 0) for position in range(n)])
+
+
+def encoded(image: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("operation", "reference", "factors"),
+    [
+        (colour.brightness, F.adjust_brightness, [0.0, 0.2, 1.0, 1.8]),
+        (colour.contrast, F.adjust_contrast, [0.0, 0.2, 1.0, 1.8]),
+        (colour.saturation, F.adjust_saturation, [0.0, 0.2, 1.0, 1.8]),
+        (colour.hue, F.adjust_hue, [-0.5, -0.21, 0.0, 0.2]),
+    ],
+)
+def test_colour_operation_equals_torchvision(operation, reference, factors):
+    images = random_images(8, 13)
+    factor = torch.tensor(factors * 2)
+    expected = torch.stack([reference(image, float(f)) for image, f in zip(images, factor, strict=True)])
+    torch.testing.assert_close(operation(images, factor.view(-1, 1, 1, 1)), expected, atol=1e-5, rtol=0)
+
+
+def test_grey_equals_torchvision():
+    images = random_images(4, 9)
+    torch.testing.assert_close(colour.grey(images), F.rgb_to_grayscale(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 9, 23])
+def test_blur_equals_torchvision(kernel):
+    images = random_images(5, 24)
+    sigma = torch.tensor([0.1, 0.5, 1.0, 1.7, 2.0])
+    expected = [
+        F.gaussian_blur(image, [kernel] * 2, [float(s)] * 2) for image, s in zip(images, sigma, strict=True)
+    ]
+    torch.testing.assert_close(colour.blur(images, sigma, kernel), torch.stack(expected), atol=1e-5, rtol=0)
+
+
+def test_jitter_takes_each_image_in_its_own_order():
+    orders = [*itertools.permutations(range(4)), (-1, -1, -1, -1)]
+    images = random_images(len(orders), 7)
+    generator = torch.Generator().manual_seed(1)
+    factors = torch.rand(len(orders), 4, generator=generator) * torch.tensor([1.6, 1.6, 1.6, 0.4])
+    factors += torch.tensor([0.2, 0.2, 0.2, -0.2])
+    operations = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    expected = []
+    for image, order, factor in zip(images, orders, factors.tolist(), strict=True):
+        for operation in order:
+            image = image if operation < 0 else operations[operation](image, factor[operation])
+        expected.append(image)
+    found = colour.jitter(images.clone(), torch.tensor(orders), factors)
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
+
+
+def test_finish_equals_torchvision_chain():
+    views = Views()
+    look = views.look(draws(64))
+    pixels = (random_images(64, 20) * 255).to(torch.uint8)
+    operations = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    expected = []
+    for n, image in enumerate(F.to_dtype(pixels, torch.float32, scale=True)):
+        image = F.horizontal_flip(image) if look.flip[n] else image
+        for operation in look.order[n].tolist():
+            if operation >= 0:
+                image = operations[operation](image, float(look.factors[n, operation]))
+        image = F.rgb_to_grayscale(image, 3) if look.greyscale[n] else image
+        if look.sigma[n] > 0:
+            image = F.gaussian_blur(image, [3, 3], [float(look.sigma[n])] * 2)
+        expected.append(F.normalize(image, list(views.mean), list(views.std)))
+    found = views.finish(pixels, look, CPU)
+    assert blur_taps(views.blur_kernel, 20) == 3
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=0)  # 1e-5 before division by std
+    assert views.finish(pixels, look, CPU, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_kinds_without_colour_only_flip_and_normalise():
+    pixels = (random_images(40, 8) * 255).to(torch.uint8)
+    for kind, flips in (("supervised", True), ("cifar", True), ("none", False)):
+        views = Views(kind=kind, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        look = views.look(draws(40))
+        assert look.flip.any() == flips
+        expected = torch.where(look.flip.view(-1, 1, 1, 1), pixels.flip(-1), pixels) / 255
+        assert torch.equal(views.finish(pixels, look, CPU), expected)
+
+
+@pytest.mark.parametrize("size", [(100, 60), (40, 300), (9, 8)])
+def test_crop_boxes_are_distributed_as_torchvisions(size):
+    width, height = size
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    ours = np.array([crop_box(width, height, (0.08, 1.0), (3 / 4, 4 / 3), draw[:40]) for draw in draws(2000)])
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)])
+    left, upper, right, lower = ours.T
+    assert left.min() >= 0
+    assert upper.min() >= 0
+    assert right.max() <= width
+    assert lower.max() <= height
+    pairs = (
+        (upper, theirs[:, 0]),
+        (left, theirs[:, 1]),
+        (lower - upper, theirs[:, 2]),
+        (right - left, theirs[:, 3]),
+    )
+    for mine, other in pairs:
+        assert stats.ks_2samp(mine, other).pvalue > 1e-3
+
+
+def test_jitter_parameters_are_distributed_as_torchvisions():
+    views = Views()
+    look = views.look(draws(3000))
+    torch.manual_seed(0)
+    reference = ColorJitter(0.8, 0.8, 0.8, 0.2)
+    arguments = (reference.brightness, reference.contrast, reference.saturation, reference.hue)
+    theirs = [reference.get_params(*arguments) for _ in range(3000)]
+    for operation in range(4):
+        other = np.array([parameters[1 + operation] for parameters in theirs])
+        assert stats.ks_2samp(look.factors[:, operation].numpy(), other).pvalue > 1e-3
+    jittered = look.order[look.order[:, 0] >= 0]
+    names, counts = np.unique(jittered.numpy(), axis=0, return_counts=True)
+    assert len(names) == 24
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_probabilities_and_blur_range():
+    look = Views().look(draws(4000))
+    for mask, probability in (
+        (look.flip, 0.5),
+        (look.order[:, 0] >= 0, 0.8),
+        (look.greyscale, 0.2),
+        (look.sigma > 0, 0.5),
+    ):
+        assert stats.binomtest(int(mask.sum()), 4000, probability).pvalue > 1e-3
+    sigma = look.sigma[look.sigma > 0].numpy()
+    assert stats.kstest(sigma, stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
+    strong = Views(jitter=(1.5, 0.0, 0.0, 0.0)).look(draws(1000)).factors
+    assert strong[:, 0].min() >= 0
+    assert (strong[:, 1:] == torch.tensor([1.0, 1.0, 0.0])).all()
+
+
+def test_fields_switch_their_operation_off_and_leave_the_others_alone():
+    full, quiet = Views().look(draws(200)), Views(flip=0, jitter_probability=0, blur=0).look(draws(200))
+    assert not quiet.flip.any()
+    assert (quiet.order == -1).all()
+    assert not quiet.sigma.any()
+    assert torch.equal(quiet.greyscale, full.greyscale)
+
+
+def test_chances_depend_on_each_key():
+    base = chances(1, 2, 3, 4)
+    assert np.array_equal(base, chances(1, 2, 3, 4))
+    assert base.min() >= 0
+    assert base.max() < 1
+    for other in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0), (1, 2, 4, 4)):
+        assert not np.isin(chances(*other), base).any()
+
+
+def test_random_crop_equals_torchvision():
+    image = photograph(90, 61)
+    for draw in draws(5):
+        left, upper, right, lower = crop_box(90, 61, (0.08, 1.0), (3 / 4, 4 / 3), draw[:40])
+        expected = F.resized_crop(
+            image, upper, left, lower - upper, right - left, [24, 24], T.InterpolationMode.BICUBIC
+        )
+        assert np.array_equal(Views().crop(image, 24, draw), F.pil_to_tensor(expected).numpy())
+
+
+@pytest.mark.parametrize("size", [(90, 61), (61, 90), (8, 8)])
+def test_central_crop_equals_torchvision(size):
+    image = photograph(*size)
+    reference = T.Compose([T.Resize(37, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()])
+    found = Views(kind="none", centre=32 / 37).crop(image, 32, draws(1)[0])
+    assert np.array_equal(found, reference(image).numpy())
+
+
+def test_padded_crop_reaches_every_offset_of_the_reflected_image():
+    image = photograph(6, 6)
+    padded = F.pad(F.pil_to_tensor(image), [1, 1, 1, 1], padding_mode="reflect")
+    windows = {padded[:, y : y + 6, x : x + 6].numpy().tobytes() for y in range(3) for x in range(3)}
+    found = {Views(kind="cifar", pad=1).crop(image, 6, draw).tobytes() for draw in draws(100)}
+    assert found == windows
+    assert Views(kind="cifar").crop(image, 32, draws(1)[0]).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_decode_gives_rgb(mode):
+    image = photograph(20, 10).convert("RGB").convert(mode)
+    found = decode(encoded(image, "jpeg" if mode == "CMYK" else "png"))
+    assert (found.mode, found.size) == ("RGB", (20, 10))
+    if mode == "L":
+        assert np.array_equal(np.asarray(found)[..., 1], np.asarray(image))
+
+
+def test_decode_refuses_what_is_no_8_bit_image():
+    deep = Image.fromarray(np.full((4, 4), 30000, np.uint16))
+    whole = encoded(photograph(64, 64), "jpeg")
+    for data, reason in ((b"", "no known"), (encoded(deep, "png"), "8 bits"), (whole[:700], "runcated")):
+        with pytest.raises(BrokenImage, match=reason):
+            decode(data)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"area": (0.5, 0.2)}, "area must be"),
+        ({"area": (0.5, 1.2)}, "at most 1"),
+        ({"blur_sigma": (0.0, 1.0)}, "blur_sigma must be"),
+        ({"jitter_strength": 3.0}, "hue"),
+        ({"centre": 0.0}, "centre"),
+    ],
+)
+def test_impossible_fields_are_refused(fields, problem):
+    with pytest.raises(ValueError, match=problem):
+        Views(**fields)
