@@ -111,7 +111,9 @@ class Loop:
         speed = self.speed.step(self.recipe.train.batch_size)
         epoch = (step + 1) / self.per_epoch
         if log:
-            log.write(step, epoch=epoch, lr=lr, losses=losses, images_per_second=speed, skipped=result.skipped)
+            log.write(
+                step, epoch=epoch, lr=lr, losses=losses, images_per_second=speed, skipped=result.skipped
+            )
         progress.update(step, epoch, losses, speed)
         for unit, loss in losses.items():
             if not math.isfinite(loss) and not result.skipped:

@@ -113,7 +113,9 @@ def restore(recipe: Recipe, engine: Engine) -> Position:
     if folder is None:
         return Position()
     if recipe.resume == "never":
-        raise UserError(f"resume=never: {run_dir} already holds {folder.name}; name another run_dir, or resume=auto")
+        raise UserError(
+            f"resume=never: {run_dir} already holds {folder.name}; name another run_dir, or resume=auto"
+        )
     state = checkpoint.load(folder, engine)
     if distributed.is_main():
         print(f"going on from {folder}", flush=True)

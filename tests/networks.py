@@ -11,8 +11,8 @@ from torch import Tensor
 
 from framework.batch import Batch
 from framework.execution import LocalNetwork
-from framework.local.methods import dgl, loco, mlaan
 from framework.local.heads import Classifier
+from framework.local.methods import dgl, loco, mlaan
 from framework.model import local_network
 
 CLASSES = 10
@@ -37,7 +37,9 @@ CASES: dict[str, tuple[str, Any, str]] = {
 GOLDEN = ("bp", "simclr", "gim", "loco", "dgl", "mlm-2", "mlm-3")
 
 
-def network(case: str, name: str = "resnet14", image_size: int = 16, seed: int = 0, **arguments: Any) -> LocalNetwork:
+def network(
+    case: str, name: str = "resnet14", image_size: int = 16, seed: int = 0, **arguments: Any
+) -> LocalNetwork:
     """The network of a case in training mode."""
     method, options, cut = CASES[case]
     torch.manual_seed(seed)
@@ -69,5 +71,3 @@ def routed(net: LocalNetwork, data: Batch) -> dict[str, Tensor]:
     net = copy.deepcopy(net)
     net(data).loss.backward()
     return gradients(net)
-
-

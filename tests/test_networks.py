@@ -14,7 +14,9 @@ from framework.model import local_network
 from framework.network import create, cut, output_shapes
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet32", "resnet110"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet32", "resnet110"]
+)
 @pytest.mark.parametrize("at", ["stage", "block"])
 @torch.no_grad()
 def test_segments_in_order_equal_the_network_bit_for_bit(name: str, at: str) -> None:
@@ -52,7 +54,9 @@ def test_parameter_names_are_timms() -> None:
 def test_a_cifar_backbone_loads_through_timm(tmp_path: Path) -> None:
     source = create("resnet20").eval()
     save_file(source.state_dict(), tmp_path / "backbone.safetensors")
-    loaded = timm.create_model("resnet20", num_classes=0, checkpoint_path=str(tmp_path / "backbone.safetensors"))
+    loaded = timm.create_model(
+        "resnet20", num_classes=0, checkpoint_path=str(tmp_path / "backbone.safetensors")
+    )
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.eval()(images), source(images))
 

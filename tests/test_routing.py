@@ -45,12 +45,16 @@ def test_gradients_equal_the_definition(case: str) -> None:
     assert_equals_definition(net, networks.batch(net))
 
 
-windows = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.sampled_from((0.001, 0.5, 1.0))), max_size=6)
+windows = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(0, 5), st.sampled_from((0.001, 0.5, 1.0))), max_size=6
+)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(windows, st.data())
-def test_random_windows_equal_the_definition(drawn: list[tuple[int, int, float]], data: st.DataObject) -> None:
+def test_random_windows_equal_the_definition(
+    drawn: list[tuple[int, int, float]], data: st.DataObject
+) -> None:
     torch.manual_seed(0)
     backbone = create("resnet14")
     segments = cut(backbone, "block")
@@ -60,9 +64,15 @@ def test_random_windows_equal_the_definition(drawn: list[tuple[int, int, float]]
     for i, (first, last, weight) in enumerate(spans):
         shared = heads.setdefault(last, Classifier().build(shapes[last], networks.CLASSES))
         head = shared if data.draw(st.booleans()) else Classifier().build(shapes[last], networks.CLASSES)
-        trains = data.draw(st.none() | st.frozensets(st.integers(first, last), min_size=1)) if i < len(drawn) else None
+        trains = (
+            data.draw(st.none() | st.frozensets(st.integers(first, last), min_size=1))
+            if i < len(drawn)
+            else None
+        )
         units.append(LocalUnit(f"u{i}", first, last, head, weight, trains))
-    net = LocalNetwork(backbone, segments, Plan(tuple(units), len(segments), supervised=True)).double().train()
+    net = (
+        LocalNetwork(backbone, segments, Plan(tuple(units), len(segments), supervised=True)).double().train()
+    )
     assert_equals_definition(net, networks.batch(net, size=4, image_size=8))
 
 
@@ -202,7 +212,9 @@ def test_float16_gradients_of_a_light_unit(weight: float) -> None:
     """Within 5 % of fp32's for every unit; without a loss scale a unit of weight 0.001 would lose its cotangents."""
     torch.manual_seed(0)
     options = dgl.Options(Classifier("linear"))
-    plain = networks.local_network("resnet14", "dgl", options, image_size=16, num_classes=10, cut="block").train()
+    plain = networks.local_network(
+        "resnet14", "dgl", options, image_size=16, num_classes=10, cut="block"
+    ).train()
     plan = dataclasses.replace(
         plain.plan, units=tuple(dataclasses.replace(u, weight=weight) for u in plain.plan.units)
     )

@@ -33,14 +33,12 @@ from framework.model import local_network
 
 CLASSES = 10
 CONTRASTIVE = ("simclr", "gim", "loco")
-GAP = {"contrastive": Projection(layers=1), "supervised": Classifier("linear")}
 
 
 def options(method: str, head: str, window: int) -> Any:
     """The method's options: its own head (``paper``), or pooling and one linear layer (``gap``)."""
-    gap = head == "gap"
-    contrast = {"head": GAP["contrastive"]} if gap else {}
-    classify = {"head": GAP["supervised"]} if gap else {}
+    contrast: Any = {"head": Projection(layers=1)} if head == "gap" else {}
+    classify: Any = {"head": Classifier("linear")} if head == "gap" else {}
     return {
         "bp": lambda: bp.Options(),
         "simclr": lambda: simclr.Options(**contrast),
@@ -57,7 +55,9 @@ def build(method: str, arguments: argparse.Namespace, image_size: int, cut: str)
     name = {"mlm": "mlaan"}.get(method, method)
     opts = options(method, arguments.head, arguments.window)
     classes = 0 if method in CONTRASTIVE else CLASSES
-    return local_network(arguments.network, name, opts, image_size=image_size, num_classes=classes, cut=cut).train()
+    return local_network(
+        arguments.network, name, opts, image_size=image_size, num_classes=classes, cut=cut
+    ).train()
 
 
 def routed_step(network: LocalNetwork, batch: Batch) -> Callable[[], None]:
@@ -119,7 +119,11 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     batch = Batch(images, None, 2) if views == 2 else Batch(images, labels)
     reference = build("simclr" if views == 2 else "bp", arguments, size, cut).to(device)
     network = build(method, arguments, size, cut).to(device)
-    steps = [routed_step(reference, batch), routed_step(network, batch), naive_step(copy.deepcopy(network), batch)]
+    steps = [
+        routed_step(reference, batch),
+        routed_step(network, batch),
+        naive_step(copy.deepcopy(network), batch),
+    ]
     base, ours, naive = measure(steps, arguments.rounds)
     return {
         "network": arguments.network,
@@ -134,7 +138,9 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "ratio_time": statistics.median(a / b for a, b in zip(ours, base, strict=True)),
         "ratio_time_naive": statistics.median(a / b for a, b in zip(naive, base, strict=True)),
         "ratio_peak_activations": peak_activations(network, batch) / peak_activations(reference, batch),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "rounds": arguments.rounds,
     }
@@ -143,7 +149,17 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
     table = Table(title="one training step, ratio to end-to-end")
-    for column in ("network", "method", "window", "head", "batch", "end-to-end", "time", "repeated", "activations"):
+    for column in (
+        "network",
+        "method",
+        "window",
+        "head",
+        "batch",
+        "end-to-end",
+        "time",
+        "repeated",
+        "activations",
+    ):
         table.add_column(column, justify="right" if column not in ("network", "method", "head") else "left")
     for r in rows:
         table.add_row(
@@ -162,17 +178,25 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", default="resnet32", help="any ResNet of timm or of depth 6n+2")
-    parser.add_argument("--method", default="mlm", help="one or several of bp simclr gim dgl loco mlm, with commas")
+    parser.add_argument(
+        "--method", default="mlm", help="one or several of bp simclr gim dgl loco mlm, with commas"
+    )
     parser.add_argument("--window", type=int, default=2, help="segments in a window (loco, mlm)")
-    parser.add_argument("--head", choices=("gap", "paper"), default="paper", help="the method's own head, or GAP + linear")
-    parser.add_argument("--cut", choices=("stage", "block"), help="default: blocks for CIFAR networks, stages for others")
+    parser.add_argument(
+        "--head", choices=("gap", "paper"), default="paper", help="the method's own head, or GAP + linear"
+    )
+    parser.add_argument(
+        "--cut", choices=("stage", "block"), help="default: blocks for CIFAR networks, stages for others"
+    )
     parser.add_argument("--image-size", type=int, help="default: 32 for CIFAR networks, 128 for others")
     parser.add_argument("--batch", type=int, default=64, help="images in a step (both views counted)")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after two to warm up")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--json", type=Path, help="append-free list of rows")
+    parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = [row(method, arguments) for method in arguments.method.split(",")]

@@ -210,7 +210,9 @@ class _RoutedStep:
         if overflow is not None:
             self.blame.append((overflow, s))
 
-    def _finish(self, parameters: list[nn.Parameter], gradients: Sequence[Tensor], scale: float) -> Tensor | None:
+    def _finish(
+        self, parameters: list[nn.Parameter], gradients: Sequence[Tensor], scale: float
+    ) -> Tensor | None:
         self.gradients.update(zip(parameters, gradients, strict=True))
         if self.scales is not None and gradients:
             return unscale_(list(gradients), scale)
@@ -226,7 +228,9 @@ class _RoutedStep:
         flags = torch.stack(self.overflows)
         calls = [call for moment in self.network.moments for call in moment.heads]
         for overflow, s in self.blame:
-            covering = [any(self.plan.units[i].first <= s <= self.plan.units[i].last for i in c.units) for c in calls]
+            covering = [
+                any(self.plan.units[i].first <= s <= self.plan.units[i].last for i in c.units) for c in calls
+            ]
             flags = flags | (overflow & torch.tensor(covering, device=flags.device))
         return scales.update(flags)
 

@@ -23,7 +23,9 @@ def create(name: str, **arguments: Any) -> nn.Module:
     """
     if not timm.is_model(name.split(".")[0]):
         near = get_close_matches(name, timm.list_models(), n=1)
-        raise UserError(f"network.name={name}: no such network" + (f"; did you mean {near[0]}?" if near else ""))
+        raise UserError(
+            f"network.name={name}: no such network" + (f"; did you mean {near[0]}?" if near else "")
+        )
     try:
         return timm.create_model(name, num_classes=0, **arguments)
     except TypeError as error:

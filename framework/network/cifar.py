@@ -29,7 +29,9 @@ class CifarResNet(nn.Module):
         zero_init_last: start every residual branch at zero (off in the papers' CIFAR code).
     """
 
-    def __init__(self, blocks: int, num_classes: int = 10, in_chans: int = 3, zero_init_last: bool = False) -> None:
+    def __init__(
+        self, blocks: int, num_classes: int = 10, in_chans: int = 3, zero_init_last: bool = False
+    ) -> None:
         super().__init__()
         self.num_classes, self.num_features = num_classes, CHANNELS[-1]
         self.head_hidden_size = self.num_features
@@ -82,7 +84,9 @@ def _stage(width: int, channels: int, blocks: int) -> nn.Sequential:
 
 def _entry_point(depth: int) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(CifarResNet, f"resnet{depth}", pretrained, blocks=(depth - 2) // 6, **kwargs)
+        return build_model_with_cfg(
+            CifarResNet, f"resnet{depth}", pretrained, blocks=(depth - 2) // 6, **kwargs
+        )
 
     create.__name__, create.__doc__ = f"resnet{depth}", f"CIFAR ResNet of depth {depth}."
     return create

@@ -76,7 +76,11 @@ def cut(backbone: nn.Module, at: str = "stage") -> list[Segment]:
     if not stages:
         raise UserError(f"{type(backbone).__name__} can't be cut: it has no stages named layer1, layer2, ...")
     stem = tuple(children[: children.index(stages[0])])
-    names = stages if at == "stage" else [f"{s}.{i}" for s in stages for i in range(len(backbone.get_submodule(s)))]  # type: ignore[arg-type]
+    names = (
+        stages
+        if at == "stage"
+        else [f"{s}.{i}" for s in stages for i in range(len(backbone.get_submodule(s)))]
+    )  # type: ignore[arg-type]
     return [Segment(backbone, name, (*stem, name) if i == 0 else (name,)) for i, name in enumerate(names)]
 
 
@@ -98,7 +102,9 @@ def output_shapes(segments: list[Segment], image_size: int) -> tuple[Shape, ...]
             x = segment(x)
             shapes.append(Shape(*x.shape[1:]))
     except RuntimeError as error:
-        raise UserError(f"data.image_size={image_size} is too small for segment {segment.name}: {error}") from error
+        raise UserError(
+            f"data.image_size={image_size} is too small for segment {segment.name}: {error}"
+        ) from error
     finally:
         for module in training:
             module.training = True

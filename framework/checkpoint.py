@@ -1,0 +1,247 @@
+"""Checkpoints: folders of safetensors and JSON that any engine on any number of ranks can go on from.
+
+``<run_dir>/checkpoints/step-00000123/`` holds
+
+* ``model.safetensors``: parameters and buffers by name;
+* ``optimizer.safetensors``: full tensors named ``<parameter>/<key>``;
+* ``state.json``: step, optimizer and whatever the training loop adds (recipe, position in the data);
+* ``manifest.json``: SHA-256 of the other three.
+
+A folder gets its name only when it is whole and on the disk, so a crash at any moment leaves the earlier ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from framework.distributed import from_main, is_main, same_outcome
+from framework.engines.step import Engine, OptimizerState
+from framework.errors import UserError
+
+FORMAT = 1
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
+
+
+def save(run_dir: Path, engine: Engine, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write a checkpoint; all ranks must call it.
+
+    Args:
+        run_dir: folder of the run.
+        engine: whose network and optimizer are saved.
+        step: optimizer steps done; names the folder. One of that name is replaced.
+        state: what else ``load`` is to return; JSON's types only.
+        keep: how many checkpoints stay, counting back from this one.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        UserError: on every rank, if rank 0 can't write. Earlier checkpoints are untouched.
+    """
+    model, optimizer = engine.model_state(), engine.optimizer_state()
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    state = {"format": FORMAT, "step": step, "optimizer": type(engine.optimizer).__name__, **state}
+    with same_outcome():
+        if is_main():
+            _write(folder, model, optimizer, state)
+            # Later ones are those of a run that went back to an earlier step; they are not ours to delete.
+            for old in [f for f in _folders(run_dir) if _step(f) <= step][:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None if it has no checkpoint; all ranks must call it.
+
+    Rank 0 compares every file with the manifest; a damaged checkpoint is passed over with a warning.
+
+    Raises:
+        UserError: there are checkpoints and all of them are damaged.
+    """
+    found = None
+    with same_outcome():
+        if is_main():
+            found = _newest_whole(run_dir)
+    path = from_main(str(found) if found else None)
+    return Path(path) if path else None
+
+
+def load(folder: Path, engine: Engine) -> dict[str, Any]:
+    """Put a checkpoint into an engine; all ranks must call it and see the folder.
+
+    Returns:
+        What ``save`` was given as ``state``, and ``step``.
+
+    Raises:
+        UserError: the folder is missing or damaged, or belongs to another network or optimizer.
+    """
+    with same_outcome():
+        if is_main() and (damage := _damage(folder)):
+            raise UserError(f"{folder}: {damage}")
+    with same_outcome():
+        state, model, optimizer = _read(folder)
+        _check(folder, state, model, engine)
+    engine.load_model_state(model)
+    engine.load_optimizer_state(optimizer)
+    return state
+
+
+def export_backbone(engine: Engine, path: Path) -> None:
+    """Write the backbone alone, under timm's names; all ranks must call it.
+
+    ``timm.create_model(name, num_classes=0, checkpoint_path=path)`` reads the file.
+
+    Raises:
+        UserError: on every rank, if rank 0 can't write. An earlier file of that name is untouched.
+    """
+    model = engine.model_state()
+    with same_outcome():
+        if is_main():
+            backbone = {n.removeprefix("backbone."): t for n, t in model.items() if n.startswith("backbone.")}
+            partial = path.with_name(f".{path.name}.partial")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(backbone, partial, metadata={"format": "pt"})
+                _flush(partial)
+                partial.replace(path)
+            except (OSError, SafetensorError) as error:
+                partial.unlink(missing_ok=True)
+                raise UserError(f"{path}: can't be written: {error}") from error
+
+
+def _write(folder: Path, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+        partial.mkdir(parents=True)
+        save_file(model, partial / "model.safetensors")
+        flat = {f"{name}/{key}": value for name, values in optimizer.items() for key, value in values.items()}
+        save_file(flat, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        manifest = {name: _sha256(partial / name) for name in FILES}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for name in (*FILES, MANIFEST):
+            _flush(partial / name)
+        _flush(partial)
+        _put_in_place(partial, folder)
+        _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder}: can't be written: {error}; earlier checkpoints are untouched") from error
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """Checkpoints, oldest first."""
+    return sorted(
+        (f for f in run_dir.glob("checkpoints/step-*") if f.is_dir() and re.fullmatch(r"step-\d+", f.name)),
+        key=_step,
+    )
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _newest_whole(run_dir: Path) -> Path | None:
+    folders = _folders(run_dir)
+    for folder in reversed(folders):
+        damage = _damage(folder)
+        if damage is None:
+            return folder
+        logger.warning("%s: passed over: %s", folder, damage)
+    if folders:
+        raise UserError(
+            f"{run_dir / 'checkpoints'}: all {len(folders)} checkpoints are damaged; delete them to start afresh"
+        )
+    return None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if nothing is."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except OSError as error:
+        return f"{MANIFEST} can't be read ({error.strerror})"
+    except ValueError:
+        return f"{MANIFEST} is damaged"
+    if not isinstance(manifest, dict) or set(manifest) != set(FILES):
+        return f"{MANIFEST} is damaged"
+    for name in FILES:
+        try:
+            if _sha256(folder / name) != manifest[name]:
+                return f"{name} is damaged: its SHA-256 is not that of {MANIFEST}"
+        except OSError as error:
+            return f"{name} can't be read ({error.strerror})"
+    return None
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], OptimizerState]:
+    optimizer: OptimizerState = {}
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        model = load_file(folder / "model.safetensors")
+        for name, value in load_file(folder / "optimizer.safetensors").items():
+            parameter, _, key = name.rpartition("/")
+            optimizer.setdefault(parameter, {})[key] = value
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: can't be read: {error}") from error
+    return state, model, optimizer
+
+
+def _check(folder: Path, state: dict[str, Any], model: dict[str, Tensor], engine: Engine) -> None:
+    if state["format"] != FORMAT:
+        raise UserError(f"{folder}: its format is {state['format']}, and this version reads {FORMAT}")
+    here, there = _shapes(engine.net.state_dict()), _shapes(model)
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"{folder}: a checkpoint of another network: {name} is {there.get(name, 'missing')} there "
+                f"and {here.get(name, 'missing')} here"
+            )
+    optimizer = type(engine.optimizer).__name__
+    if state["optimizer"] != optimizer:
+        raise UserError(
+            f"{folder}: its optimizer is {state['optimizer']}, and optim.name asks for {optimizer}"
+        )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

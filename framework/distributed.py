@@ -1,0 +1,236 @@
+"""Ranks: how they find each other, agree on errors and exchange a few tensors.
+
+Without ``start`` everything here behaves as the only rank of a run of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from framework.errors import UserError
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank() -> int:
+    """Number of this process, 0 to ``world_size() - 1``."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def launched_rank() -> int:
+    """Number that the launcher gave this process, known before ``start``."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which prints and writes files."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The GPU of this rank, or the CPU on a machine without one."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start() -> None:
+    """Join the other ranks: NCCL between GPUs, gloo on a machine without one.
+
+    Raises:
+        UserError: incomplete launch variables, or more ranks than GPUs on this machine.
+    """
+    os.environ.update(launch_variables(os.environ))
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {os.environ['RANK']} finds no GPU {local_rank()}: {socket.gethostname()} shows "
+                f"{torch.cuda.device_count()}; start at most that many processes on a machine"
+            )
+        torch.cuda.set_device(device())
+        dist.init_process_group("nccl", device_id=device())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and its warning
+        dist.init_process_group("gloo")
+
+
+def stop() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Values of ``LAUNCH_VARIABLES`` for this process.
+
+    The deepspeed launcher and torchrun set all five. Under ``srun`` with one task per rank they follow from
+    Slurm's variables, MASTER_ADDR and MASTER_PORT unless set. Otherwise the process runs alone, on a free
+    loopback port.
+
+    Raises:
+        UserError: RANK is set without the others, or the first node of a Slurm step can't be told.
+    """
+    if "RANK" in environment:
+        if missing := [name for name in LAUNCH_VARIABLES if name not in environment]:
+            raise UserError(
+                f"RANK is set but {missing[0]} is not: start with deepspeed, torchrun or srun, or unset RANK"
+            )
+        return {name: environment[name] for name in LAUNCH_VARIABLES}
+    # Only srun sets the step's variables. A plain python in a batch script sees SLURM_NTASKS of the
+    # whole job and would wait for ranks that nobody starts.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _slurm_variables(environment)
+    return dict(zip(LAUNCH_VARIABLES, ("0", "1", "0", "127.0.0.1", str(_free_port())), strict=True))
+
+
+def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    address = environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"])
+    # A pure function of job and step, so that all ranks agree, below the range of ephemeral ports.
+    port = 20000 + (int(environment["SLURM_JOB_ID"]) + 4999 * int(environment["SLURM_STEP_ID"])) % 12000
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_ADDR": address,
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
+    }
+
+
+def _first_host(nodes: str) -> str:
+    """First name of a Slurm node list such as ``gpu[3-4,7],login1``."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"scontrol can't expand {nodes} ({error}): set MASTER_ADDR to the first node"
+        ) from error
+    return names.stdout.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def same_outcome() -> Iterator[None]:
+    """All ranks leave the block alike: an exception on any of them becomes a ``UserError`` on every one.
+
+    The message is the same everywhere, so that rank 0 alone can print it; where ranks differ it has one
+    line per distinct message and names the ranks. An exception other than UserError is raised again, with
+    its traceback, where it happened. The block itself must not communicate: a rank that has left it can't answer.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if isinstance(failure, UserError):
+        message = str(failure)
+    else:
+        message = f"{type(failure).__name__}: {failure}" if failure else ""
+    messages = gather_text(message)
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    if any(messages):
+        raise UserError(_summary(messages)) from failure
+
+
+def _summary(messages: list[str]) -> str:
+    ranks: dict[str, list[str]] = {}
+    for number, message in enumerate(messages):
+        ranks.setdefault(message, []).append(str(number))
+    if len(ranks) == 1:
+        return messages[0]
+    return "\n".join(f"rank {','.join(where)}: {message}" for message, where in ranks.items() if message)
+
+
+def gather_text(text: str) -> list[str]:
+    """Every rank's text, in rank order, on every rank."""
+    if world_size() == 1:
+        return [text]
+    data = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8).to(device())
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device()))
+    longest = max(int(size) for size in sizes)
+    padded = nn.functional.pad(data, (0, longest - len(data)))
+    texts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(texts, padded)
+    return [bytes(t[: int(n) - 1].tolist()).decode() for t, n in zip(texts, sizes, strict=True)]
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's ``value`` (anything that JSON can hold) on every rank."""
+    return json.loads(gather_text(json.dumps(value) if is_main() else "")[0])
+
+
+def broadcast_weights(net: nn.Module) -> None:
+    """Overwrite every parameter and buffer with rank 0's."""
+    if world_size() == 1:
+        return
+    for tensor in [*net.parameters(), *net.buffers()]:
+        whole = tensor.detach().contiguous()
+        dist.broadcast(whole, src=0)
+        tensor.data.copy_(whole)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Average of ``x`` over the ranks (not differentiable)."""
+    if world_size() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x / world_size()
+
+
+def sum_over_ranks(number: int) -> int:
+    """Sum of a whole number over the ranks."""
+    return round(
+        float(mean_over_ranks(torch.tensor(number, dtype=torch.float64, device=device()))) * world_size()
+    )
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """Concatenate (n, ...) tensors of all ranks along dim 0, in rank order, to (world * n, ...).
+
+    Differentiable: every rank's loss depends on every rank's rows, so the gradient of the own rows is the sum
+    over ranks of what each sends back to them. All ranks must call it, and run its backward, in the same order.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]

@@ -1,0 +1,70 @@
+"""Engines: what averages gradients over ranks and steps the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from framework.distributed import broadcast_weights, device, world_size
+from framework.engines.step import Engine, OptimizerFactory, StepResult
+from framework.errors import UserError
+
+__all__ = ["Engine", "StepResult", "build"]
+
+
+def build(
+    name: str,
+    net: nn.Module,
+    make_optimizer: OptimizerFactory,
+    *,
+    batch_size: int,
+    accumulation: int = 1,
+    clip: float = 0.0,
+    zero_stage: int = 1,
+    deepspeed: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Move ``net`` to this rank's device, make all ranks start from rank 0's weights, and wrap it.
+
+    Args:
+        name: ``"deepspeed"``, ``"ddp"`` or ``"fsdp"``.
+        net: ``net(batch) -> StepOutput``, float32 (under ddp and fsdp also float64).
+        make_optimizer: e.g. ``partial(build_optimizer, name="lars")``; called once the parameters are in place.
+        batch_size: images per step over all ranks and micro-batches.
+        accumulation: micro-batches per step.
+        clip: largest norm of the whole averaged gradient; 0 for no clipping.
+        zero_stage: deepspeed only: 0, 1 or 2.
+        deepspeed: deepspeed only: further keys of DeepSpeed's configuration.
+
+    Raises:
+        UserError: another name; a ``deepspeed`` section that contradicts the recipe; batch size not divisible.
+    """
+    if batch_size % (accumulation * world_size()):
+        raise UserError(
+            f"train.batch_size={batch_size}: must be a multiple of {accumulation * world_size()} "
+            f"(train.accumulation={accumulation} x {world_size()} ranks)"
+        )
+    net.to(device())
+    broadcast_weights(net)
+    if name == "deepspeed":
+        from framework.engines.deepspeed import DeepSpeedEngine  # the library takes seconds to import
+
+        return DeepSpeedEngine(
+            net,
+            make_optimizer,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            clip=clip,
+            zero_stage=zero_stage,
+            section=deepspeed or {},
+        )
+    if name == "ddp":
+        from framework.engines.ddp import DDPEngine
+
+        return DDPEngine(net, make_optimizer, clip=clip)
+    if name == "fsdp":
+        from framework.engines.fsdp import FSDPEngine
+
+        return FSDPEngine(net, make_optimizer, clip=clip)
+    raise UserError(f"engine={name}: must be one of deepspeed, ddp, fsdp")

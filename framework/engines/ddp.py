@@ -1,0 +1,54 @@
+"""PyTorch's DistributedDataParallel: everything whole on every rank."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from framework.batch import Batch
+from framework.distributed import device
+from framework.engines import state
+from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, update
+
+
+class DDPEngine:
+    """See ``Engine``."""
+
+    def __init__(self, net: nn.Module, make_optimizer: OptimizerFactory, *, clip: float) -> None:
+        self.net = net
+        self.optimizer = make_optimizer(net)
+        self._clip = clip
+        self._ddp = DistributedDataParallel(
+            net,
+            device_ids=[device()] if device().type == "cuda" else None,
+            broadcast_buffers=False,  # SyncBatchNorm and the loss scales already keep them equal
+            gradient_as_bucket_view=True,
+        )
+
+    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+        tally = Tally()
+        for number, batch in enumerate(micro_batches, start=1):
+            with nullcontext() if number == len(micro_batches) else self._ddp.no_sync():
+                output = self._ddp(batch)
+                (output.loss / len(micro_batches)).backward()
+            tally.add(output)
+        result = tally.result()
+        update(self.optimizer, self.net, result, lr, self._clip)
+        return result
+
+    def model_state(self) -> dict[str, Tensor]:
+        return state.read_model(self.net)
+
+    def load_model_state(self, full: dict[str, Tensor]) -> None:
+        state.write_model(self.net, full)
+
+    def optimizer_state(self) -> OptimizerState:
+        return state.read_optimizer(self.optimizer, self.net)
+
+    def load_optimizer_state(self, full: OptimizerState) -> None:
+        state.write_optimizer(self.optimizer, self.net, full)
+
+    def close(self) -> None:
+        self._ddp.zero_grad()

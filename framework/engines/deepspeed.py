@@ -1,0 +1,113 @@
+"""DeepSpeed with ZeRO-0, 1 or 2. (``import deepspeed`` below is the library: imports are absolute.)"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from framework.batch import Batch
+from framework.distributed import device
+from framework.engines import partition, state
+from framework.engines.deepspeed_config import merged_config
+from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, set_learning_rate
+from framework.errors import UserError
+
+
+class DeepSpeedEngine:
+    """See ``Engine``.
+
+    DeepSpeed runs as fp32: precision and loss scales are the network's own business.
+
+    Raises:
+        UserError: the ``deepspeed:`` section contradicts the recipe, or DeepSpeed refuses it.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        make_optimizer: OptimizerFactory,
+        *,
+        batch_size: int,
+        accumulation: int,
+        clip: float,
+        zero_stage: int,
+        section: Mapping[str, Any],
+    ) -> None:
+        parameters = sum(p.numel() for p in net.parameters())
+        config = merged_config(
+            section,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            clip=clip,
+            zero_stage=zero_stage,
+            parameters=parameters,
+        )
+        _prepare_library(config)
+        self.net = net
+        self.optimizer = make_optimizer(net)
+        self._engine, *_ = deepspeed.initialize(model=net, optimizer=self.optimizer, config=config)
+        self._zero = self._engine.optimizer if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer) else None
+        self._groups = partition.partitioned_groups(self._zero, net) if self._zero else []
+        for group, partitioned in zip(self.optimizer.param_groups, self._groups, strict=False):
+            group["shard"] = partitioned.shard()
+
+    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+        tally = Tally()
+        for number, batch in enumerate(micro_batches, start=1):
+            output = self._engine(batch)
+            self._engine.backward(output.loss)  # divides by the number of micro-batches
+            tally.add(output)
+            if number < len(micro_batches):
+                self._engine.step()  # only counts
+        result = tally.result()
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.skip = result.skipped
+        self._engine.step()
+        if not result.skipped and not self._engine.was_step_applied():
+            raise UserError("the gradient's norm is not finite in fp32 or bf16: lower optim.lr, or check the data")
+        return result
+
+    def model_state(self) -> dict[str, Tensor]:
+        return state.read_model(self.net)
+
+    def load_model_state(self, full: dict[str, Tensor]) -> None:
+        state.write_model(self.net, full)
+        if self._zero:
+            self._zero.refresh_fp32_params()
+
+    def optimizer_state(self) -> OptimizerState:
+        if self._zero:
+            return partition.read_optimizer(self._zero, self._groups)
+        return state.read_optimizer(self.optimizer, self.net)
+
+    def load_optimizer_state(self, full: OptimizerState) -> None:
+        if self._zero:
+            partition.write_optimizer(self._zero, self._groups, full)
+        else:
+            state.write_optimizer(self.optimizer, self.net, full)
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+def _prepare_library(config: dict[str, Any]) -> None:
+    deepspeed.utils.logger.addFilter(_not_about_untested_optimizers)
+    if device().type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce: needs a compiler, and a killed build leaves a
+        # lock in the cache on which every later run waits for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
+        raise UserError(f"deepspeed: DeepSpeed refuses the section: {' '.join(str(error).split())}") from error
+
+
+def _not_about_untested_optimizers(record: logging.LogRecord) -> bool:
+    """This package's optimizers are tested under ZeRO; DeepSpeed can't know."""
+    return "untested optimizer" not in record.getMessage()

@@ -1,0 +1,96 @@
+"""The dictionary that DeepSpeed gets: the recipe's numbers, and whatever the ``deepspeed:`` section adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from framework.distributed import world_size
+from framework.errors import UserError
+
+# DeepSpeed key -> the recipe key that decides it.
+DECIDED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
+    "gradient_accumulation_steps": "train.accumulation",
+    "managed_gradient_accumulation": "train.accumulation",
+    "gradient_clipping": "optim.clip",
+    "gradient_allreduce_op": "optim.lr",
+    "optimizer": "optim",
+    "scheduler": "optim.warmup_epochs and train.epochs",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "zero_optimization.stage": "zero_stage",
+}
+
+# DeepSpeed key -> why it can't be had here.
+REFUSED = {
+    "pipeline": "the data-parallel engine has no pipeline",
+    "tensor_parallel": "convolutions are not split over ranks",
+    "sequence_parallel_size": "images have no sequence to split",
+    "expert_parallel": "there are no experts",
+    "hybrid_engine": "it is for generating text",
+    "data_efficiency": "the order of samples is the data loader's",
+    "curriculum_learning": "the order of samples is the data loader's",
+    "zero_optimization.offload_param": "it needs ZeRO-3, which frees weights that local gradients still need",
+    "zero_optimization.cpu_offload_param": "it needs ZeRO-3, which frees weights that local gradients still need",
+    "zero_optimization.offload_optimizer": "DeepSpeed offloads its own optimizers only",
+    "zero_optimization.cpu_offload": "DeepSpeed offloads its own optimizers only",
+    "zero_optimization.zenflow": "DeepSpeed offloads its own optimizers only",
+}
+
+
+def merged_config(
+    section: Mapping[str, Any], *, batch_size: int, accumulation: int, clip: float, zero_stage: int, parameters: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Args:
+        section: the recipe's ``deepspeed:`` section.
+        batch_size: images per step over all ranks and micro-batches.
+        accumulation: micro-batches per step.
+        clip: largest norm of the whole gradient; 0 for no clipping.
+        zero_stage: 0, 1 or 2.
+        parameters: number of trained scalars.
+
+    Raises:
+        UserError: ``section`` contradicts the recipe or asks for what can't be had; another ZeRO stage.
+    """
+    _check(section, zero_stage)
+    zero: dict[str, Any] = {
+        "stage": zero_stage,
+        # DeepSpeed reserves this many elements at every backward pass, 2 GB if left alone.
+        "reduce_bucket_size": min(parameters, 500_000_000),
+    }
+    if zero_stage:
+        zero["compute_grad_norm"] = clip > 0
+    return {
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at every micro-batch
+        **section,
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": batch_size // (accumulation * world_size()),
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,  # DeepSpeed clips at 1.0 if left alone
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {**zero, **section.get("zero_optimization", {})},
+    }
+
+
+def _check(section: Mapping[str, Any], zero_stage: int) -> None:
+    if zero_stage not in (0, 1, 2):
+        raise UserError(
+            f"zero_stage={zero_stage}: must be 0, 1 or 2; ZeRO-3 would free weights that local gradients still need "
+            "(engine=fsdp shards weights too)"
+        )
+    zero = section.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        raise UserError(f"deepspeed.zero_optimization={zero}: must be a section of DeepSpeed's keys")
+    for key in [*section, *(f"zero_optimization.{key}" for key in zero)]:
+        if key in DECIDED:
+            raise UserError(f"deepspeed.{key}: the recipe decides this; set {DECIDED[key]}")
+        if key in REFUSED:
+            raise UserError(f"deepspeed.{key}: {REFUSED[key]}")

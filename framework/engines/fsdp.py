@@ -1,0 +1,63 @@
+"""PyTorch's FSDP2: parameters, gradients and optimizer sharded between steps, whole during the forward pass.
+
+Only the root is wrapped. The forward pass of a local network also computes every gradient, and a segment
+wrapped on its own would free its weights before they are used for that.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from framework.batch import Batch
+from framework.distributed import device, world_size
+from framework.engines import state
+from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, update
+from framework.errors import UserError
+
+
+class FSDPEngine:
+    """See ``Engine``.
+
+    Raises:
+        UserError: the network or a part of it was wrapped before.
+    """
+
+    def __init__(self, net: nn.Module, make_optimizer: OptimizerFactory, *, clip: float) -> None:
+        for name, module in net.named_modules():
+            if isinstance(module, FSDPModule):
+                raise UserError(
+                    f"engine=fsdp: {name or 'the network'} is wrapped by fully_shard already; only the whole "
+                    "network may be, and the engine does it"
+                )
+        self.net = net
+        self._root: FSDPModule = fully_shard(net, mesh=init_device_mesh(device().type, (world_size(),)))
+        self.optimizer = make_optimizer(net)
+        self._clip = clip
+
+    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+        tally = Tally()
+        for number, batch in enumerate(micro_batches, start=1):
+            self._root.set_requires_gradient_sync(number == len(micro_batches))
+            output = self.net(batch)
+            (output.loss / len(micro_batches)).backward()
+            tally.add(output)
+        result = tally.result()
+        update(self.optimizer, self.net, result, lr, self._clip)
+        return result
+
+    def model_state(self) -> dict[str, Tensor]:
+        return state.read_model(self.net)
+
+    def load_model_state(self, full: dict[str, Tensor]) -> None:
+        state.write_model(self.net, full)
+
+    def optimizer_state(self) -> OptimizerState:
+        return state.read_optimizer(self.optimizer, self.net)
+
+    def load_optimizer_state(self, full: OptimizerState) -> None:
+        state.write_optimizer(self.optimizer, self.net, full)
+
+    def close(self) -> None:
+        self.net.zero_grad()

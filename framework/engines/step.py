@@ -1,0 +1,93 @@
+"""What every engine does around its own way of averaging gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from framework.batch import Batch, StepOutput
+from framework.distributed import mean_over_ranks
+from framework.optim import SkippableOptimizer
+
+OptimizerFactory = Callable[[nn.Module], SkippableOptimizer]
+OptimizerState = dict[str, dict[str, Tensor]]
+
+
+class StepResult(NamedTuple):
+    """Outcome of one optimizer step.
+
+    Attributes:
+        unit_losses: (U,) averaged over micro-batches and ranks; still on the device.
+        skipped: fp16 overflow in some micro-batch on some rank: weights and optimizer are as before.
+    """
+
+    unit_losses: Tensor
+    skipped: bool
+
+
+class Engine(Protocol):
+    """Runs a network on every rank as if one process saw the whole batch.
+
+    States are canonical: full CPU tensors by parameter name, on rank 0 and empty elsewhere when read, given
+    to every rank when loaded. So they move between engines, ZeRO stages and numbers of ranks. Reading and
+    loading are collective.
+    """
+
+    net: nn.Module
+    optimizer: SkippableOptimizer
+
+    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+        """One optimizer step on this rank's micro-batches, as many as ``accumulation``."""
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers."""
+
+    def load_model_state(self, state: dict[str, Tensor]) -> None:
+        """Overwrite parameters and buffers; names and shapes must match."""
+
+    def optimizer_state(self) -> OptimizerState:
+        """State of each parameter, e.g. ``{"heads.0.fc.weight": {"momentum_buffer": ...}}``."""
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Overwrite the optimizer's state; a parameter that is missing starts afresh."""
+
+    def close(self) -> None:
+        """Take the engine's hooks off the network."""
+
+
+class Tally:
+    """Collects the outputs of a step's micro-batches."""
+
+    def __init__(self) -> None:
+        self._unit_losses: list[Tensor] = []
+        self._overflows: list[Tensor] = []
+
+    def add(self, output: StepOutput) -> None:
+        """Note the losses and the overflow flag of one micro-batch."""
+        self._unit_losses.append(output.unit_losses)
+        if output.overflow is not None:
+            self._overflows.append(output.overflow)
+
+    def result(self) -> StepResult:
+        """Averages over micro-batches and ranks. In fp16 this waits for the GPU; otherwise it does not."""
+        losses = mean_over_ranks(torch.stack(self._unit_losses).mean(0))
+        return StepResult(losses, bool(self._overflows) and bool(torch.stack(self._overflows).any()))
+
+
+def update(optimizer: SkippableOptimizer, net: nn.Module, result: StepResult, lr: float, clip: float) -> None:
+    """Step an optimizer whose parameters hold averaged gradients, then drop the gradients."""
+    set_learning_rate(optimizer, lr)
+    if not result.skipped:
+        if clip > 0:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def set_learning_rate(optimizer: SkippableOptimizer, lr: float) -> None:
+    """The same rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

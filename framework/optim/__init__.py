@@ -1,0 +1,83 @@
+"""Optimizers. All of them can be told to let a step pass: see ``Skippable``."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from framework.errors import UserError
+from framework.optim.groups import parameter_groups
+from framework.optim.lars import LARS
+from framework.optim.schedule import learning_rate
+
+__all__ = ["LARS", "SGD", "AdamW", "SkippableOptimizer", "build_optimizer", "learning_rate", "parameter_groups"]
+
+
+class SkippableOptimizer(Protocol):
+    """A ``torch.optim.Optimizer`` whose ``step`` leaves weights, state and counters alone while ``skip`` is set."""
+
+    skip: bool
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def step(self) -> None: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+
+class SGD(torch.optim.SGD):
+    """PyTorch's SGD, skippable."""
+
+    skip = False
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step, or none if ``skip`` is set."""
+        if not self.skip:
+            super().step()
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW, skippable."""
+
+    skip = False
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step, or none if ``skip`` is set."""
+        if not self.skip:
+            super().step()
+
+
+def build_optimizer(
+    net: nn.Module,
+    *,
+    name: str = "lars",
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 1e-6,
+    trust: float = 0.001,
+) -> LARS | SGD | AdamW:
+    """An optimizer over ``parameter_groups(net)``. Its learning rate is 0 until someone sets one.
+
+    Args:
+        net: the network, already sharded if FSDP2 is to shard it.
+        name: ``"lars"``, ``"sgd"`` or ``"adamw"`` (with PyTorch's betas, and decoupled decay).
+        momentum: lars and sgd.
+        nesterov: sgd only.
+        weight_decay: of weights; norm parameters and biases get none.
+        trust: lars only.
+
+    Raises:
+        UserError: another name, or ``nesterov`` with an optimizer that has none.
+    """
+    groups = parameter_groups(net, weight_decay)
+    if nesterov and name != "sgd":
+        raise UserError(f"optim.nesterov=true: only sgd has it, and optim.name={name}")
+    if name == "lars":
+        return LARS(groups, lr=0.0, momentum=momentum, trust=trust)
+    if name == "sgd":
+        return SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
+    if name == "adamw":
+        return AdamW(groups, lr=0.0)
+    raise UserError(f"optim.name={name}: must be one of lars, sgd, adamw")

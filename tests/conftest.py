@@ -1,0 +1,32 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from pool import Pool, start_server
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: the full grids; run with -m slow")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any("pool" in getattr(item, "fixturenames", ()) for item in session.items):
+        start_server()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], Pool]]:
+    """``pool(world_size)``: the standing pool of that many ranks, started on first use."""
+    pools: dict[int, Pool] = {}
+
+    def get(world_size: int) -> Pool:
+        if world_size not in pools or pools[world_size].closed:
+            pools[world_size] = Pool(world_size)
+        return pools[world_size]
+
+    yield get
+    for standing in pools.values():
+        standing.close()
