@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -102,6 +103,7 @@ def _prepare_library(config: dict[str, Any]) -> None:
         # DeepSpeed would compile a shared-memory all-reduce: needs a compiler, and a killed build leaves a
         # lock in the cache on which every later run waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     try:
         deepspeed.DeepSpeedConfig(config)
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:

@@ -1,0 +1,176 @@
+"""The whole way from a recipe to a run folder, in one process and on ranks; resuming; errors that users meet."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from pool import Pool
+from safetensors.torch import load_file
+
+from framework import config
+from framework.errors import UserError
+from framework.metrics import read_log
+from framework.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+SMALL = ["network.name=resnet8", "data.image_size=8", "train.batch_size=64", "evaluate.knn=false"]
+PoolOf = Callable[[int], Pool]
+
+
+def arguments(folder: Path, *overrides: str, recipe: Path = RECIPE) -> list[str]:
+    """Command line of a small run in ``folder``."""
+    return [str(recipe), f"data.path={folder / 'digits'}", f"run_dir={folder / 'run'}", *SMALL, *overrides]
+
+
+def run(argv: list[str]) -> str:
+    """Train on this rank; the error's text if there is one."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            train(config.load(argv))
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def steps(log: Path) -> list[dict[str, float]]:
+    """The losses of every step."""
+    return [entry["losses"] for entry in read_log(log) if "losses" in entry]
+
+
+def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
+    argv = arguments(tmp_path, "train.max_steps=3", "evaluate.knn=true")
+    assert pool(1).run(run, argv) == [""]
+    folder = tmp_path / "run"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["method"] == "loco" and result["steps"] == 3
+    assert {"knn_top1", "linear_top1", "images_per_second", "peak_memory_bytes", "versions"} <= set(result)
+    assert 98 < result["knn_top1_pixels"] < 99
+    assert (folder / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    again = config.load([str(folder / "recipe.yaml")])
+    assert again == config.load(argv)
+    backbone = timm.create_model("resnet8", num_classes=0, checkpoint_path=str(folder / "backbone.safetensors"))
+    model = load_file(folder / "checkpoints" / "step-00000003" / "model.safetensors")
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, model[f"backbone.{name}"]), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("engine", ["deepspeed", "ddp", "fsdp"])
+def test_a_resumed_run_is_bitwise_that_of_an_undisturbed_one(
+    tmp_path: Path, pool: PoolOf, ranks: int, engine: str
+) -> None:
+    common = [f"engine={engine}", "train.epochs=1", "optim.warmup_epochs=0.2", "checkpoint.every_steps=2"]
+    if engine != "deepspeed" and ranks == 1:
+        pytest.skip("covered by two ranks")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert set(pool(ranks).run(run, arguments(straight, *common, "train.max_steps=5"))) == {""}
+    assert set(pool(ranks).run(run, arguments(broken, *common, "train.max_steps=3"))) == {""}
+    assert set(pool(ranks).run(run, arguments(broken, *common, "train.max_steps=5"))) == {""}
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(f / "run" / "checkpoints" / "step-00000005" / name) for f in (broken, straight))
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert torch.equal(ours[key], theirs[key]), key
+    assert steps(broken / "run" / "metrics.jsonl") == steps(straight / "run" / "metrics.jsonl")
+
+
+def test_a_run_moves_between_engines_and_numbers_of_ranks(tmp_path: Path, pool: PoolOf) -> None:
+    """The numbers stay those of one process, to float32's rounding."""
+    common = ["train.epochs=1", "optim.warmup_epochs=0.2", "network.sync_bn=true"]
+    assert pool(1).run(run, arguments(tmp_path / "one", *common, "train.max_steps=6")) == [""]
+    moving = tmp_path / "moving"
+    for ranks, engine, last in [(2, "deepspeed", 2), (4, "fsdp", 4), (1, "ddp", 6)]:
+        argv = arguments(moving, *common, f"engine={engine}", f"train.max_steps={last}")
+        assert set(pool(ranks).run(run, argv)) == {""}
+    ours, theirs = (steps(f / "run" / "metrics.jsonl") for f in (moving, tmp_path / "one"))
+    for a, b in zip(ours, theirs, strict=True):
+        for unit in b:
+            assert a[unit] == pytest.approx(b[unit], rel=1e-4), unit
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pool: PoolOf) -> None:
+    good = ["train.max_steps=2", "checkpoint.every_steps=1"]
+    assert pool(1).run(run, arguments(tmp_path, *good)) == [""]
+    (message,) = pool(1).run(run, arguments(tmp_path, "train.max_steps=9", "optim.lr=1e30", "optim.name=sgd"))
+    assert "optimizer is LARS, and optim.name asks for SGD" in message
+    (message,) = pool(1).run(run, arguments(tmp_path, "train.max_steps=9", "optim.lr=1e35", "optim.warmup_epochs=0"))
+    assert message.startswith("the loss of unit layer") and "at step 3" in message and "optim.lr=1e+35" in message
+    kept = sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000001", "step-00000002"]
+
+
+BAD = [
+    (["network.cut=block", "method.window=7"], "method.window=7: the network has 3 segments, so 1 to 3"),
+    (["network.name=resnet9"], "network.name=resnet9: no such network"),
+    (["network.args.zero_int=true"], "network.args"),
+    (["data.path={tmp}/nowhere", "data.source=shards"], "{tmp}/nowhere/train: no such folder"),
+    (["data.num_classes=5"], "data.num_classes=5: {tmp}/digits/train has labels up to 9, so at least 10"),
+    (["train.batch_size=65", "train.accumulation=2"], "batch_size=65"),
+    (["train.batch_size=4096"], "holds 1437 samples, fewer than batch_size=4096"),
+    (["zero_stage=3"], "zero_stage=3: must be one of 0, 1, 2"),
+    (["deepspeed.zero_optimization.stage=2"], "deepspeed.zero_optimization.stage: the recipe decides this"),
+    (["deepspeed.fp16.enabled=true"], "deepspeed.fp16: the recipe decides this; set train.precision"),
+    (["resume={tmp}/none"], "{tmp}/none: manifest.json can't be read"),
+    (["optim.nesterov=true"], "optim.nesterov=true: only sgd has it"),
+    (["optim.learning_rate=1"], "optim.learning_rate=1: unknown key; the nearest is"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_is_named_and_damages_nothing(
+    tmp_path: Path, pool: PoolOf, overrides: list[str], message: str, ranks: int
+) -> None:
+    filled = [o.format(tmp=tmp_path) for o in overrides]
+    messages = pool(ranks).run(run, arguments(tmp_path, *filled))
+    assert len(set(messages)) == 1, messages
+    assert message.format(tmp=tmp_path) in messages[0]
+    assert "\n" not in messages[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_never_does_not_mix_two_runs(tmp_path: Path, pool: PoolOf) -> None:
+    assert pool(1).run(run, arguments(tmp_path, "train.max_steps=1")) == [""]
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (message,) = pool(1).run(run, arguments(tmp_path, "train.max_steps=1", "resume=never"))
+    assert "already holds step-00000001" in message
+    (message,) = pool(1).run(run, arguments(tmp_path, "network.name=resnet14"))
+    assert "a checkpoint of another network: backbone.layer1.1" in message
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def launch(*argv: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """The command line as users have it."""
+    program = Path(sys.executable).with_name("deepspeed")
+    command = [str(program), "--num_gpus", str(ranks), "framework/train.py", *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def test_the_launcher_prints_an_error_once_and_fails(tmp_path: Path) -> None:
+    done = launch(*arguments(tmp_path, "method.windw=2"), ranks=2)
+    assert done.returncode != 0
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert lines == ["error: command line: method.windw=2: unknown key for the method chosen; the nearest is method.window"]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "score", "least"), [("quickstart", "knn_top1", 95), ("quickstart_mlaan", "test_top1", 97)])
+def test_the_quick_starts_learn(tmp_path: Path, recipe: str, score: str, least: float) -> None:
+    done = launch(f"recipes/{recipe}.yaml", f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'digits'}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result[score] >= least
+    assert result["knn_top1"] > result["knn_top1_untrained"]
+    assert "raw pixels" in done.stdout
