@@ -75,8 +75,8 @@ def score(recipe: Recipe, net: LocalNetwork, untrained: LocalNetwork, splits: Sp
 
 def show(scores: dict[str, float], result: dict[str, Any], run_dir: Path) -> None:
     """Print the scores as a table, and where everything is."""
-    table = Table(title=f"{result['name']}: top-1 in per cent on the held-out split")
-    table.add_column("")
+    table = Table()
+    table.add_column("top-1 in %")
     columns = {"": "trained", "_untrained": "untrained", "_pixels": "raw pixels"}
     for column in columns.values():
         table.add_column(column, justify="right")
@@ -86,6 +86,7 @@ def show(scores: dict[str, float], result: dict[str, Any], run_dir: Path) -> Non
             table.add_row(label, *cells)
     console = Console()
     if scores:
+        console.print(f"{result['name']}, scored on the held-out split:", highlight=False)
         console.print(table)
     console.print(
         f"{result['steps']} steps, {result['images_per_second']:.0f} images/s; "

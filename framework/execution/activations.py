@@ -69,4 +69,4 @@ class _Saved:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage()._cdata  # tells fake tensors apart too, whose address is always 0

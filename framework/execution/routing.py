@@ -239,12 +239,12 @@ class _HandOver(torch.autograd.Function):
     """The loss as a function of all parameters, whose gradients are known already."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of this step were handed over already: call the network again")

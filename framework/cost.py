@@ -1,0 +1,183 @@
+"""What a plan costs, counted without running it: parameters, FLOPs and the activations that autograd keeps.
+
+Everything happens with PyTorch's fake tensors, which have shapes and no values: ResNet-152 at the recipe's
+batch takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from framework import network as networks
+from framework.batch import Batch
+from framework.config import Recipe
+from framework.execution import LocalNetwork
+from framework.execution.activations import LiveActivations
+from framework.model import local_network
+
+
+@dataclass(frozen=True)
+class SegmentCost:
+    """One segment on one rank's micro-batch.
+
+    Attributes:
+        name: of the segment.
+        parameters: trainable scalars.
+        flops: forward, a multiply-add counting as two.
+        activation_bytes: what autograd saves for its backward.
+    """
+
+    name: str
+    parameters: int
+    flops: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """One local unit on one rank's micro-batch.
+
+    Attributes:
+        name: of the unit.
+        first: lowest segment of the window.
+        last: highest.
+        head: what the head's trunk is made of.
+        parameters: trainable scalars of the head.
+        flops: forward of the head.
+        activation_bytes: most that window and head keep alive at once.
+        weight: of the loss.
+    """
+
+    name: str
+    first: int
+    last: int
+    head: str
+    parameters: int
+    flops: int
+    activation_bytes: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """A whole plan.
+
+    Attributes:
+        segments: in forward order.
+        units: in the plan's order.
+        images: in the micro-batch that was counted, all views together.
+        peak_activation_bytes: most that autograd holds at once in a routed step.
+        end_to_end_activation_bytes: the same with one loss on top of the network.
+        memory_saving: end-to-end / this plan, as in LoCo Table 7.
+    """
+
+    segments: tuple[SegmentCost, ...]
+    units: tuple[UnitCost, ...]
+    images: int
+    peak_activation_bytes: int
+    end_to_end_activation_bytes: int
+    memory_saving: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
+    """Count the recipe's plan on a micro-batch of ``images`` images, each in all its views.
+
+    Raises:
+        UserError: as ``local_network``.
+    """
+    with FakeTensorMode():
+        net = _network(recipe, recipe.method.name, recipe.method.options, num_classes)
+        end_to_end = _network(recipe, "bp" if net.plan.supervised else "simclr", None, num_classes)
+        batch = _batch(net, images, recipe.data.image_size)
+        peak, reference = _peak(net, batch), _peak(end_to_end, batch)
+        return PlanCost(
+            tuple(_segment_costs(net, batch)),
+            tuple(_unit_costs(net, batch)),
+            len(batch.images),
+            peak,
+            reference,
+            reference / peak,
+        )
+
+
+def _network(recipe: Recipe, method: str, options: Any, num_classes: int) -> LocalNetwork:
+    return local_network(
+        networks.create(recipe.network.name, **recipe.network.args),
+        method,
+        options,
+        image_size=recipe.data.image_size,
+        num_classes=num_classes,
+        cut=recipe.network.cut,
+        precision=recipe.train.precision,
+    ).train()
+
+
+def _batch(net: LocalNetwork, images: int, image_size: int) -> Batch:
+    pixels = torch.empty(images * net.plan.views, 3, image_size, image_size)
+    return Batch(pixels, torch.empty(images, dtype=torch.int64), net.plan.views)
+
+
+def _peak(net: LocalNetwork, batch: Batch) -> int:
+    with LiveActivations([*net.parameters(), *net.buffers(), batch.images]) as live:
+        net(batch)
+    return live.peak
+
+
+def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
+    x = batch.images
+    for segment in net.segments:
+        flops, saved, x = _forward(segment, x, net)
+        yield SegmentCost(segment.name, sum(p.numel() for p in segment.parameters()), flops, saved)
+
+
+def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
+    for unit in net.plan.units:
+        x = batch.images
+        with torch.no_grad():
+            for segment in net.segments[: unit.first]:
+                x = segment(x)
+        with LiveActivations([*net.parameters(), *net.buffers(), batch.images]) as live:
+            x = x.detach().requires_grad_(unit.first > 0)
+            for segment in net.segments[unit.first : unit.last + 1]:
+                x = segment(x)
+            with FlopCounterMode(display=False) as counter:
+                unit.head(x, batch)
+        parameters = sum(p.numel() for p in unit.head.parameters() if p.requires_grad)
+        yield UnitCost(
+            unit.name,
+            unit.first,
+            unit.last,
+            _describe(unit.head),
+            parameters,
+            counter.get_total_flops(),
+            live.peak,
+            unit.weight,
+        )
+
+
+def _forward(run: Callable[[Tensor], Tensor], x: Tensor, net: nn.Module) -> tuple[int, int, Tensor]:
+    x = x.detach()
+    with (
+        LiveActivations([*net.parameters(), *net.buffers(), x]) as live,
+        FlopCounterMode(display=False) as counter,
+    ):
+        x = run(x)
+    return counter.get_total_flops(), live.peak, x
+
+
+def _describe(head: nn.Module) -> str:
+    """The head's layers with weights, in order, such as ``Bottleneck, 2 Linear``."""
+    layers = [type(m).__name__ for m in head.trunk if any(True for _ in m.parameters())]  # type: ignore[union-attr]
+    kinds = [kind for kind in dict.fromkeys(layers) if "BatchNorm" not in kind]
+    return ", ".join(f"{layers.count(k)} {k}" if layers.count(k) > 1 else k for k in kinds)
