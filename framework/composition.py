@@ -34,9 +34,9 @@ class Source(NamedTuple):
 
 
 def recipe_files(path: Path) -> list[Source]:
-    """The recipe at ``path`` and those that its ``defaults:`` list names, from the same folder.
+    """The recipe at ``path`` and those that its ``defaults:`` list names, from the same folder or below it.
 
-    Hydra finds them and says in which order they go over each other, the first one undermost.
+    A recipe in a subfolder sets the same keys as any other, unlike a group of Hydra's. Hydra finds them and says in which order they go over each other, the first one undermost.
 
     Raises:
         UserError: no such file (the nearest names are listed), no valid YAML (with the line), a default that
@@ -54,7 +54,7 @@ def recipe_files(path: Path) -> list[Source]:
                 if not isinstance(tree, dict):
                     raise UserError(f"{file}: must hold key: value lines")
                 tree.pop("defaults", None)
-                sources.append(Source(str(file), _nested(entry.package, tree) if entry.package else tree))
+                sources.append(Source(str(file), tree))
     return sources
 
 

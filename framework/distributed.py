@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from framework.errors import UserError
+from framework.errors import LocalError, UserError
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -61,7 +61,7 @@ def start() -> None:
     os.environ.update(launch_variables(os.environ))
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
-            raise UserError(
+            raise LocalError(
                 f"rank {os.environ['RANK']} finds no GPU {local_rank()}: {socket.gethostname()} shows "
                 f"{torch.cuda.device_count()}; start at most that many processes on a machine"
             )
@@ -225,12 +225,12 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]

@@ -8,10 +8,6 @@ import pytest
 from pool import Pool, start_server
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: the full grids; run with -m slow")
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     if any("pool" in getattr(item, "fixturenames", ()) for item in session.items):
         start_server()

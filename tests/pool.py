@@ -61,7 +61,9 @@ class Pool:
             waiting = [c for rank, c in enumerate(self._connections) if rank not in results]
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._fail(f"ranks {[r for r in range(len(self._connections)) if r not in results]}: {timeout} s passed")
+                self._fail(
+                    f"ranks {[r for r in range(len(self._connections)) if r not in results]}: {timeout} s passed"
+                )
             for connection in ready:
                 rank = self._connections.index(connection)
                 results[rank] = self._receive(rank)

@@ -18,7 +18,10 @@ SHAPES = [(4, 3, 3, 3), (4,), (5, 36), (5,), (7, 5)]
 
 def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in SHAPES]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in SHAPES
+    ]
 
 
 def gradient(parameter: Tensor, step: int, number: int) -> Tensor:
@@ -33,7 +36,9 @@ def groups(params: list[nn.Parameter]) -> list[dict[str, object]]:
     ]
 
 
-def step_all(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: int, lr: float = 2.0) -> None:
+def step_all(
+    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: int, lr: float = 2.0
+) -> None:
     for step in range(steps):
         for number, p in enumerate(params):
             p.grad = gradient(p, step, number)
@@ -133,7 +138,11 @@ def test_a_skipped_step_leaves_weights_state_and_counters(name: str) -> None:
     optimizer.skip = True
     step_all(optimizer, params, steps=1)
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
-    assert all(torch.equal(optimizer.state[p][k], v) for p, s in zip(params, states, strict=True) for k, v in s.items())
+    assert all(
+        torch.equal(optimizer.state[p][k], v)
+        for p, s in zip(params, states, strict=True)
+        for k, v in s.items()
+    )
     optimizer.skip = False
     step_all(optimizer, params, steps=1)
     assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))

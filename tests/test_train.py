@@ -58,7 +58,9 @@ def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
     assert (folder / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
     again = config.load([str(folder / "recipe.yaml")])
     assert again == config.load(argv)
-    backbone = timm.create_model("resnet8", num_classes=0, checkpoint_path=str(folder / "backbone.safetensors"))
+    backbone = timm.create_model(
+        "resnet8", num_classes=0, checkpoint_path=str(folder / "backbone.safetensors")
+    )
     model = load_file(folder / "checkpoints" / "step-00000003" / "model.safetensors")
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, model[f"backbone.{name}"]), name
@@ -77,7 +79,9 @@ def test_a_resumed_run_is_bitwise_that_of_an_undisturbed_one(
     assert set(pool(ranks).run(run, arguments(broken, *common, "train.max_steps=3"))) == {""}
     assert set(pool(ranks).run(run, arguments(broken, *common, "train.max_steps=5"))) == {""}
     for name in ("model.safetensors", "optimizer.safetensors"):
-        ours, theirs = (load_file(f / "run" / "checkpoints" / "step-00000005" / name) for f in (broken, straight))
+        ours, theirs = (
+            load_file(f / "run" / "checkpoints" / "step-00000005" / name) for f in (broken, straight)
+        )
         assert ours.keys() == theirs.keys()
         for key in theirs:
             assert torch.equal(ours[key], theirs[key]), key
@@ -103,8 +107,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pool: PoolOf) -
     assert pool(1).run(run, arguments(tmp_path, *good)) == [""]
     (message,) = pool(1).run(run, arguments(tmp_path, "train.max_steps=9", "optim.lr=1e30", "optim.name=sgd"))
     assert "optimizer is LARS, and optim.name asks for SGD" in message
-    (message,) = pool(1).run(run, arguments(tmp_path, "train.max_steps=9", "optim.lr=1e35", "optim.warmup_epochs=0"))
-    assert message.startswith("the loss of unit layer") and "at step 3" in message and "optim.lr=1e+35" in message
+    (message,) = pool(1).run(
+        run, arguments(tmp_path, "train.max_steps=9", "optim.lr=1e35", "optim.warmup_epochs=0")
+    )
+    assert (
+        message.startswith("the loss of unit layer")
+        and "at step 3" in message
+        and "optim.lr=1e+35" in message
+    )
     kept = sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000001", "step-00000002"]
 
@@ -161,12 +171,16 @@ def test_the_launcher_prints_an_error_once_and_fails(tmp_path: Path) -> None:
     done = launch(*arguments(tmp_path, "method.windw=2"), ranks=2)
     assert done.returncode != 0
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
-    assert lines == ["error: command line: method.windw=2: unknown key for the method chosen; the nearest is method.window"]
+    assert lines == [
+        "error: command line: method.windw=2: unknown key for the method chosen; the nearest is method.window"
+    ]
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "score", "least"), [("quickstart", "knn_top1", 95), ("quickstart_mlaan", "test_top1", 97)])
+@pytest.mark.parametrize(
+    ("recipe", "score", "least"), [("quickstart", "knn_top1", 95), ("quickstart_mlaan", "test_top1", 97)]
+)
 def test_the_quick_starts_learn(tmp_path: Path, recipe: str, score: str, least: float) -> None:
     done = launch(f"recipes/{recipe}.yaml", f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'digits'}")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,8 @@
-"""A few training steps of a small network: once in a plain loop, once with an engine on the ranks of a pool."""
+"""A few training steps: once in a plain loop, once with an engine on the ranks of a pool.
+
+Two networks. ``Dyadic`` has gradients that sum without rounding in any order, so that engines must agree with
+the plain loop to the last bit. A real ``LocalNetwork`` has collectives of its own; float64 shows its equality.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from framework import engines
-from framework.batch import Batch
+from framework.batch import Batch, StepOutput
 from framework.distributed import is_main, rank, world_size
 from framework.model import local_network
 from framework.optim import build_optimizer
 
-BASE_LR = {"lars": 5.0, "sgd": 0.05, "adamw": 0.002}
+BASE_LR = {"lars": 0.5, "sgd": 0.002, "adamw": 0.0005}
 IMAGES, SIZE, CLASSES = 16, 16, 4
+WEIGHT_DECAY = 1e-3
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and with what."""
+    """What is trained, and with what. ``method`` is a local method, or "dyadic"."""
 
-    method: str = "loco"
+    method: str = "dyadic"
     optimizer: str = "lars"
     engine: str = "deepspeed"
     zero_stage: int = 1
@@ -33,6 +38,10 @@ class Case:
     dtype: str = "float32"
     precision: str = "fp32"
     deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        default = asdict(Case())
+        return " ".join(f"{k}={v}" for k, v in asdict(self).items() if v != default[k]) or "default"
 
     @property
     def views(self) -> int:
@@ -47,7 +56,36 @@ class Run(NamedTuple):
     losses: Tensor
 
 
-def network(case: Case) -> nn.Module:
+class Dyadic(nn.Module):
+    """Gradients are small multiples of 1/256: averages over 2, 4 or 8 parts are exact, whatever the order.
+
+    An image whose first pixel is infinite makes the step overflow, as float16 would.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        # No size fits a partition; the largest spans several of them.
+        shapes = [(5, 3), (3,), (31, 7), (1,), (2, 2, 3, 3), (6,)]
+        self.weights = nn.ParameterList(torch.randn(shape, generator=generator) for shape in shapes)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, batch: Batch) -> StepOutput:
+        digits = (batch.images.flatten(1)[:, :8] * 16).round() / 256
+        loss = digits.new_zeros(())
+        for number, weight in enumerate(self.weights):
+            pattern = torch.arange(weight.numel()).remainder(number + 3).view_as(weight) - 1
+            loss = loss + (weight * pattern).sum() * digits[:, number].mean()
+        self.seen += 1
+        overflow = (~torch.isfinite(batch.images)).any().float()
+        if world_size() > 1:
+            torch.distributed.all_reduce(overflow)
+        return StepOutput(loss, digits.mean(0), overflow > 0)
+
+
+def network(case: Case) -> Any:
+    if case.method == "dyadic":
+        return Dyadic()
     torch.manual_seed(0)
     net = local_network(
         "resnet8", case.method, image_size=SIZE, num_classes=CLASSES, precision=case.precision, sync_bn=True
@@ -56,31 +94,36 @@ def network(case: Case) -> nn.Module:
 
 
 def micro_batches(case: Case, step: int, part: int = 0, parts: int = 1) -> list[Batch]:
-    """This rank's part of every micro-batch of a step, the way the loader slices them."""
+    """This rank's part of every micro-batch of a step, sliced as the loader slices them."""
     generator = torch.Generator().manual_seed(step)
-    images = torch.randn(case.views, IMAGES, 3, SIZE, SIZE, generator=generator).to(getattr(torch, case.dtype))
+    # Blobs of colour, of which a view is a noisy copy. Plain noise would look alike to a network that pools
+    # it, and the BatchNorm of a head would blow rounding errors up to the size of the signal.
+    blobs = torch.randn(1, IMAGES, 3, 4, 4, generator=generator)
+    blobs = blobs.repeat_interleave(SIZE // 4, 3).repeat_interleave(SIZE // 4, 4)
+    noise = torch.randn(case.views, IMAGES, 3, SIZE, SIZE, generator=generator)
+    images = (blobs + 0.3 * noise).to(getattr(torch, case.dtype))
     labels = torch.randint(CLASSES, (IMAGES,), generator=generator)
     batches = []
     for x, y in zip(images.chunk(case.accumulation, 1), labels.chunk(case.accumulation), strict=True):
-        x, y = x.chunk(parts, 1)[part], y.chunk(parts)[part]
-        batches.append(Batch(x.flatten(0, 1), y, case.views))
+        mine = x.chunk(parts, 1)[part].flatten(0, 1)
+        batches.append(Batch(mine, y.chunk(parts)[part], case.views))
     return batches
 
 
 def optimizer_factory(case: Case) -> partial[Any]:
-    return partial(build_optimizer, name=case.optimizer, weight_decay=1e-3)
+    return partial(build_optimizer, name=case.optimizer, weight_decay=WEIGHT_DECAY)
 
 
 def learning_rate(case: Case, step: int) -> float:
     return BASE_LR[case.optimizer] * (1.0, 0.5, 0.8)[step % 3]
 
 
-def plain(case: Case) -> Run:
+def plain(case: Case, steps: range | None = None) -> Run:
     """The definition: one process, the global micro-batches, PyTorch and nothing else."""
     net = network(case)
     optimizer = optimizer_factory(case)(net)
     losses = []
-    for step in range(case.steps):
+    for step in steps or range(case.steps):
         outputs = []
         for batch in micro_batches(case, step):
             output = net(batch)
@@ -100,7 +143,7 @@ def plain(case: Case) -> Run:
 def build(case: Case, net: nn.Module | None = None) -> engines.Engine:
     return engines.build(
         case.engine,
-        net if net is not None else network(case),
+        network(case) if net is None else net,
         optimizer_factory(case),
         batch_size=IMAGES,
         accumulation=case.accumulation,
@@ -110,36 +153,40 @@ def build(case: Case, net: nn.Module | None = None) -> engines.Engine:
     )
 
 
-def advance(engine: engines.Engine, case: Case, first: int, last: int) -> Tensor:
-    """Steps ``first`` to ``last - 1``; unit losses (steps, U)."""
-    return torch.stack(
-        [
-            engine.step(micro_batches(case, step, rank(), world_size()), learning_rate(case, step)).unit_losses
-            for step in range(first, last)
-        ]
-    )
+def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:
+    """Run steps; their unit losses (steps, U)."""
+    results = []
+    for step in steps:
+        batches = micro_batches(case, step, rank(), world_size())
+        results.append(engine.step(batches, learning_rate(case, step)).unit_losses)
+    return torch.stack(results)
 
 
 def train(case: Case) -> Run | None:
     """The same under an engine, on every rank of a pool; the result is rank 0's."""
     engine = build(case)
-    losses = advance(engine, case, 0, case.steps)
+    losses = advance(engine, case, range(case.steps))
     run = Run(engine.model_state(), engine.optimizer_state(), losses)
     engine.close()
     return run if is_main() else None
 
 
-def error(run: Run, reference: Run, case: Case) -> float:
-    """Largest difference of a parameter, relative to how far that parameter moved."""
-    initial = dict(network(case).named_parameters())
-    worst = 0.0
-    for name, start in initial.items():
-        moved = (reference.model[name] - start.detach()).abs().max()
-        worst = max(worst, float((run.model[name] - reference.model[name]).abs().max() / moved))
-    return worst
+def flat(run: Run) -> dict[str, Tensor]:
+    """Every tensor of a run by name."""
+    states = {
+        f"{name}/{key}": value for name, values in run.optimizer.items() for key, value in values.items()
+    }
+    return {**run.model, **states, "losses": run.losses}
 
 
-def describe(case: Case) -> str:
-    """The fields that differ from the defaults."""
-    default = asdict(Case())
-    return " ".join(f"{k}={v}" for k, v in asdict(case).items() if v != default[k]) or "default"
+def differences(run: Run, reference: Run) -> dict[str, float]:
+    """Largest difference of every tensor, relative to its largest element; only those that differ."""
+    mine, theirs = flat(run), flat(reference)
+    assert mine.keys() == theirs.keys()
+    errors = {
+        name: float(
+            (value.double() - theirs[name].double()).abs().max() / theirs[name].abs().max().clamp_min(1e-30)
+        )
+        for name, value in mine.items()
+    }
+    return {name: error for name, error in errors.items() if error != 0 or error != error}

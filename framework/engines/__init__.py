@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from framework.distributed import broadcast_weights, device, world_size
 from framework.engines.step import Engine, OptimizerFactory, StepResult
 from framework.errors import UserError
+from framework.execution import LocalNetwork
 
 __all__ = ["Engine", "StepResult", "build"]
 
 
 def build(
     name: str,
-    net: nn.Module,
+    net: LocalNetwork,
     make_optimizer: OptimizerFactory,
     *,
     batch_size: int,
@@ -30,7 +29,7 @@ def build(
     Args:
         name: ``"deepspeed"``, ``"ddp"`` or ``"fsdp"``.
         net: ``net(batch) -> StepOutput``, float32 (under ddp and fsdp also float64).
-        make_optimizer: e.g. ``partial(build_optimizer, name="lars")``; called once the parameters are in place.
+        make_optimizer: e.g. ``partial(build_optimizer, name="lars")``; called once parameters are placed.
         batch_size: images per step over all ranks and micro-batches.
         accumulation: micro-batches per step.
         clip: largest norm of the whole averaged gradient; 0 for no clipping.
@@ -38,7 +37,7 @@ def build(
         deepspeed: deepspeed only: further keys of DeepSpeed's configuration.
 
     Raises:
-        UserError: another name; a ``deepspeed`` section that contradicts the recipe; batch size not divisible.
+        UserError: another name; a ``deepspeed`` section that contradicts the recipe; batch size indivisible.
     """
     if batch_size % (accumulation * world_size()):
         raise UserError(

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from framework.batch import Batch
 from framework.distributed import device
 from framework.engines import state
 from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, update
+from framework.execution import LocalNetwork
 
 
 class DDPEngine:
     """See ``Engine``."""
 
-    def __init__(self, net: nn.Module, make_optimizer: OptimizerFactory, *, clip: float) -> None:
+    def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, *, clip: float) -> None:
         self.net = net
         self.optimizer = make_optimizer(net)
         self._clip = clip
-        self._ddp = DistributedDataParallel(
-            net,
-            device_ids=[device()] if device().type == "cuda" else None,
-            broadcast_buffers=False,  # SyncBatchNorm and the loss scales already keep them equal
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # PyTorch 2.13 renames broadcast_buffers; 2.11 knows no other name.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._ddp = DistributedDataParallel(
+                net,
+                device_ids=[device()] if device().type == "cuda" else None,
+                broadcast_buffers=False,  # SyncBatchNorm and the loss scales keep them equal
+                gradient_as_bucket_view=True,
+            )
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         tally = Tally()

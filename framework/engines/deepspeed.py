@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from framework.batch import Batch
 from framework.distributed import device
@@ -18,6 +19,7 @@ from framework.engines import partition, state
 from framework.engines.deepspeed_config import merged_config
 from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, set_learning_rate
 from framework.errors import UserError
+from framework.execution import LocalNetwork
 
 
 class DeepSpeedEngine:
@@ -31,7 +33,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        net: nn.Module,
+        net: LocalNetwork,
         make_optimizer: OptimizerFactory,
         *,
         batch_size: int,
@@ -53,7 +55,8 @@ class DeepSpeedEngine:
         self.net = net
         self.optimizer = make_optimizer(net)
         self._engine, *_ = deepspeed.initialize(model=net, optimizer=self.optimizer, config=config)
-        self._zero = self._engine.optimizer if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer) else None
+        wrapped = self._engine.optimizer
+        self._zero = wrapped if isinstance(wrapped, DeepSpeedZeroOptimizer) else None
         self._groups = partition.partitioned_groups(self._zero, net) if self._zero else []
         for group, partitioned in zip(self.optimizer.param_groups, self._groups, strict=False):
             group["shard"] = partitioned.shard()
@@ -71,7 +74,7 @@ class DeepSpeedEngine:
         self.optimizer.skip = result.skipped
         self._engine.step()
         if not result.skipped and not self._engine.was_step_applied():
-            raise UserError("the gradient's norm is not finite in fp32 or bf16: lower optim.lr, or check the data")
+            raise UserError("the norm of the gradient is not finite: lower optim.lr, or check the data")
         return result
 
     def model_state(self) -> dict[str, Tensor]:
@@ -99,6 +102,9 @@ class DeepSpeedEngine:
 
 def _prepare_library(config: dict[str, Any]) -> None:
     deepspeed.utils.logger.addFilter(_not_about_untested_optimizers)
+    warnings.filterwarnings(
+        "ignore", ".*torch.distributed.* is deprecated", FutureWarning
+    )  # calls of DeepSpeed
     if device().type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce: needs a compiler, and a killed build leaves a
         # lock in the cache on which every later run waits for ever.
@@ -107,7 +113,7 @@ def _prepare_library(config: dict[str, Any]) -> None:
     try:
         deepspeed.DeepSpeedConfig(config)
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
-        raise UserError(f"deepspeed: DeepSpeed refuses the section: {' '.join(str(error).split())}") from error
+        raise UserError(f"deepspeed: refused by DeepSpeed: {' '.join(str(error).split())}") from error
 
 
 def _not_about_untested_optimizers(record: logging.LogRecord) -> bool:

@@ -45,7 +45,13 @@ REFUSED = {
 
 
 def merged_config(
-    section: Mapping[str, Any], *, batch_size: int, accumulation: int, clip: float, zero_stage: int, parameters: int
+    section: Mapping[str, Any],
+    *,
+    batch_size: int,
+    accumulation: int,
+    clip: float,
+    zero_stage: int,
+    parameters: int,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
@@ -70,12 +76,12 @@ def merged_config(
         zero["compute_grad_norm"] = clip > 0
     return {
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at every micro-batch
+        "zero_allow_untested_optimizer": True,
         **section,
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size // (accumulation * world_size()),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,  # DeepSpeed clips at 1.0 if left alone
-        "zero_allow_untested_optimizer": True,
         "zero_optimization": {**zero, **section.get("zero_optimization", {})},
     }
 

@@ -6,7 +6,7 @@ wrapped on its own would free its weights before they are used for that.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -15,6 +15,7 @@ from framework.distributed import device, world_size
 from framework.engines import state
 from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, update
 from framework.errors import UserError
+from framework.execution import LocalNetwork
 
 
 class FSDPEngine:
@@ -24,7 +25,7 @@ class FSDPEngine:
         UserError: the network or a part of it was wrapped before.
     """
 
-    def __init__(self, net: nn.Module, make_optimizer: OptimizerFactory, *, clip: float) -> None:
+    def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, *, clip: float) -> None:
         for name, module in net.named_modules():
             if isinstance(module, FSDPModule):
                 raise UserError(

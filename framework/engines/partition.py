@@ -57,7 +57,8 @@ class PartitionedGroup:
 
     def gather(self, part: Tensor) -> Tensor | None:
         """Rank 0: the flat tensor of which every rank passes its part. Elsewhere None."""
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(self.process_group))] if is_main() else None
+        ranks = range(dist.get_world_size(self.process_group))
+        parts = [torch.empty_like(part) for _ in ranks] if is_main() else None
         dist.gather(part.contiguous(), parts, dst=0, group=self.process_group)
         return torch.cat([p.cpu() for p in parts]) if parts else None
 
@@ -74,7 +75,8 @@ def partitioned_groups(zero: DeepSpeedZeroOptimizer, net: nn.Module) -> list[Par
         strict=True,
     ):
         places = tuple(
-            Place(names[p], p.shape, (p.data_ptr() - flat.data_ptr()) // flat.element_size()) for p in parameters
+            Place(names[p], p.shape, (p.data_ptr() - flat.data_ptr()) // flat.element_size())
+            for p in parameters
         )
         groups.append(PartitionedGroup(places, partition, process_group))
     return groups
@@ -87,16 +89,18 @@ def read_optimizer(zero: DeepSpeedZeroOptimizer, groups: list[PartitionedGroup])
         for key, value in zero.optimizer.state.get(group.partition, {}).items():
             if not torch.is_tensor(value):
                 continue
-            flat = value.cpu() if key in COUNTERS else group.gather(value)
-            if flat is None or not is_main():
-                continue
-            for place in group.places:
-                piece = flat if key in COUNTERS else flat.narrow(0, place.start, place.shape.numel()).view(place.shape)
-                states.setdefault(place.name, {})[key] = piece.clone()
+            flat = None if key in COUNTERS else group.gather(value)
+            for place in group.places if is_main() else ():
+                full = value if flat is None else flat.narrow(0, place.start, place.shape.numel())
+                states.setdefault(place.name, {})[key] = full.view(
+                    value.shape if flat is None else place.shape
+                ).clone()
     return states
 
 
-def write_optimizer(zero: DeepSpeedZeroOptimizer, groups: list[PartitionedGroup], state: OptimizerState) -> None:
+def write_optimizer(
+    zero: DeepSpeedZeroOptimizer, groups: list[PartitionedGroup], state: OptimizerState
+) -> None:
     """Replace the optimizer's state by this rank's part of full tensors."""
     zero.optimizer.state.clear()
     for group in groups:

@@ -30,7 +30,9 @@ def write_model(net: nn.Module, state: dict[str, Tensor]) -> None:
 def read_optimizer(optimizer: SkippableOptimizer, net: nn.Module) -> OptimizerState:
     """Full copies of every parameter's state on rank 0's CPU; empty elsewhere."""
     state = {
-        name: {key: _full(value) for key, value in optimizer.state[parameter].items() if torch.is_tensor(value)}
+        name: {
+            key: _full(value) for key, value in optimizer.state[parameter].items() if torch.is_tensor(value)
+        }
         for name, parameter in net.named_parameters()
         if optimizer.state.get(parameter)
     }

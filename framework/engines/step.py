@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from framework.batch import Batch, StepOutput
 from framework.distributed import mean_over_ranks
+from framework.execution import LocalNetwork
 from framework.optim import SkippableOptimizer
 
 OptimizerFactory = Callable[[nn.Module], SkippableOptimizer]
@@ -36,7 +37,7 @@ class Engine(Protocol):
     loading are collective.
     """
 
-    net: nn.Module
+    net: LocalNetwork
     optimizer: SkippableOptimizer
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:

@@ -12,7 +12,15 @@ from framework.optim.groups import parameter_groups
 from framework.optim.lars import LARS
 from framework.optim.schedule import learning_rate
 
-__all__ = ["LARS", "SGD", "AdamW", "SkippableOptimizer", "build_optimizer", "learning_rate", "parameter_groups"]
+__all__ = [
+    "LARS",
+    "SGD",
+    "AdamW",
+    "SkippableOptimizer",
+    "build_optimizer",
+    "learning_rate",
+    "parameter_groups",
+]
 
 
 class SkippableOptimizer(Protocol):

@@ -52,12 +52,12 @@ class LARS(torch.optim.Optimizer):
         v <- momentum * v + lr * trust * |w| / |d| * d
         w <- w - v
 
-    The scale is 1 where \\|w\\| or \\|d\\| is 0, and in groups with ``adapt=False``. The learning rate is inside the
-    momentum buffer and there is no Nesterov variant (FACTS A4).
+    The scale is 1 where the norm of w or d is 0, and in groups with ``adapt=False``. The learning rate is
+    inside the momentum buffer and there is no Nesterov variant (FACTS A4).
 
     Parameters may be plain tensors, FSDP2's DTensors, or ZeRO's flat slices with a ``Shard`` in their group.
-    Sharded groups cost one all-reduce of 2 x (number of parameters) squared norms in float64. Every operation rounds once and
-    norms are summed in float64, so the result does not depend on where a shard begins, up to the last digit.
+    A sharded group costs one all-reduce of 2 x (number of parameters) squared norms. Norms are summed in
+    float64 and every other operation rounds once, so where a shard begins does not show in the result.
 
     Args:
         params: groups as ``parameter_groups`` makes them.
@@ -77,7 +77,13 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust: float = 0.001,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust": trust,
+            "adapt": True,
+        }
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -134,8 +140,10 @@ def _adapted_rates(
             for owner, norm in zip(owners, torch._foreach_norm(tensors, 2, torch.float64), strict=True):
                 norms[offset + owner] = norm
     squares = torch.stack(norms).square()
-    if shard or isinstance(like, DTensor):
-        dist.all_reduce(squares, group=shard.process_group if shard else like.device_mesh.get_group())  # type: ignore[attr-defined]
+    if shard:
+        dist.all_reduce(squares, group=shard.process_group)
+    elif isinstance(like, DTensor):
+        dist.all_reduce(squares, group=like.device_mesh.get_group())
     weight_norms, decayed_norms = squares.sqrt().chunk(2)
     scales = torch.where(squares.view(2, count).all(0), group["trust"] * weight_norms / decayed_norms, 1.0)
     rates = (group["lr"] * scales).to(like.dtype)

@@ -1,0 +1,282 @@
+"""Checkpoints: what comes back, where it may go, and what survives damage, full disks and kills."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import training
+from pool import CONTEXT
+from torch import nn
+from training import Case, Run, differences, plain
+
+from framework import checkpoint, distributed
+from framework.checkpoint import FILES, MANIFEST
+from framework.errors import UserError
+
+PoolOf = Callable[[int], Any]
+DYADIC = Case(zero_stage=1)
+STATE = {"position": {"epoch": 3, "samples": 4096}, "recipe": {"name": "ü"}}
+
+
+def save_after(case: Case, run_dir: Path, steps: range, keep: int = 2) -> Path:
+    """Train some steps, saving after each; the last folder."""
+    engine = training.build(case)
+    for step in steps:
+        training.advance(engine, case, range(step, step + 1))
+        folder = checkpoint.save(run_dir, engine, step + 1, STATE, keep)
+    engine.close()
+    return folder
+
+
+def load_and_go_on(case: Case, folder: Path, steps: range) -> tuple[Run, dict[str, Any]]:
+    engine = training.build(case)
+    state = checkpoint.load(folder, engine)
+    losses = training.advance(engine, case, steps)
+    run = Run(engine.model_state(), engine.optimizer_state(), losses)
+    engine.close()
+    return run, state
+
+
+def load_error(case: Case, folder: Path) -> str:
+    engine = training.build(case)
+    try:
+        checkpoint.load(folder, engine)
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return ""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(method="loco", zero_stage=2),
+        Case(method="loco", engine="fsdp", optimizer="adamw"),
+        Case(method="mlaan", precision="fp16", zero_stage=1, optimizer="sgd"),
+    ],
+    ids=str,
+)
+def test_a_resumed_training_is_the_uninterrupted_one(pool: PoolOf, tmp_path: Path, case: Case) -> None:
+    """Bit by bit: weights, BatchNorm statistics, loss scales, optimizer, losses."""
+    folder = pool(2).run(save_after, case, tmp_path, range(2))[0]
+    resumed, state = pool(2).run(load_and_go_on, case, folder, range(2, 4))[0]
+    whole = pool(2).run(training.train, replace(case, steps=4))[0]
+    assert differences(resumed, whole._replace(losses=whole.losses[2:])) == {}
+    assert state["step"] == 2 and {key: state[key] for key in STATE} == STATE
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_it_goes_on_under_another_engine_and_number_of_ranks(
+    pool: PoolOf, tmp_path: Path, optimizer: str
+) -> None:
+    case = Case(zero_stage=2, optimizer=optimizer)
+    folder = pool(2).run(save_after, case, tmp_path, range(1))[0]
+    whole = plain(replace(case, steps=3))
+    expected = whole._replace(losses=whole.losses[1:])
+    for ranks, other in [(4, replace(case, zero_stage=1)), (4, replace(case, engine="fsdp")), (1, case)]:
+        resumed, _ = pool(ranks).run(load_and_go_on, other, folder, range(1, 3))[0]
+        assert differences(resumed, expected) == {}
+
+
+def test_nothing_in_it_is_a_pickle(pool: PoolOf, tmp_path: Path) -> None:
+    folder = pool(1).run(save_after, DYADIC, tmp_path, range(1))[0]
+    assert {file.name for file in folder.iterdir()} == {*FILES, MANIFEST}
+    for file in folder.glob("*.json"):
+        json.loads(file.read_text())
+    for file in folder.glob("*.safetensors"):
+        content = file.read_bytes()
+        json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_flipped_bits_are_found_and_the_one_before_is_taken(
+    pool: PoolOf, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    folder = pool(1).run(save_after, DYADIC, tmp_path, range(2))[0]
+    content = (folder / name).read_bytes()
+    for position in (0, len(content) // 2, len(content) - 1):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << random.Random(position).randrange(8)
+        (folder / name).write_bytes(damaged)
+        caplog.clear()
+        assert checkpoint.newest(tmp_path).name == "step-00000001"
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING and "step-00000002: passed over:" in record.getMessage()
+    assert "damaged" in pool(1).run(load_error, DYADIC, folder)[0]
+    (folder / name).write_bytes(content)
+    assert checkpoint.newest(tmp_path) == folder
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_missing_and_cut_files_are_found(pool: PoolOf, tmp_path: Path, name: str) -> None:
+    folder = pool(1).run(save_after, DYADIC, tmp_path, range(2))[0]
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    assert checkpoint.newest(tmp_path).name == "step-00000001"
+    (folder / name).unlink()
+    assert checkpoint.newest(tmp_path).name == "step-00000001"
+
+
+def test_all_damaged_is_an_error_and_none_at_all_is_not(pool: PoolOf, tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    pool(1).run(save_after, DYADIC, tmp_path, range(2))
+    for folder in tmp_path.glob("checkpoints/*"):
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_missing_folder_is_one_line_on_every_rank(pool: PoolOf, tmp_path: Path) -> None:
+    messages = pool(2).run(load_error, DYADIC, tmp_path / "nothing")
+    assert messages[0] == messages[1] and "nothing: manifest.json can't be read (No such file" in messages[0]
+
+
+def test_another_network_is_named_by_its_first_difference(pool: PoolOf, tmp_path: Path) -> None:
+    folder = pool(2).run(save_after, Case(method="loco"), tmp_path, range(1))[0]
+    messages = pool(2).run(load_error, Case(method="gim"), folder)
+    assert messages[0] == messages[1]
+    assert (
+        "checkpoint of another network: heads.layer1.trunk.1.weight is missing there and (16, 16) here"
+        in messages[0]
+    )
+
+
+def wider() -> nn.Module:
+    net = training.Dyadic()
+    net.weights[2] = nn.Parameter(torch.zeros(31, 8))
+    return net
+
+
+def load_into_wider(folder: Path) -> str:
+    engine = training.build(DYADIC, wider())
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(folder, engine)
+    engine.close()
+    return str(caught.value)
+
+
+def test_another_shape_is_named_with_both(pool: PoolOf, tmp_path: Path) -> None:
+    folder = pool(1).run(save_after, DYADIC, tmp_path, range(1))[0]
+    assert "weights.2 is (31, 7) there and (31, 8) here" in pool(1).run(load_into_wider, folder)[0]
+
+
+def test_another_optimizer_is_refused(pool: PoolOf, tmp_path: Path) -> None:
+    folder = pool(1).run(save_after, DYADIC, tmp_path, range(1))[0]
+    message = pool(1).run(load_error, replace(DYADIC, optimizer="sgd"), folder)[0]
+    assert "its optimizer is LARS, and optim.name asks for SGD" in message
+
+
+def test_the_newest_stay_and_saving_a_step_again_replaces_it(pool: PoolOf, tmp_path: Path) -> None:
+    names = lambda: sorted(f.name for f in (tmp_path / "checkpoints").iterdir())  # noqa: E731
+    pool(1).run(save_after, DYADIC, tmp_path, range(4), 3)
+    assert names() == ["step-00000002", "step-00000003", "step-00000004"]
+    # A run that fell back to step 2 and goes on: what lies ahead of it counts for nothing.
+    (tmp_path / "checkpoints/step-00000004/model.safetensors").write_bytes(b"")
+    pool(1).run(save_after, DYADIC, tmp_path, range(2, 3), 1)
+    assert names() == ["step-00000003", "step-00000004"]
+    pool(1).run(save_after, DYADIC, tmp_path, range(3, 4), 1)
+    assert names() == ["step-00000004"]
+    assert checkpoint.newest(tmp_path).name == "step-00000004"
+
+
+def save_on_full_disk(run_dir: Path) -> tuple[str, list[str]]:
+    """A file-size limit stands in for the disk: writes beyond it fail half-way, as they do on a full one."""
+    engine = training.build(DYADIC)
+    checkpoint.save(run_dir, engine, 1, STATE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        checkpoint.save(run_dir, engine, 2, STATE)
+        message = ""
+    except UserError as error:
+        message = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        engine.close()
+    return message, sorted(os.listdir(run_dir / "checkpoints"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_previous_checkpoint(pool: PoolOf, tmp_path: Path) -> None:
+    results = pool(2).run(save_on_full_disk, tmp_path)
+    for message, left in results:
+        assert "step-00000002: can't be written" in message and "earlier checkpoints are untouched" in message
+        assert left == ["step-00000001"]
+    assert results[0] == results[1]
+    assert checkpoint.newest(tmp_path).name == "step-00000001"
+
+
+def save_for_ever(run_dir: Path, connection: Any) -> None:
+    """Save as fast as possible, reporting every step that is on the disk."""
+    distributed.start()
+    net = training.Dyadic()
+    net.weights.append(
+        nn.Parameter(torch.zeros(500_000))
+    )  # 4 MB a checkpoint: most of the time goes into writing
+    engine = training.build(Case(engine="ddp"), net)
+    found = checkpoint.newest(run_dir)
+    step = int(found.name[5:]) if found else 0
+    while True:
+        step += 1
+        checkpoint.save(run_dir, engine, step, STATE, keep=1)
+        connection.send(step)
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, pool: PoolOf) -> None:
+    rng = random.Random(0)
+    for _ in range(4):
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=save_for_ever, args=(tmp_path, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        reported = ours.recv()
+        process.join(rng.uniform(0, 0.2))
+        process.kill()
+        process.join()
+        try:
+            while ours.poll():
+                reported = ours.recv()
+        except EOFError:
+            pass
+        found = checkpoint.newest(tmp_path)
+        assert found is not None and int(found.name[5:]) >= reported
+
+
+def export(case: Case, path: Path) -> dict[str, torch.Tensor]:
+    engine = training.build(case)
+    training.advance(engine, case, range(1))
+    checkpoint.export_backbone(engine, path)
+    model = engine.model_state()
+    engine.close()
+    return model
+
+
+@pytest.mark.parametrize("case", [Case(method="loco"), Case(method="mlaan", engine="fsdp")], ids=str)
+def test_timm_loads_the_exported_backbone(pool: PoolOf, tmp_path: Path, case: Case) -> None:
+    path = tmp_path / "run" / "backbone.safetensors"
+    model = pool(2).run(export, case, path)[0]
+    training.network(case)  # registers the networks that timm lacks
+    net = timm.create_model("resnet8", num_classes=0, checkpoint_path=str(path))
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, model[f"backbone.{name}"]), name
+    assert [file.name for file in path.parent.iterdir()] == ["backbone.safetensors"]
+
+
+def test_an_export_that_fails_leaves_the_old_file(pool: PoolOf, tmp_path: Path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    path.mkdir()
+    with pytest.raises(RuntimeError, match=r"UserError: .*backbone.safetensors: can't be written"):
+        pool(2).run(export, Case(method="bp"), path)
+    assert list(tmp_path.iterdir()) == [path]
+    shutil.rmtree(path)

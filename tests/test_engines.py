@@ -1,0 +1,317 @@
+"""Engines against a plain loop in one process: weights, optimizer states, buffers and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import training
+from torch.distributed.fsdp import fully_shard
+from training import Case, differences, plain, train
+
+from framework.distributed import rank, world_size
+from framework.engines.deepspeed_config import merged_config
+from framework.errors import UserError
+
+PoolOf = Callable[[int], Any]
+OPTIMIZERS = ("lars", "sgd", "adamw")
+
+
+def zero(**options: Any) -> dict[str, Any]:
+    return {"zero_optimization": options}
+
+
+ENGINES = [
+    Case(zero_stage=0),
+    Case(zero_stage=1),
+    Case(zero_stage=1, deepspeed=zero(overlap_comm=True)),
+    Case(zero_stage=2),
+    Case(zero_stage=2, deepspeed=zero(overlap_comm=True)),
+    Case(engine="ddp"),
+    Case(engine="fsdp"),
+]
+# What DeepSpeed lets one ask for and what moves parameters about in ZeRO's flat tensors.
+LAYOUTS = [
+    Case(zero_stage=1, deepspeed=zero(round_robin_gradients=True)),
+    Case(zero_stage=2, deepspeed=zero(round_robin_gradients=True)),
+    Case(zero_stage=2, deepspeed=zero(parameter_alignment=True)),
+    Case(zero_stage=2, deepspeed=zero(reduce_scatter=False)),
+    Case(zero_stage=2, deepspeed=zero(contiguous_gradients=False)),
+    Case(zero_stage=2, deepspeed=zero(reduce_bucket_size=100, overlap_comm=True)),
+    Case(zero_stage=1, deepspeed=zero(reduce_bucket_size=100, allgather_bucket_size=100)),
+]
+
+
+@lru_cache
+def reference(method: str, optimizer: str, accumulation: int, clip: float, dtype: str) -> training.Run:
+    return plain(Case(method=method, optimizer=optimizer, accumulation=accumulation, clip=clip, dtype=dtype))
+
+
+def expected(case: Case) -> training.Run:
+    return reference(case.method, case.optimizer, case.accumulation, case.clip, case.dtype)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("case", ENGINES, ids=str)
+def test_every_engine_is_the_plain_loop_to_the_last_bit(pool: PoolOf, case: Case, ranks: int) -> None:
+    """Dyadic gradients leave nothing to rounding; ranks, accumulation and optimizer are paired off."""
+    number = ENGINES.index(case) + ranks.bit_length()
+    case = replace(case, optimizer=OPTIMIZERS[number % 3], accumulation=1 + number % 2)
+    assert differences(pool(ranks).run(train, case)[0], expected(case)) == {}
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_lars_finds_its_parameters_in_every_layout_of_zero(pool: PoolOf, case: Case) -> None:
+    case = replace(case, accumulation=2)
+    assert differences(pool(4).run(train, case)[0], expected(case)) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("case", ENGINES + LAYOUTS, ids=str)
+def test_full_grid(pool: PoolOf, case: Case, ranks: int) -> None:
+    for optimizer, accumulation in product(OPTIMIZERS, (1, 2, 4)):
+        one = replace(case, optimizer=optimizer, accumulation=accumulation)
+        assert differences(pool(ranks).run(train, one)[0], expected(one)) == {}, one
+
+
+@pytest.mark.parametrize("case", [*ENGINES[:2], *ENGINES[3:4], *ENGINES[5:]], ids=str)
+def test_clipping_is_by_the_global_norm(pool: PoolOf, case: Case) -> None:
+    case = replace(case, clip=0.05, optimizer="sgd")
+    run = pool(4).run(train, case)[0]
+    assert all(error < 1e-6 for error in differences(run, expected(case)).values())
+    unclipped = expected(replace(case, clip=0.0))
+    assert any(error > 0.1 for name, error in differences(run, unclipped).items() if "momentum" in name)
+
+
+@pytest.mark.parametrize(
+    ("method", "engine", "ranks"),
+    [("loco", "ddp", 2), ("loco", "fsdp", 4), ("mlaan", "fsdp", 2), ("bp", "ddp", 4)],
+)
+def test_local_networks_equal_one_process(pool: PoolOf, method: str, engine: str, ranks: int) -> None:
+    """SyncBatchNorm, InfoNCE over all ranks and routing, in float64 so that nothing hides behind rounding."""
+    case = Case(method=method, engine=engine, accumulation=2, dtype="float64")
+    errors = differences(pool(ranks).run(train, case)[0], expected(case))
+    assert max(errors.values()) < 1e-11
+
+
+@pytest.mark.parametrize("case", ENGINES[:5], ids=str)
+def test_local_networks_under_zero_equal_ddp(pool: PoolOf, case: Case) -> None:
+    """DeepSpeed is float32 only; two addends have one sum, so two ranks agree with DDP to the last bit."""
+    case = replace(case, method="loco")
+    ddp = pool(2).run(train, Case(method="loco", engine="ddp"))[0]
+    assert differences(pool(2).run(train, case)[0], ddp) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("method", ["loco", "simclr", "gim", "dgl", "mlaan", "bp"])
+def test_local_networks_full_grid(pool: PoolOf, method: str, ranks: int) -> None:
+    for engine, optimizer, accumulation in product(("ddp", "fsdp"), OPTIMIZERS, (1, 2)):
+        case = Case(
+            method=method, engine=engine, optimizer=optimizer, accumulation=accumulation, dtype="float64"
+        )
+        errors = differences(pool(ranks).run(train, case)[0], expected(case))
+        assert max(errors.values(), default=0) < 1e-9, case
+
+
+def overflow_in_the_middle(case: Case) -> tuple[list[bool], training.Run]:
+    """Step 0, a step that overflows in one micro-batch of the last rank, then steps 1 and 2."""
+    engine = training.build(case)
+    training.advance(engine, case, range(1))
+    before = training.flat(training.Run(engine.model_state(), engine.optimizer_state(), torch.zeros(1)))
+    batches = training.micro_batches(case, 9, rank(), world_size())
+    if rank() == world_size() - 1:
+        batches[0].images[0, 0, 0, 0] = torch.inf
+    skipped = engine.step(batches, 1.0).skipped
+    after = training.flat(training.Run(engine.model_state(), engine.optimizer_state(), torch.zeros(1)))
+    same = all(torch.equal(value, after[name]) for name, value in before.items() if name != "seen")
+    losses = training.advance(engine, case, range(1, 3))
+    run = training.Run(engine.model_state(), engine.optimizer_state(), losses)
+    engine.close()
+    return [skipped, same], run
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("case", [*ENGINES[:2], *ENGINES[4:]], ids=str)
+def test_an_overflow_skips_the_step_on_every_rank(pool: PoolOf, case: Case, accumulation: int) -> None:
+    """As if the step had not been: gradients of its other micro-batches are dropped too."""
+    case = replace(case, accumulation=accumulation, optimizer="adamw" if accumulation == 1 else "lars")
+    results = pool(2).run(overflow_in_the_middle, case)
+    assert [flags for flags, _ in results] == [[True, True]] * 2
+    run = results[0][1]
+    seen = run.model.pop("seen")
+    plain_run = expected(case)
+    assert seen == plain_run.model["seen"] + accumulation
+    model = {name: value for name, value in plain_run.model.items() if name != "seen"}
+    assert differences(run, plain_run._replace(model=model, losses=plain_run.losses[1:])) == {}
+
+
+def fp16_overflow(case: Case) -> tuple[bool, bool, bool]:
+    net = training.network(case)
+    net.scales.scale.fill_(2.0**100)
+    engine = training.build(case, net)
+    before = engine.model_state()
+    result = engine.step(training.micro_batches(case, 0, rank(), world_size()), 1.0)
+    after = engine.model_state()
+    same = all(torch.equal(value, after[name]) for name, value in before.items() if "weight" in name)
+    finite = bool(torch.isfinite(result.unit_losses).all())
+    engine.close()
+    return result.skipped, same, finite
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_an_fp16_network_skips_when_its_scale_is_too_large(pool: PoolOf, engine: str) -> None:
+    case = Case(method="dgl", engine=engine, precision="fp16", accumulation=2)
+    assert pool(2).run(fp16_overflow, case) == [(True, True, True)] * 2
+
+
+def moved(first: Case, state: training.Run | None, steps: range) -> training.Run:
+    engine = training.build(first)
+    if state:
+        engine.load_model_state(state.model)
+        engine.load_optimizer_state(state.optimizer)
+    losses = training.advance(engine, first, steps)
+    run = training.Run(engine.model_state(), engine.optimizer_state(), losses)
+    engine.close()
+    return run
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_states_move_between_engines_and_numbers_of_ranks(pool: PoolOf, optimizer: str) -> None:
+    """Every step of one training under another engine equals the plain loop that never stopped."""
+    journey = [
+        (2, Case(zero_stage=2)),
+        (4, Case(engine="fsdp")),
+        (1, Case(zero_stage=1)),
+        (4, Case(zero_stage=1, deepspeed=zero(round_robin_gradients=True))),
+        (2, Case(engine="ddp")),
+        (4, Case(zero_stage=0)),
+    ]
+    run = None
+    for step, (ranks, case) in enumerate(journey):
+        case = replace(case, optimizer=optimizer)
+        run = pool(ranks).run(moved, case, run, range(step, step + 1))[0]
+    whole = plain(Case(optimizer=optimizer, steps=len(journey)))
+    assert run is not None
+    assert differences(run, whole._replace(losses=whole.losses[-1:])) == {}
+
+
+def test_only_rank_0_holds_states(pool: PoolOf) -> None:
+    for case in (Case(zero_stage=2), Case(engine="fsdp"), Case(engine="ddp")):
+        runs = pool(2).run(moved, case, None, range(1))
+        assert runs[0].model and runs[0].optimizer and not runs[1].model and not runs[1].optimizer
+
+
+def different_weights(case: Case) -> training.Run:
+    net = training.Dyadic()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(rank())
+    engine = training.build(case, net)
+    losses = training.advance(engine, case, range(3))
+    run = training.Run(engine.model_state(), engine.optimizer_state(), losses)
+    engine.close()
+    return run
+
+
+@pytest.mark.parametrize("case", [Case(), Case(engine="ddp"), Case(engine="fsdp")], ids=str)
+def test_all_ranks_start_from_rank_0s_weights(pool: PoolOf, case: Case) -> None:
+    assert differences(pool(2).run(different_weights, case)[0], expected(case)) == {}
+
+
+def nonfinite_gradient(case: Case) -> str:
+    engine = training.build(case)
+    batches = training.micro_batches(case, 0, rank(), world_size())
+    for weight in engine.net.weights:
+        weight.register_hook(lambda gradient: gradient * torch.nan)
+    try:
+        engine.step(batches, 1.0)
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return ""
+
+
+def test_zero_does_not_pass_over_a_gradient_that_is_not_finite(pool: PoolOf) -> None:
+    """With clipping on, DeepSpeed by itself would skip such steps for ever without a word."""
+    messages = pool(2).run(nonfinite_gradient, Case(clip=1.0))
+    assert messages[0] == messages[1] and "gradient is not finite" in messages[0]
+
+
+def wrap_twice() -> str:
+    net = training.Dyadic()
+    net.part = torch.nn.Linear(2, 2)
+    fully_shard(net.part)
+    with pytest.raises(UserError) as caught:
+        training.build(Case(engine="fsdp"), net)
+    return str(caught.value)
+
+
+def test_fsdp_refuses_a_network_in_which_a_part_is_wrapped(pool: PoolOf) -> None:
+    assert "engine=fsdp: part is wrapped by fully_shard already" in pool(1).run(wrap_twice)[0]
+
+
+def refusal(case: Case) -> str:
+    with pytest.raises(UserError) as caught:
+        training.build(case)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case(engine="horovod"), "engine=horovod: must be one of deepspeed, ddp, fsdp"),
+        (
+            Case(accumulation=3),
+            "train.batch_size=16: must be a multiple of 3 (train.accumulation=3 x 1 ranks)",
+        ),
+        (Case(zero_stage=3), "zero_stage=3: must be 0, 1 or 2"),
+        (Case(deepspeed=zero(overlap_comm="perhaps")), "deepspeed: refused by DeepSpeed"),
+        (Case(deepspeed=zero(overlap_com=True)), "deepspeed: refused by DeepSpeed"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_settings_that_are_refused(pool: PoolOf, case: Case, message: str) -> None:
+    text = pool(1).run(refusal, case)[0]
+    assert message in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer: the recipe decides this; set optim"),
+        ({"gradient_clipping": 1.0}, "deepspeed.gradient_clipping: the recipe decides this; set optim.clip"),
+        ({"fp16": {"enabled": True}}, "deepspeed.fp16: the recipe decides this; set train.precision"),
+        (
+            {"train_batch_size": 8},
+            "deepspeed.train_batch_size: the recipe decides this; set train.batch_size",
+        ),
+        (zero(stage=2), "deepspeed.zero_optimization.stage: the recipe decides this; set zero_stage"),
+        (
+            zero(offload_optimizer={"device": "cpu"}),
+            "deepspeed.zero_optimization.offload_optimizer: DeepSpeed",
+        ),
+        ({"zero_optimization": True}, "deepspeed.zero_optimization=True: must be a section"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_sections_that_contradict_the_recipe(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        merged_config(section, batch_size=8, accumulation=1, clip=0.0, zero_stage=1, parameters=10)
+    assert str(caught.value).startswith(message)
+
+
+def test_clipping_is_always_written_and_the_section_adds_to_the_rest() -> None:
+    section = {**zero(overlap_comm=True), "wall_clock_breakdown": True}
+    config = merged_config(section, batch_size=8, accumulation=2, clip=0.0, zero_stage=2, parameters=10)
+    assert config["gradient_clipping"] == 0.0
+    assert config["zero_optimization"]["stage"] == 2 and config["zero_optimization"]["overlap_comm"] is True
+    assert config["wall_clock_breakdown"] is True
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] == 8
