@@ -63,7 +63,7 @@ def run(segments: list[Segment], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_segments_in_order_equal_the_network_bit_for_bit(name: str) -> None:
-    """In evaluation and, with the same random numbers, in training; each trainable parameter is in one segment."""
+    """In evaluation and, with the same random numbers, in training; each parameter is in one segment."""
     stages, blocks, arguments = NETWORKS[name]
     torch.manual_seed(0)
     network = create(name, **arguments)
@@ -129,8 +129,14 @@ def test_heads_and_features_get_maps(name: str) -> None:
 
 
 def test_segments_count_as_the_papers_do() -> None:
-    """The papers' K counts the stem, which MLAAN merges into the first block and InfoPro does not (FACTS D6)."""
-    for name, k in [("resnet32", 16), ("resnet110", 55), ("resnet34", 17), ("resnet101", 34), ("resnet152", 51)]:
+    """The papers' K counts the stem; MLAAN merges it into the first block, InfoPro does not (FACTS D6)."""
+    for name, k in [
+        ("resnet32", 16),
+        ("resnet110", 55),
+        ("resnet34", 17),
+        ("resnet101", 34),
+        ("resnet152", 51),
+    ]:
         with torch.device("meta"):
             network = create(name)
         merged, single = cut(network, k), cut(network, k, stem_as_module=True)
@@ -170,10 +176,16 @@ def test_any_number_of_modules_covers_the_network() -> None:
     ("arguments", "message"),
     [
         ({"at": "atom"}, "network.cut='atom': a network is cut at stage or block, into a number of modules"),
-        ({"at": 0}, r"network.cut=0: the network has 8 blocks, so 1 to 8 \(or 9, counting the stem\) modules"),
+        (
+            {"at": 0},
+            r"network.cut=0: the network has 8 blocks, so 1 to 8 \(or 9, counting the stem\) modules",
+        ),
         ({"at": 10}, "network.cut=10: the network has 8 blocks"),
         ({"at": 1, "stem_as_module": True}, "network.cut=1: the network has 8 blocks, so 2 to 9 modules"),
-        ({"at": ["layer1.2", "layer4"]}, "no block layer1.2; blocks are called layer1.0 to layer4.1, stages lay"),
+        (
+            {"at": ["layer1.2", "layer4"]},
+            "no block layer1.2; blocks are called layer1.0 to layer4.1, stages lay",
+        ),
         ({"at": ["layer1", "layer3"]}, r"must be in the network's order and end with layer4.1"),
         ({"at": ["layer2", "layer1", "layer4"]}, r"must be in the network's order"),
         ({"at": []}, r"network.cut=\[\]: must be in the network's order"),
@@ -187,7 +199,11 @@ def test_impossible_cuts_are_refused(arguments: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("name", "image_size", "message"),
     [
-        ("resnet18", 16, "data.image_size=16: too small for ResNet, which downsamples by 32; must be at least 17"),
+        (
+            "resnet18",
+            16,
+            "data.image_size=16: too small for ResNet, which downsamples by 32; must be at least 17",
+        ),
         ("vit_small_patch16_224", 96, r"data.image_size=96: .*224.* Set network.args.img_size=96"),
         ("swin_tiny_patch4_window7_224", 96, r"data.image_size=96: .*224.* Set network.args.img_size=96"),
     ],
