@@ -163,6 +163,12 @@ def test_published_partitions() -> None:
     assert ends("resnet50", ["layer1", "layer3.1", "layer4"]) == ["1.2", "3.1", "4.2"]
 
 
+def test_a_stem_apart_leaves_an_even_cut() -> None:
+    """No paper lists partitions with the stem apart, other than one block a module."""
+    sizes = [len(s.paths) for s in cut(create("resnet110"), 3, stem_as_module=True)]
+    assert sizes == [3, 27, 27]
+
+
 def test_any_number_of_modules_covers_the_network() -> None:
     network = create("resnet32")
     whole = [path for segment in cut(network) for path in segment.paths]

@@ -149,7 +149,7 @@ def _modules(
         possible = f"2 to {n + 1}" if stem_as_module else f"1 to {n} (or {n + 1}, counting the stem)"
         raise UserError(f"network.cut={k}: the network has {n} blocks, so {possible} modules are possible")
     published = PUBLISHED.get(tuple(len(stage.blocks) for stage in parts.stages), {})
-    if groups not in published:
+    if stem_as_module or groups not in published:
         return evenly(blocks, groups)
     return _after(parts, blocks, [parts.stages[s - 1].blocks[b].name for s, b in published[groups]])
 
