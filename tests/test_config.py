@@ -162,7 +162,7 @@ WRONG = {
     "optim.lr=fast": "optim.lr=fast: must be a finite number",
     "optim.lr=nan": "optim.lr=nan: must be a finite number",
     "optim.momentum=1": "optim.momentum=1: must be at least 0 and below 1",
-    "network.cut=atom": "network.cut=atom: must be one of stage, block or a whole number (at least 1) or a list",
+    "network.cut=atom": "network.cut=atom: must be one of stage, block or a whole number (at least 1) or",
     "network.cut=0": "network.cut=0: must be one of stage, block or a whole number (at least 1) or a list",
     "optim.name=larss": "optim.name=larss: must be one of lars, sgd, adamw",
     "optim=lars": "optim=lars: must be a section with the keys name, lr, ",
