@@ -28,15 +28,18 @@ class Network:
     """The encoder.
 
     Attributes:
-        name: any ResNet of timm, or a CIFAR ResNet of this package.
-        cut: where one segment ends and the next begins.
+        name: a timm network that can be cut, or one of this package.
+        cut: where one segment ends and the next begins: after each "stage" or "block", a number of modules K,
+            or a list of the blocks or stages that end a segment.
+        stem_as_module: the stem is a segment of its own (InfoPro and DGL at K=16 and 55).
         sync_bn: BatchNorm statistics over the whole micro-batch of all ranks.
         channels_last: memory format of images and weights; quicker on most GPUs.
         args: passed to ``timm.create_model`` as they are, such as ``zero_init_last``.
     """
 
     name: str = "resnet50"
-    cut: Literal["stage", "block"] = "stage"
+    cut: Literal["stage", "block"] | PositiveInt | list[str] = "stage"
+    stem_as_module: bool = False
     sync_bn: bool = True
     channels_last: bool = False
     args: dict[str, Any] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from torch import nn
 from framework import network as networks
 from framework.execution import LocalNetwork
 from framework.local import Task, methods
+from framework.network import Cut
 from framework.network.norm import synchronise
 
 
@@ -20,7 +21,8 @@ def local_network(
     *,
     image_size: int,
     num_classes: int = 0,
-    cut: str = "stage",
+    cut: Cut = "stage",
+    stem_as_module: bool = False,
     precision: str = "fp32",
     sync_bn: bool = False,
     channels_last: bool = False,
@@ -33,7 +35,7 @@ def local_network(
         options: the method's ``Options``; ``None`` means as published.
         image_size: side of the square images in pixels.
         num_classes: classes, for supervised methods.
-        cut: ``"stage"`` or ``"block"``.
+        cut: where, and ``stem_as_module`` how the stem counts: see ``framework.network.cut``.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         sync_bn: BatchNorm over all ranks.
         channels_last: keep weights and activations in channels-last order.
@@ -43,7 +45,7 @@ def local_network(
     """
     module = methods.load(method)
     backbone = networks.create(network) if isinstance(network, str) else network
-    segments = networks.cut(backbone, cut)
+    segments = networks.cut(backbone, cut, stem_as_module)
     shapes = networks.output_shapes(segments, image_size)
     task = Task(tuple(s.name for s in segments), shapes, num_classes)
     net = LocalNetwork(backbone, segments, module.plan(task, options or module.Options()), precision)

@@ -93,6 +93,16 @@ def test_override_grammar(recipes: Path) -> None:
     assert load(["recipes/base.yaml", "train.max_steps=null"]).train.max_steps is None
 
 
+@pytest.mark.parametrize(
+    ("text", "cut"), [("block", "block"), ("16", 16), ("[layer1.0,layer4]", ["layer1.0", "layer4"])]
+)
+def test_cut_by_name_number_or_list(recipes: Path, text: str, cut: object) -> None:
+    recipe = load(["recipes/base.yaml", f"network.cut={text}", "network.stem_as_module=true"])
+    assert recipe.network.cut == cut and recipe.network.stem_as_module
+    (recipes / "saved.yaml").write_text(to_yaml(recipe))
+    assert load(["recipes/saved.yaml"]) == recipe
+
+
 @pytest.mark.parametrize("method", methods.names())
 def test_a_saved_recipe_gives_the_same_recipe(recipes: Path, method: str) -> None:
     recipe = load(
@@ -152,6 +162,8 @@ WRONG = {
     "optim.lr=fast": "optim.lr=fast: must be a finite number",
     "optim.lr=nan": "optim.lr=nan: must be a finite number",
     "optim.momentum=1": "optim.momentum=1: must be at least 0 and below 1",
+    "network.cut=atom": "network.cut=atom: must be one of stage, block or a whole number (at least 1) or",
+    "network.cut=0": "network.cut=0: must be one of stage, block or a whole number (at least 1) or a list",
     "optim.name=larss": "optim.name=larss: must be one of lars, sgd, adamw",
     "optim=lars": "optim=lars: must be a section with the keys name, lr, ",
     "optim.lr.x=1": "optim.lr: must be a finite number",

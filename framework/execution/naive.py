@@ -36,7 +36,7 @@ def naive_gradients(network: LocalNetwork, batch: Batch) -> tuple[list[Tensor], 
                 x = segments[s](x)
             boundary.setdefault(s + 1, x.detach())
         with network.autocast(x):
-            loss = unit.head(x, batch)
+            loss = unit.head(segments[unit.last].to_map(x), batch)
         losses[u] = loss.detach()
         learning = [p for s in unit.learns for p in segments[s].parameters()] + list(unit.head.parameters())
         for p, g in zip(learning, torch.autograd.grad(loss * unit.weight, learning), strict=True):

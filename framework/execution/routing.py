@@ -63,7 +63,7 @@ class LocalNetwork(nn.Module):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Pooled output of the last segment: (N, 3, H, W) -> (N, C) float32 or better."""
-        x = self._last_output(images).mean((2, 3))
+        x = self._last_map(images).mean((2, 3))
         return x if x.dtype == torch.float64 else x.float()
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class LocalNetwork(nn.Module):
         """Logits of the head on the last segment, (N, 3, H, W) -> (N, classes)."""
         head = self.plan.units[-1].head
         with self.autocast(images):
-            return head.predict(self._last_output(images))  # type: ignore[operator]
+            return head.predict(self._last_map(images))  # type: ignore[operator]
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The precision in which segments and heads run; weights are cast once a call, so nothing is cached."""
@@ -79,11 +79,11 @@ class LocalNetwork(nn.Module):
             return nullcontext()
         return torch.autocast(x.device.type, dtype=self.low_precision, cache_enabled=False)
 
-    def _last_output(self, images: Tensor) -> Tensor:
+    def _last_map(self, images: Tensor) -> Tensor:
         with self.autocast(images):
             for segment in self.segments:
                 images = segment(images)
-        return images
+        return self.segments[-1].to_map(images)
 
     def _evaluate(self, batch: Batch) -> StepOutput:
         losses: dict[int, Tensor] = {}
@@ -92,7 +92,7 @@ class LocalNetwork(nn.Module):
             for segment, moment in zip(self.segments, self.moments, strict=True):
                 x = segment(x)
                 for call in moment.heads:
-                    loss = self.plan.units[call.units[0]].head(x, batch)
+                    loss = self.plan.units[call.units[0]].head(segment.to_map(x), batch)
                     losses.update(dict.fromkeys(call.units, loss))
         return _output(self.plan, losses)
 
@@ -159,7 +159,7 @@ class _RoutedStep:
         loss_scale = next(self.scales) if self.scales is not None else 1.0
         x = x.detach().requires_grad_()
         with self.network.autocast(x):
-            loss = head(x, self.batch)
+            loss = head(self.network.segments[s].to_map(x), self.batch)
         self.losses.update(dict.fromkeys(call.units, loss.detach()))
         parameters = _trainable(head.parameters())
         cotangent, *gradients = torch.autograd.grad(loss * (heaviest * loss_scale), [x, *parameters])

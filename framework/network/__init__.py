@@ -8,11 +8,13 @@ from typing import Any
 import timm
 from torch import nn
 
-import framework.network.cifar  # noqa: F401  registers the CIFAR ResNets with timm
+import framework.network.cifar
+import framework.network.presnet
+import framework.network.shufflenet  # noqa: F401  these three register networks with timm
 from framework.errors import UserError
-from framework.network.segments import Segment, Shape, cut, output_shapes
+from framework.network.segments import Cut, Segment, Shape, cut, output_shapes
 
-__all__ = ["Segment", "Shape", "create", "cut", "output_shapes"]
+__all__ = ["Cut", "Segment", "Shape", "create", "cut", "output_shapes"]
 
 
 def create(name: str, **arguments: Any) -> nn.Module:
@@ -28,5 +30,5 @@ def create(name: str, **arguments: Any) -> nn.Module:
         )
     try:
         return timm.create_model(name, num_classes=0, **arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"network.args={arguments}: {name} refuses them: {error}") from error

@@ -11,15 +11,15 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
-from torch import Tensor, nn
+from torch import nn
 
-from framework.network.layers import GlobalAveragePool, initialise
+from framework.network.convnet import ConvNet
 
 CHANNELS = (16, 32, 64)
 MAX_DEPTH = 110
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(ConvNet):
     """3x3 stem, three stages of ``blocks`` basic blocks at 16, 32 and 64 channels; names as in timm's ResNet.
 
     Args:
@@ -33,8 +33,6 @@ class CifarResNet(nn.Module):
         self, blocks: int, num_classes: int = 10, in_chans: int = 3, zero_init_last: bool = False
     ) -> None:
         super().__init__()
-        self.num_classes, self.num_features = num_classes, CHANNELS[-1]
-        self.head_hidden_size = self.num_features
         self.conv1 = nn.Conv2d(in_chans, CHANNELS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(CHANNELS[0])
         self.act1 = nn.ReLU(inplace=True)
@@ -42,37 +40,10 @@ class CifarResNet(nn.Module):
         for stage, channels in enumerate(CHANNELS, start=1):
             self.add_module(f"layer{stage}", _stage(width, channels, blocks))
             width = channels
-        self.global_pool = GlobalAveragePool()
-        self.reset_classifier(num_classes)
-        initialise(self)
+        self.add_head(width, num_classes)
         for module in self.modules() if zero_init_last else ():
             if isinstance(module, BasicBlock):
                 module.zero_init_last()
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace ``fc`` by one with ``num_classes`` outputs, or by nothing for 0."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.fc
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, 64, H/4, W/4)."""
-        x = self.act1(self.bn1(self.conv1(x)))
-        for stage in range(1, len(CHANNELS) + 1):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(N, 64, h, w) -> (N, classes), or the pooled feature (N, 64)."""
-        x = self.global_pool(x)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, classes)."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _stage(width: int, channels: int, blocks: int) -> nn.Sequential:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
 from framework.errors import UserError
@@ -17,14 +19,17 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
 def synchronise(network: nn.Module) -> nn.Module:
     """Let every BatchNorm of ``network`` use the statistics of all ranks; parameter names are kept.
 
-    GPUs get PyTorch's own SyncBatchNorm, which refuses CPU tensors; there ``SyncBatchNorm`` below serves.
+    GPUs get PyTorch's own SyncBatchNorm (through timm, whose BatchNorm may hold an activation); it refuses
+    CPU tensors, so there ``SyncBatchNorm`` below serves.
     """
     if next(network.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return convert_sync_batchnorm(network)
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in _PLAIN:
                 setattr(module, name, SyncBatchNorm.like(child))
+            elif isinstance(child, BatchNormAct2d):
+                setattr(module, name, SyncBatchNormAct.like(child))
             elif isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
                 raise UserError(f"network.sync_bn=true can't synchronise {type(child).__name__} on the CPU")
     return network
@@ -34,7 +39,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batch of all ranks: one differentiable all-reduce of count, sum and sum of squares."""
 
     @classmethod
-    def like(cls, norm: nn.modules.batchnorm._BatchNorm) -> SyncBatchNorm:
+    def like(cls, norm: nn.modules.batchnorm._BatchNorm) -> Self:
         """The same parameters and buffers under synchronised statistics."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         new._parameters, new._buffers, new.training = norm._parameters, norm._buffers, norm.training
@@ -89,6 +94,24 @@ class _AllReduceSum(torch.autograd.Function):
         gradient = gradient.clone()
         dist.all_reduce(gradient)
         return gradient
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """The same for timm's BatchNorm with an activation behind it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    @classmethod
+    def like(cls, norm: nn.modules.batchnorm._BatchNorm) -> Self:
+        """The same parameters, buffers and activation under synchronised statistics."""
+        new = super().like(norm)
+        new.drop, new.act = norm.drop, norm.act  # type: ignore[assignment]
+        return new
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same, normalised and activated."""
+        return self.act(self.drop(super().forward(input)))
 
 
 @contextmanager
