@@ -73,6 +73,8 @@ def build_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         image_size=recipe.data.image_size,
         num_classes=num_classes,
         cut=recipe.network.cut,
+        mean=recipe.views.mean,
+        std=recipe.views.std,
         precision=recipe.train.precision,
         sync_bn=recipe.network.sync_bn,
         channels_last=recipe.network.channels_last,
