@@ -14,11 +14,13 @@ class Batch(NamedTuple):
         images: (V*B, 3, H, W), normalised; the V views stacked view-major.
         labels: (B,) int64, or ``None``.
         views: V.
+        last: whether an optimizer step follows; with accumulation only after the last micro-batch.
     """
 
     images: Tensor
     labels: Tensor | None = None
     views: int = 1
+    last: bool = True
 
 
 class StepOutput(NamedTuple):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from framework import network as networks
 from framework.execution import LocalNetwork
 from framework.local import Task, methods
-from framework.network import Cut
+from framework.network import Cut, Shape
 from framework.network.norm import synchronise
 
 
@@ -23,6 +24,8 @@ def local_network(
     num_classes: int = 0,
     cut: Cut = "stage",
     stem_as_module: bool = False,
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
     precision: str = "fp32",
     sync_bn: bool = False,
     channels_last: bool = False,
@@ -36,6 +39,8 @@ def local_network(
         image_size: side of the square images in pixels.
         num_classes: classes, for supervised methods.
         cut: where, and ``stem_as_module`` how the stem counts: see ``framework.network.cut``.
+        mean: of the channels, subtracted from the images; for heads that reconstruct them.
+        std: of the channels, the images were divided by it.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         sync_bn: BatchNorm over all ranks.
         channels_last: keep weights and activations in channels-last order.
@@ -47,7 +52,7 @@ def local_network(
     backbone = networks.create(network) if isinstance(network, str) else network
     segments = networks.cut(backbone, cut, stem_as_module)
     shapes = networks.output_shapes(segments, image_size)
-    task = Task(tuple(s.name for s in segments), shapes, num_classes)
+    task = Task(tuple(segments), shapes, Shape(3, image_size, image_size), mean, std, num_classes)
     net = LocalNetwork(backbone, segments, module.plan(task, options or module.Options()), precision)
     if sync_bn:
         synchronise(net)

@@ -74,6 +74,8 @@ def build_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         num_classes=num_classes,
         cut=recipe.network.cut,
         stem_as_module=recipe.network.stem_as_module,
+        mean=recipe.views.mean,
+        std=recipe.views.std,
         precision=recipe.train.precision,
         sync_bn=recipe.network.sync_bn,
         channels_last=recipe.network.channels_last,

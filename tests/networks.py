@@ -11,8 +11,9 @@ from torch import Tensor
 
 from framework.batch import Batch
 from framework.execution import LocalNetwork
-from framework.local.heads import Classifier
-from framework.local.methods import dgl, loco, mlaan
+from framework.local.heads import Classifier, Projection
+from framework.local.methods import dgl, gim, infopro, loco, mlaan
+from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
 
 CLASSES = 10
@@ -22,19 +23,68 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "bp": ("bp", None, "block"),
     "simclr": ("simclr", None, "stage"),
     "gim": ("gim", None, "stage"),
+    "gim-1-stage": ("gim", gim.Options(Projection(dec_trunk="next_stage")), "stage"),
     "loco": ("loco", None, "stage"),
     "loco-3": ("loco", loco.Options(window=3), "block"),
+    "loco-upper": ("loco", loco.Options(shared_grad="upper"), "stage"),
+    "loco-soft": ("loco", loco.Options(soft_share=0.01), "stage"),
+    "loco-1-block": ("loco", loco.Options(share_blocks=1), "block"),
+    "loco-monitor": ("loco", loco.Options(loco_losses="monitor_first_stage"), "stage"),
+    "loco-barlow": (
+        "loco",
+        loco.Options(head=Projection(objective="barlow", proj_hidden=32, dim=16)),
+        "stage",
+    ),
+    "loco-vicreg": (
+        "loco",
+        loco.Options(head=Projection(objective="vicreg", proj_hidden=32, dim=16)),
+        "stage",
+    ),
     "dgl": ("dgl", None, "block"),
     "dgl-1c2f": ("dgl", dgl.Options(Classifier("1c2f")), "block"),
     "dgl-mlp-sr": ("dgl", dgl.Options(Classifier("mlp_sr")), "stage"),
-    "mlm-1": ("mlaan", mlaan.Options(window=1), "block"),
-    "mlm-2": ("mlaan", None, "block"),
-    "mlm-3": ("mlaan", mlaan.Options(window=3), "block"),
-    "mlm-6": ("mlaan", mlaan.Options(window=6), "block"),
+    "infopro": ("infopro", None, "block"),
+    "infopro-contrast": ("infopro", infopro.Options(Classifier("1c2f", "contrast")), "stage"),
+    "mlm-1": ("mlaan", mlaan.Options(window=1, lam_on="none"), "block"),
+    "mlm-2": ("mlaan", mlaan.Options(lam_on="none"), "block"),
+    "mlm-3": ("mlaan", mlaan.Options(window=3, lam_on="none"), "block"),
+    "mlm-6": ("mlaan", mlaan.Options(window=6, lam_on="none"), "block"),
+    "mlaan": ("mlaan", None, "block"),
+    "lam": ("mlaan", mlaan.Options(window=1, w_indep=1, w_casc=0, lam_on="independent"), "block"),
+    "mlaan-infopro": (
+        "mlaan",
+        mlaan.Options(
+            window=3,
+            casc_head=Classifier("1c2f"),
+            indep_head=Classifier("1c2f"),
+            reconstruction=Reconstruction("mlaan"),
+            lam_on="both",
+        ),
+        "block",
+    ),
+    "auglocal": ("auglocal", None, "block"),
+    "hpff": ("hpff", None, "block"),
+    "man": ("man", None, "block"),
 }
 
 #: cases whose losses are recorded: one a method, and MLAAN's other window
-GOLDEN = ("bp", "simclr", "gim", "loco", "dgl", "mlm-2", "mlm-3")
+GOLDEN = (
+    "bp",
+    "simclr",
+    "gim",
+    "loco",
+    "loco-soft",
+    "loco-barlow",
+    "loco-vicreg",
+    "dgl",
+    "infopro",
+    "mlm-2",
+    "mlm-3",
+    "mlaan",
+    "auglocal",
+    "hpff",
+    "man",
+)
 
 
 def network(

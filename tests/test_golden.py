@@ -39,11 +39,17 @@ def losses(case: str) -> list[list[float]]:
 @torch.no_grad()
 def _initialise(net: LocalNetwork) -> None:
     generator = np.random.default_rng(0)
-    for parameter in net.parameters():
-        if parameter.ndim > 1:
-            fan_in = parameter[0].numel()
-            values = generator.standard_normal(tuple(parameter.shape)) * np.sqrt(2 / fan_in)
-            parameter.copy_(torch.from_numpy(values))
+    copies = [
+        buffer
+        for head in net.heads.values()
+        for buffer in head.buffers()
+        if buffer.ndim == 4 and len(buffer) > 1
+    ]
+    for weight in [*net.parameters(), *copies]:
+        if weight.ndim > 1:
+            fan_in = weight[0].numel()
+            values = generator.standard_normal(tuple(weight.shape)) * np.sqrt(2 / fan_in)
+            weight.copy_(torch.from_numpy(values))
 
 
 @pytest.mark.parametrize("case", networks.GOLDEN)

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from framework.batch import Batch
 from framework.distributed import device
 from framework.engines import state
-from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, update
+from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, marked, update
 from framework.execution import LocalNetwork
 
 
@@ -34,8 +34,8 @@ class DDPEngine:
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         tally = Tally()
-        for number, batch in enumerate(micro_batches, start=1):
-            with nullcontext() if number == len(micro_batches) else self._ddp.no_sync():
+        for batch in marked(micro_batches):
+            with nullcontext() if batch.last else self._ddp.no_sync():
                 output = self._ddp(batch)
                 (output.loss / len(micro_batches)).backward()
             tally.add(output)

@@ -17,7 +17,14 @@ from framework.batch import Batch
 from framework.distributed import device
 from framework.engines import partition, state
 from framework.engines.deepspeed_config import merged_config
-from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, set_learning_rate
+from framework.engines.step import (
+    OptimizerFactory,
+    OptimizerState,
+    StepResult,
+    Tally,
+    marked,
+    set_learning_rate,
+)
 from framework.errors import UserError
 from framework.execution import LocalNetwork
 
@@ -63,11 +70,11 @@ class DeepSpeedEngine:
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         tally = Tally()
-        for number, batch in enumerate(micro_batches, start=1):
+        for batch in marked(micro_batches):
             output = self._engine(batch)
             self._engine.backward(output.loss)  # divides by the number of micro-batches
             tally.add(output)
-            if number < len(micro_batches):
+            if not batch.last:
                 self._engine.step()  # only counts
         result = tally.result()
         set_learning_rate(self.optimizer, lr)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from framework.batch import Batch
 from framework.distributed import device, world_size
 from framework.engines import state
-from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, update
+from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, marked, update
 from framework.errors import UserError
 from framework.execution import LocalNetwork
 
@@ -39,8 +39,8 @@ class FSDPEngine:
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         tally = Tally()
-        for number, batch in enumerate(micro_batches, start=1):
-            self._root.set_requires_gradient_sync(number == len(micro_batches))
+        for batch in marked(micro_batches):
+            self._root.set_requires_gradient_sync(batch.last)
             output = self.net(batch)
             (output.loss / len(micro_batches)).backward()
             tally.add(output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -57,6 +57,12 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Take the engine's hooks off the network."""
+
+
+def marked(micro_batches: list[Batch]) -> Iterator[Batch]:
+    """The micro-batches of a step, the last one marked as such."""
+    for number, batch in enumerate(micro_batches, start=1):
+        yield batch._replace(last=number == len(micro_batches))
 
 
 class Tally:

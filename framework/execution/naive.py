@@ -5,6 +5,7 @@ The reference for tests and for the benchmark; 1.2 to 3.8 times the cost of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -16,9 +17,10 @@ from framework.network.norm import frozen_statistics
 
 
 def naive_gradients(network: LocalNetwork, batch: Batch) -> tuple[list[Tensor], dict[nn.Parameter, Tensor]]:
-    """Unit losses (detached, unweighted) and the gradient of their weighted sum for every parameter.
+    """Unit losses (detached, unweighted), every parameter's gradient of their weighted sum and the penalty.
 
-    A segment's first run moves BatchNorm's statistics, its repetitions do not (FACTS M16).
+    Copies in heads follow as in a routed step. A segment's first run moves BatchNorm's statistics, its
+    repetitions do not (FACTS M16).
     """
     segments, units = network.segments, network.plan.units
     losses: dict[int, Tensor] = {}
@@ -38,7 +40,19 @@ def naive_gradients(network: LocalNetwork, batch: Batch) -> tuple[list[Tensor], 
         with network.autocast(x):
             loss = unit.head(segments[unit.last].to_map(x), batch)
         losses[u] = loss.detach()
-        learning = [p for s in unit.learns for p in segments[s].parameters()] + list(unit.head.parameters())
-        for p, g in zip(learning, torch.autograd.grad(loss * unit.weight, learning), strict=True):
-            gradients[p] = gradients[p] + g if p in gradients else g
+        learning = [p for s in unit.learns for p in segments[s].parameters()]
+        learning += [p for p in unit.head.parameters() if p.requires_grad]
+        _add(gradients, learning, torch.autograd.grad(loss * unit.weight, learning))
+    if (penalty := network.penalty()) is not None:
+        everything = list(gradients)
+        _add(gradients, everything, torch.autograd.grad(penalty, everything, allow_unused=True))
+    network.update_copies(batch)
     return [losses[u] for u in range(len(units))], gradients
+
+
+def _add(
+    gradients: dict[nn.Parameter, Tensor], parameters: list[nn.Parameter], found: Sequence[Tensor | None]
+) -> None:
+    for p, g in zip(parameters, found, strict=True):
+        if g is not None:
+            gradients[p] = gradients[p] + g if p in gradients else g

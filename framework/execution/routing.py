@@ -18,7 +18,7 @@ from framework.batch import Batch, StepOutput
 from framework.errors import UserError
 from framework.execution.order import HeadCall, Moment, Route, moments
 from framework.execution.precision import LossScales, autocast_type, unscale_
-from framework.local.units import Plan
+from framework.local.units import Plan, ReadingHead
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
 
@@ -50,15 +50,39 @@ class LocalNetwork(nn.Module):
         self.moments = moments(plan)
         self.low_precision = autocast_type(precision)
         self.scales = LossScales(self._call_weights()) if precision == "fp16" else None
+        self._overflowed: Tensor | None = None
 
     def forward(self, batch: Batch) -> StepOutput:
         """Losses of all units on a batch; in training mode their gradients too."""
         if self.training and torch.is_grad_enabled():
             step = _RoutedStep(self, batch)
             step.run()
-            return step.output()
+            output = step.output()
+            self.update_copies(batch, output.overflow)
+            return output
         with torch.no_grad(), frozen_statistics(self):
             return self._evaluate(batch)
+
+    def penalty(self) -> Tensor | None:
+        """What heads add to the loss for the weights alone (scalar); ``None`` if none does."""
+        penalties = [p for head in self._readers() if (p := head.penalty(self.segments)) is not None]
+        return torch.stack(penalties).sum() if penalties else None
+
+    def update_copies(self, batch: Batch, overflow: Tensor | None = None) -> None:
+        """Let the copies in heads follow the segments, if an optimizer step comes next and is not skipped.
+
+        Args:
+            batch: the micro-batch just done.
+            overflow: bool scalar of float16 runs; any in a step's micro-batches holds the copies still.
+        """
+        if overflow is not None:
+            self._overflowed = overflow if self._overflowed is None else self._overflowed | overflow
+        if not batch.last:
+            return
+        amount = 1.0 if self._overflowed is None else (~self._overflowed).float()
+        self._overflowed = None
+        for head in self._readers():
+            head.update_copies(self.segments, amount)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -94,7 +118,10 @@ class LocalNetwork(nn.Module):
                 for call in moment.heads:
                     loss = self.plan.units[call.units[0]].head(segment.to_map(x), batch)
                     losses.update(dict.fromkeys(call.units, loss))
-        return _output(self.plan, losses)
+        return _output(self.plan, losses, self.penalty())
+
+    def _readers(self) -> list[ReadingHead]:
+        return [head for head in self.heads.values() if isinstance(head, ReadingHead)]
 
     def _call_weights(self) -> list[float]:
         calls = [call for moment in self.moments for call in moment.heads]
@@ -127,6 +154,7 @@ class _RoutedStep:
         self.travelling: list[dict[Route, _Cotangent]] = [{} for _ in segments]
         self.arrived: list[_Cotangent | None] = [None for _ in segments]
         self.losses: dict[int, Tensor] = {}
+        self.penalty: Tensor | None = None
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.scales = iter(network.scales.current()) if network.scales is not None else None
         self.overflows: list[Tensor] = []
@@ -143,10 +171,11 @@ class _RoutedStep:
             for call in moment.heads:
                 self._run_head(call, x, s)
             self._walk_down(moment, s)
+        self._penalise()
 
     def output(self) -> StepOutput:
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
-        result = _output(self.plan, self.losses)
+        result = _output(self.plan, self.losses, self.penalty)
         overflow = self._overflow()
         loss = _HandOver.apply(result.loss, list(self.gradients.values()), *self.gradients)
         return StepOutput(loss, result.unit_losses, overflow)
@@ -210,6 +239,16 @@ class _RoutedStep:
         if overflow is not None:
             self.blame.append((overflow, s))
 
+    def _penalise(self) -> None:
+        penalty = self.network.penalty()
+        if penalty is None:
+            return
+        self.penalty = penalty.detach()
+        found = torch.autograd.grad(penalty, list(self.gradients), allow_unused=True)
+        for parameter, gradient in zip(self.gradients, found, strict=True):
+            if gradient is not None:
+                self.gradients[parameter] = self.gradients[parameter] + gradient
+
     def _finish(
         self, parameters: list[nn.Parameter], gradients: Sequence[Tensor], scale: float
     ) -> Tensor | None:
@@ -252,10 +291,11 @@ class _HandOver(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-def _output(plan: Plan, losses: dict[int, Tensor]) -> StepOutput:
+def _output(plan: Plan, losses: dict[int, Tensor], penalty: Tensor | None) -> StepOutput:
     unit_losses = torch.stack([losses[i] for i in range(len(plan.units))])
     weights = unit_losses.new_tensor([unit.weight for unit in plan.units])
-    return StepOutput(unit_losses @ weights, unit_losses)
+    loss = unit_losses @ weights
+    return StepOutput(loss if penalty is None else loss + penalty, unit_losses)
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -5,19 +5,22 @@ A head is a trunk and an objective, exchangeable independently of each other.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Literal
 
-from timm.models.resnet import Bottleneck, downsample_conv
 from torch import Tensor, nn
 
 from framework.batch import Batch
 from framework.errors import UserError
-from framework.local.objectives import CrossEntropy, InfoNCE
+from framework.local.objectives import BarlowTwins, CrossEntropy, InfoNCE, SupCon, VICReg
+from framework.local.trunks import TRUNKS, mlp, residual_block
+from framework.local.units import Task
 from framework.network import Shape
 from framework.network.layers import GlobalAveragePool, initialise
 
-MLP_BN = ("none", "hidden", "all")
+EMBEDDING = 128
 
 
 class Head(nn.Module):
@@ -42,52 +45,18 @@ class Head(nn.Module):
         return self.trunk(x)
 
 
-@dataclass
-class Projection:
-    """Decoder of a contrastive unit: residual blocks, pooling, MLP, InfoNCE (LoCo section 3.3).
+class WeightedHeads(nn.Module):
+    """Several heads on one input; the loss is the weighted sum of theirs."""
 
-    Attributes:
-        conv_blocks: residual convolution blocks before the pooling; the first has stride 2.
-        layers: linear layers of the MLP; 1 is a plain linear map.
-        hidden: width of the hidden layers; ``None`` means the channels that enter the pooling.
-        dim: size of the embedding.
-        bn: BatchNorm after no layer, after the hidden ones, or after all.
-        temperature: tau of InfoNCE.
-    """
+    def __init__(self, parts: Sequence[tuple[float, nn.Module]]) -> None:
+        super().__init__()
+        self.weights = [weight for weight, _ in parts]
+        self.parts = nn.ModuleList(part for _, part in parts)
 
-    conv_blocks: int = 0
-    layers: int = 2
-    hidden: int | None = None
-    dim: int = 128
-    bn: str = "hidden"
-    temperature: float = 0.1
-
-    def build(self, shape: Shape) -> Head:
-        """A head for segment outputs of ``shape``.
-
-        Raises:
-            UserError: ``bn`` or ``layers`` out of range.
-        """
-        if self.bn not in MLP_BN or self.layers < 1:
-            raise UserError(
-                f"method.head: bn={self.bn} must be one of {', '.join(MLP_BN)}, layers={self.layers} at least 1"
-            )
-        blocks = [decoder_block(shape.channels, stride=2 if i == 0 else 1) for i in range(self.conv_blocks)]
-        widths = [shape.channels] + [self.hidden or shape.channels] * (self.layers - 1) + [self.dim]
-        layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(pairwise(widths)):
-            last = i == self.layers - 1
-            normed = self.bn == "all" or (self.bn == "hidden" and not last)
-            layers.append(nn.Linear(a, b, bias=not normed))
-            layers += [nn.BatchNorm1d(b)] if normed else []
-            layers += [] if last else [nn.ReLU(inplace=True)]
-        return Head(nn.Sequential(*blocks, GlobalAveragePool(), *layers), InfoNCE(self.temperature))
-
-
-def decoder_block(channels: int, stride: int) -> nn.Module:
-    """LoCo's residual block C -> C/4 -> C/4 (3x3, ``stride``) -> C, projection shortcut (FACTS L2)."""
-    shortcut = downsample_conv(channels, channels, kernel_size=1, stride=stride) if stride > 1 else None
-    return Bottleneck(channels, channels // 4, stride=stride, downsample=shortcut)
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """Scalar loss on the segment output ``x`` (N, C, H, W)."""
+        losses = [w * part(x, batch) for w, part in zip(self.weights, self.parts, strict=True)]
+        return sum(losses[1:], losses[0])
 
 
 @dataclass
@@ -95,11 +64,15 @@ class Classifier:
     """Auxiliary classifier of a supervised unit.
 
     Attributes:
-        kind: ``linear`` pooling and one linear layer; ``mlp_sr`` DGL's head as published, ``mlp_sr_auglocal``
-            the version that AugLocal measured; ``1c2f`` InfoPro's one convolution and two linear layers.
+        kind: ``linear`` pooling and one linear layer; ``mlp_sr`` DGL's head as published,
+            ``mlp_sr_auglocal`` the version that AugLocal measured, ``mlp`` and ``cnn`` DGL's others;
+            ``0c2f``, ``1c2f`` and (for ImageNet) ``4c1f`` InfoPro's, named by their convolutions and linear
+            layers; ``2c1f`` and ``3c4f`` MLAAN's on ResNet-34 and for DGL*.
+        task: cross entropy of logits, or the supervised contrast of 128-d embeddings (InfoPro).
     """
 
     kind: str = "linear"
+    task: Literal["cross_entropy", "contrast"] = "cross_entropy"
 
     def build(self, shape: Shape, num_classes: int) -> Head:
         """A head for segment outputs of ``shape``.
@@ -107,58 +80,85 @@ class Classifier:
         Raises:
             UserError: there is no such kind.
         """
-        if self.kind not in _CLASSIFIERS:
-            raise UserError(f"method.head.kind={self.kind}: must be one of {', '.join(_CLASSIFIERS)}")
-        return Head(_CLASSIFIERS[self.kind](shape, num_classes), CrossEntropy())
+        if self.kind not in TRUNKS:
+            raise UserError(f"method.head.kind={self.kind}: must be one of {', '.join(TRUNKS)}")
+        if self.task == "contrast":
+            return Head(TRUNKS[self.kind](shape, EMBEDDING), SupCon())
+        return Head(TRUNKS[self.kind](shape, num_classes), CrossEntropy())
 
 
-def linear_classifier(shape: Shape, num_classes: int) -> nn.Module:
-    """Global average pooling and one linear layer."""
-    return nn.Sequential(GlobalAveragePool(), nn.Linear(shape.channels, num_classes))
+@dataclass
+class Projection:
+    """Decoder of a self-supervised unit: residual blocks, pooling, MLP, objective (LoCo section 3.3).
 
+    Attributes:
+        conv_blocks: residual convolution blocks before the pooling.
+        dec_block: their kind: a bottleneck or a basic block that keeps the channels, or the bottleneck that
+            would open the next stage, with twice the channels (FACTS L2).
+        dec_strides: their strides; blocks beyond the list have 1 (FACTS L14).
+        dec_trunk: own copies of the next segment ("1 stage") or of all that follow ("full network") before
+            the pooling; on the last segment there are none (FACTS L15).
+        dec_on_top: blocks on the last segment too (FACTS L3).
+        layers: linear layers of the MLP; ``None`` takes 2, for Barlow Twins and VICReg 3.
+        proj_hidden: width of the hidden layers; ``None`` takes the channels that enter the pooling, or 8192.
+        dim: size of the embedding; ``None`` takes 128, or 8192.
+        proj_bn: BatchNorm after none, the hidden, or all layers (FACTS L4).
+        objective: what scores the embeddings of the two views.
+        temperature: tau of InfoNCE.
+        redundancy: lambda of Barlow Twins.
+        vicreg: weights of VICReg's invariance, variance and covariance.
+    """
 
-def mlp_sr(shape: Shape, num_classes: int, hidden_layers: int = 3, bias: bool = True) -> nn.Module:
-    """DGL's MLP-SR-aux: a quarter of the resolution, three 1x1 convolutions, 2x2 pooling, MLP (FACTS E2)."""
-    c = shape.channels
-    convolutions: list[nn.Module] = []
-    for _ in range(3):
-        convolutions += [nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True)]
-    hidden: list[nn.Module] = []
-    for _ in range(hidden_layers):
-        hidden += [nn.Linear(4 * c, 4 * c, bias=bias), nn.BatchNorm1d(4 * c), nn.ReLU(inplace=True)]
-    quarter = (-(-shape.height // 4), -(-shape.width // 4))
-    return nn.Sequential(
-        nn.AdaptiveAvgPool2d(quarter),
-        *convolutions,
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        *hidden,
-        nn.Linear(4 * c, num_classes),
-    )
+    conv_blocks: int = 0
+    dec_block: Literal["bottleneck", "basic", "next_stage"] = "bottleneck"
+    dec_strides: tuple[int, ...] = (2,)
+    dec_trunk: Literal["none", "next_stage", "full_network"] = "none"
+    dec_on_top: bool = True
+    layers: int | None = None
+    proj_hidden: int | None = None
+    dim: int | None = None
+    proj_bn: Literal["none", "hidden", "all"] = "hidden"
+    objective: Literal["infonce", "barlow", "vicreg"] = "infonce"
+    temperature: float = 0.1
+    redundancy: float = 0.0051
+    vicreg: tuple[float, float, float] = (25.0, 25.0, 1.0)
 
+    def build(self, task: Task, segment: int) -> Head:
+        """A head on the end of a segment.
 
-def mlp_sr_auglocal(shape: Shape, num_classes: int) -> nn.Module:
-    """MLP-SR-aux with two hidden layers without bias, behind the DGL numbers of later papers (FACTS E2)."""
-    return mlp_sr(shape, num_classes, hidden_layers=2, bias=False)
+        Raises:
+            UserError: no layer in the MLP.
+        """
+        if self.layers is not None and self.layers < 1:
+            raise UserError(f"method.head.layers={self.layers}: must be at least 1")
+        blocks, channels = self._blocks(task, segment)
+        published = (2, channels, 128) if self.objective == "infonce" else (3, 8192, 8192)
+        layers, hidden, dim = (
+            own or default
+            for own, default in zip((self.layers, self.proj_hidden, self.dim), published, strict=True)
+        )
+        widths = [channels, *[hidden] * (layers - 1), dim]
+        return Head(
+            nn.Sequential(*blocks, GlobalAveragePool(), *mlp(widths, self.proj_bn)), self._objective()
+        )
 
+    def _blocks(self, task: Task, segment: int) -> tuple[list[nn.Module], int]:
+        """What comes before the pooling, and the channels that enter it."""
+        reach = {"none": 0, "next_stage": 1, "full_network": len(task)}[self.dec_trunk]
+        copied = range(segment + 1, min(segment + 1 + reach, len(task)))
+        blocks = [copy.deepcopy(module) for s in copied for module in task.segments[s].modules()]
+        channels = task.shapes[copied[-1] if copied else segment].channels
+        top = segment == len(task) - 1
+        for i in range(self.conv_blocks if self.dec_on_top or not top else 0):
+            stride = self.dec_strides[i] if i < len(self.dec_strides) else 1
+            out = 2 * channels if self.dec_block == "next_stage" and i == 0 else channels
+            blocks.append(residual_block(channels, out, stride, self.dec_block != "basic"))
+            channels = out
+        return blocks, channels
 
-def one_conv_two_fc(shape: Shape, num_classes: int) -> nn.Module:
-    """InfoPro's 1c2f: 3x3 convolution to twice the channels at stride 2 (64 channels keep both), 128-d MLP."""
-    out, stride = (shape.channels, 1) if shape.channels >= 64 else (2 * shape.channels, 2)
-    return nn.Sequential(
-        nn.Conv2d(shape.channels, out, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(out),
-        nn.ReLU(inplace=True),
-        GlobalAveragePool(),
-        nn.Linear(out, 128),
-        nn.ReLU(inplace=True),
-        nn.Linear(128, num_classes),
-    )
-
-
-_CLASSIFIERS = {
-    "linear": linear_classifier,
-    "mlp_sr": mlp_sr,
-    "mlp_sr_auglocal": mlp_sr_auglocal,
-    "1c2f": one_conv_two_fc,
-}
+    def _objective(self) -> nn.Module:
+        if self.objective == "barlow":
+            return BarlowTwins(self.redundancy)
+        if self.objective == "vicreg":
+            return VICReg(*self.vicreg)
+        return InfoNCE(self.temperature)

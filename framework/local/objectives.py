@@ -49,5 +49,99 @@ class InfoNCE(nn.Module):
             return F.cross_entropy(logits.masked_fill(itself, -torch.inf), positives)
 
 
+class SupCon(nn.Module):
+    """Supervised contrast (Khosla et al. 2020, L_out): all samples of the same class are positives.
+
+    Over the global batch, like ``InfoNCE``; anchors whose class occurs once do not count.
+
+    Args:
+        temperature: tau; 0.07 in InfoPro (FACTS E4).
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """Embeddings (B, D), not yet normalised -> scalar loss."""
+        if batch.labels is None:
+            raise UserError("a supervised head needs labels, and the batch has none")
+        with torch.autocast(embeddings.device.type, enabled=False):
+            z = F.normalize(_at_least_float32(embeddings), dim=1)
+            everyone, labels = (
+                distributed.gather_with_gradient(z),
+                distributed.gather_with_gradient(batch.labels),
+            )
+            offset = distributed.rank() * len(z)
+            itself = F.one_hot(torch.arange(len(z), device=z.device) + offset, len(everyone)).bool()
+            positive = (batch.labels[:, None] == labels[None, :]) & ~itself
+            logits = (z @ everyone.T / self.temperature).masked_fill(itself, -torch.inf)
+            logs = F.log_softmax(logits, dim=1).masked_fill(~positive, 0.0)
+            per_anchor = -logs.sum(1) / positive.sum(1).clamp_min(1)
+            # Ranks may hold different numbers of anchors that count; their mean must be the global mean.
+            counting = ((labels[:, None] == labels[None, :]).sum(1) > 1).sum().clamp_min(1)
+            return per_anchor.sum() * distributed.world_size() / counting
+
+
+class BarlowTwins(nn.Module):
+    """Cross-correlation of two views towards the identity (Zbontar et al. 2021, Eq. 1), of the global batch.
+
+    Args:
+        redundancy: lambda, 0.0051 as published.
+    """
+
+    def __init__(self, redundancy: float = 0.0051) -> None:
+        super().__init__()
+        self.redundancy = redundancy
+
+    def forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """Embeddings (2B, D), views stacked view-major -> scalar loss, the same on every rank."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            a, b = (_standardised(z) for z in _two_views(embeddings))
+            correlation = a.T @ b / len(a)
+            diagonal = correlation.diagonal()
+            off_diagonal = correlation.square().sum() - diagonal.square().sum()
+            return (1 - diagonal).square().sum() + self.redundancy * off_diagonal
+
+
+class VICReg(nn.Module):
+    """Invariance, variance and covariance (Bardes et al. 2022, Eqs. 1-6), of the global batch.
+
+    Args:
+        invariance: weight of the mean squared distance between the views; 25 as published.
+        variance: weight of the hinge on every dimension's standard deviation; 25.
+        covariance: weight of the squared covariances between dimensions; 1.
+    """
+
+    def __init__(self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> None:
+        super().__init__()
+        self.invariance, self.variance, self.covariance = invariance, variance, covariance
+
+    def forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """Embeddings (2B, D), views stacked view-major -> scalar loss, the same on every rank."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            views = _two_views(embeddings)
+            loss = self.invariance * F.mse_loss(*views)
+            for z in views:
+                centred = z - z.mean(0)
+                covariance = centred.T @ centred / (len(z) - 1)
+                variances = covariance.diagonal()
+                hinge = F.relu(1 - (variances + 1e-4).sqrt()).mean()
+                off_diagonal = covariance.square().sum() - variances.square().sum()
+                loss = loss + self.variance * hinge / 2 + self.covariance * off_diagonal / z.shape[1]
+            return loss
+
+
+def _two_views(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """The global batch: (2B, D) of this rank -> twice (world * B, D)."""
+    everyone = distributed.gather_with_gradient(_at_least_float32(embeddings))
+    by_view = everyone.unflatten(0, (distributed.world_size(), 2, -1))
+    return by_view[:, 0].flatten(0, 1), by_view[:, 1].flatten(0, 1)
+
+
+def _standardised(z: Tensor) -> Tensor:
+    return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from framework.errors import UserError
-from framework.network import Shape
+from framework.network import Segment, Shape
+
+Window = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -15,17 +18,52 @@ class Task:
     """What a method may know when it plans.
 
     Attributes:
-        names: the segments' names, in order.
+        segments: in order; a head may copy their blocks.
         shapes: channels, height and width at every segment's output.
+        image: those of the images.
+        mean: subtracted from the channels of the images, of values in [0, 1].
+        std: what the channels were divided by.
         num_classes: classes of a supervised task, 0 without labels.
     """
 
-    names: tuple[str, ...]
+    segments: tuple[Segment, ...]
     shapes: tuple[Shape, ...]
+    image: Shape
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     num_classes: int = 0
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The segments' names."""
+        return tuple(segment.name for segment in self.segments)
+
+
+class ReadingHead(nn.Module):
+    """A head that looks at the weights of segments, besides its input.
+
+    The network runs the hooks during its forward pass, when weights are whole under every engine.
+
+    Attributes:
+        reads: the segments whose weights it looks at.
+    """
+
+    reads: tuple[int, ...] = ()
+
+    def penalty(self, segments: Sequence[Segment]) -> Tensor | None:
+        """Scalar that is added to the loss as it is: a function of weights, which all get its gradient."""
+        return None
+
+    def update_copies(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
+        """Move copies towards the segments' weights, once an optimizer step and before it.
+
+        Args:
+            segments: all of the network's.
+            amount: 1, or 0 where the step is skipped; a tensor of float16 runs, so that nothing waits for it.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +105,9 @@ class Plan:
         supervised: whether the heads need labels (and the last one predicts classes).
 
     Raises:
-        UserError: a window outside the network, a weight that is not positive, a unit that trains a
-            segment outside its window, a segment that no unit trains, or two units of one name.
+        UserError: a window outside the network, a weight that is not positive, a unit that trains a segment
+            outside its window, a head that reads a segment which the network lacks, a segment that no unit
+            trains, or two units of one name.
     """
 
     units: tuple[LocalUnit, ...]
@@ -89,9 +128,28 @@ class Plan:
                 raise UserError(
                     f"unit {unit.name}: segment {min(outside)} is outside its window [{unit.first}..{unit.last}]"
                 )
+            reads = unit.head.reads if isinstance(unit.head, ReadingHead) else ()
+            if lacking := set(reads) - set(range(self.segments)):
+                raise UserError(
+                    f"unit {unit.name}: its head reads segment {max(lacking)}, and the network has segments "
+                    f"0..{self.segments - 1}"
+                )
         learned = {s for unit in self.units for s in unit.learns}
         if missing := set(range(self.segments)) - learned:
             raise UserError(f"no unit trains segment {min(missing)} of 0..{self.segments - 1}")
         names = [unit.name for unit in self.units]
         if twice := {n for n in names if names.count(n) > 1}:
             raise UserError(f"two units are called {min(twice)}")
+
+
+def sliding_windows(segments: int, window: int) -> list[Window]:
+    """All windows ``(first, last)`` of a length, in order.
+
+    Raises:
+        UserError: the window is longer than the network.
+    """
+    if not 1 <= window <= segments:
+        raise UserError(
+            f"method.window={window}: the network has {segments} segments, so 1 to {segments} are possible"
+        )
+    return [(last - window + 1, last) for last in range(window - 1, segments)]

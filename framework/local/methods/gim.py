@@ -17,5 +17,5 @@ class Options:
 
 def plan(task: Task, options: Options) -> Plan:
     """``[i..i]`` for every segment i."""
-    units = (LocalUnit(task.names[i], i, i, options.head.build(task.shapes[i])) for i in range(len(task)))
+    units = (LocalUnit(task.names[i], i, i, options.head.build(task, i)) for i in range(len(task)))
     return Plan(tuple(units), len(task), views=2)

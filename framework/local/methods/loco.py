@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from framework.errors import UserError
+from framework.local.blocks import residual_blocks
 from framework.local.heads import Projection
-from framework.local.units import LocalUnit, Plan, Task
+from framework.local.soft_sharing import SoftSharedHead
+from framework.local.units import LocalUnit, Plan, Task, Window, sliding_windows
+from framework.schema import NonNegative
 
 
 @dataclass
 class Options:
-    """The published LoCo.
+    """The published LoCo, and the rows of its Table 5 (FACTS A7).
 
     Attributes:
         window: segments a unit spans; neighbouring units share all but one.
+        share_blocks: share only the first 1 or 2 blocks of the next stage, on a network cut at its blocks: a
+            unit is a stage and these, the last stage is one of its own (FACTS L18). ``None`` shares whole
+            segments.
+        shared_grad: whether shared weights learn from all their units, or from the uppermost or lowest
+            alone; gradients pass through them in any case (FACTS L16).
+        soft_share: coefficient of the L2 penalty between two copies of every shared segment; 0 shares one.
+        loco_losses: the units of Figure 1, or one on the first segment more, which trains it too or, as a
+            ``monitor``, only its own head (FACTS L1).
         head: one strided residual block, pooling and a 2-layer MLP (LoCo section 3.3, Table 4 row 11).
     """
 
     window: int = 2
+    share_blocks: int | None = None
+    shared_grad: Literal["both", "upper", "lower"] = "both"
+    soft_share: NonNegative = 0.0
+    loco_losses: Literal["figure1", "with_first_stage", "monitor_first_stage"] = "figure1"
     head: Projection = field(default_factory=lambda: Projection(conv_blocks=1))
 
 
@@ -26,11 +42,64 @@ def plan(task: Task, options: Options) -> Plan:
     """``[i..i+window-1]`` for every i, so three units on ResNet-50: res2-3, res3-4, res4-5.
 
     Raises:
-        UserError: the window is longer than the network.
+        UserError: the window is longer than the network, or the options ask for segments that are not there.
     """
-    n, k = len(task), options.window
-    if not 1 <= k <= n:
-        raise UserError(f"method.window={k}: the network has {n} segments, so 1 to {n} are possible")
-    ends = range(k - 1, n)
-    units = (LocalUnit(task.names[j], j - k + 1, j, options.head.build(task.shapes[j])) for j in ends)
+    if options.soft_share > 0:
+        return _softly_shared(task, options)
+    if options.share_blocks is None:
+        windows = sliding_windows(len(task), options.window)
+    else:
+        windows = _partly_shared(task, options.share_blocks)
+    if options.loco_losses == "with_first_stage":
+        windows.insert(0, (0, 0))
+    learners = _learners(windows, options.shared_grad)
+    units = []
+    for u, (first, last) in enumerate(windows):
+        trains = frozenset(s for s in range(first, last + 1) if u in learners[s])
+        whole = len(trains) == last - first + 1
+        head = options.head.build(task, last)
+        units.append(LocalUnit(task.names[last], first, last, head, trains=None if whole else trains))
+    if options.loco_losses == "monitor_first_stage":
+        head = options.head.build(task, 0)
+        units.insert(0, LocalUnit(f"{task.names[0]}/monitor", 0, 0, head, trains=frozenset()))
+    return Plan(tuple(units), len(task), views=2)
+
+
+def _partly_shared(task: Task, shared: int) -> list[Window]:
+    blocks = residual_blocks(task.segments)
+    if [b.segment for b in blocks] != list(range(len(task))) or shared < 1:
+        raise UserError(
+            f"method.share_blocks={shared}: must be at least 1, on a network with network.cut=block"
+        )
+    stages = [[b.segment for b in blocks if b.stage == stage] for stage in range(1, blocks[-1].stage + 1)]
+    following = [stage[:shared] for stage in stages[1:]] + [[]]
+    return [(own[0], (own + more)[-1]) for own, more in zip(stages, following, strict=True)]
+
+
+def _learners(windows: list[Window], shared_grad: str) -> dict[int, set[int]]:
+    """Segment -> units that it learns from."""
+    learners: dict[int, set[int]] = {}
+    for u, (first, last) in enumerate(windows):
+        for s in range(first, last + 1):
+            learners.setdefault(s, set()).add(u)
+    if shared_grad == "both":
+        return learners
+    pick = max if shared_grad == "upper" else min
+    return {s: {pick(units)} for s, units in learners.items()}
+
+
+def _softly_shared(task: Task, options: Options) -> Plan:
+    """``[i..i]`` under a copy of segment i+1, and the last two segments: the path that inference takes."""
+    n = len(task)
+    changed = (options.window, options.share_blocks, options.shared_grad, options.loco_losses)
+    if n < 2 or changed != (2, None, "both", "figure1"):
+        raise UserError(
+            f"method.soft_share={options.soft_share}: copies whole segments in windows of 2; leave window, "
+            "share_blocks, shared_grad and loco_losses as they are"
+        )
+    units = []
+    for i in range(n - 2):
+        head = SoftSharedHead(task, i + 1, options.head.build(task, i + 1), options.soft_share)
+        units.append(LocalUnit(task.names[i + 1], i, i, head))
+    units.append(LocalUnit(task.names[-1], n - 2, n - 1, options.head.build(task, n - 1)))
     return Plan(tuple(units), n, views=2)

@@ -1,50 +1,98 @@
-"""MLAAN (Zhang et al. 2024): multilaminar local modules, supervised (Eqs. 1, 2, 9, 11, 12; FACTS D)."""
+"""MLAAN (Zhang et al. 2024): multilaminar and leap augmented local modules (Eqs. 1, 2, 9-12; FACTS D)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from framework.errors import UserError
+from torch import nn
+
 from framework.local.heads import Classifier
-from framework.local.units import LocalUnit, Plan, Task
+from framework.local.lam import LamBuilder, LamHead
+from framework.local.reconstruction import Reconstruction
+from framework.local.units import LocalUnit, Plan, Task, sliding_windows
+from framework.schema import Fraction, NonNegative
 
 
 @dataclass
 class Options:
-    """Multilaminar windows as the authors run them.
+    """The row "MLAAN", as the authors run it.
+
+    MLM alone is ``lam_on: none``; LAM alone ``{window: 1, w_indep: 1, w_casc: 0, lam_on: independent}``.
+    "DGL*" is ``{window: 3, indep_head: {kind: 3c4f}, casc_head: {kind: 3c4f}}``; "InfoPro*" is
+    ``{window: 3, indep_head: {kind: 1c2f}, casc_head: {kind: 1c2f}, reconstruction: {lambdas: mlaan}}``.
 
     Attributes:
         window: k, modules in a cascaded window (2 for the row "MLAAN", 3 for the starred rows; FACTS M2).
-        w_indep: weight of the loss on a single module (FACTS M4).
-        w_casc: weight of the loss on a cascaded window.
+        w_indep: weight of the loss on a single module (FACTS M4); 0 leaves these units out.
+        w_casc: weight of the loss on a cascaded window; 0 leaves these units out.
         indep_head: head of a single module (FACTS M13).
         casc_head: head of a window.
+        reconstruction: InfoPro's decoder beside every head but the last module's, or ``None``.
+        indep_on_first: units on the single modules 0 .. k-2 too (FACTS M3).
+        last_loss: the last module's two units as weighted, or the window alone with weight 1 (FACTS M5).
+        lam_on: which units have a LAM (FACTS M1).
+        lam_blocks: names of blocks to copy, by segment, in place of the authors' lists (FACTS M11).
+        ema_m: momentum of the EMA copies (FACTS M7).
+        ema_update: whether all copies move, or only those of the last module but one (FACTS M6).
     """
 
     window: int = 2
-    w_indep: float = 0.001
-    w_casc: float = 0.999
+    w_indep: NonNegative = 0.001
+    w_casc: NonNegative = 0.999
     indep_head: Classifier = field(default_factory=Classifier)
     casc_head: Classifier = field(default_factory=Classifier)
+    reconstruction: Reconstruction | None = None
+    indep_on_first: bool = False
+    last_loss: Literal["weighted", "cascaded_only"] = "weighted"
+    lam_on: Literal["cascaded", "independent", "both", "none"] = "cascaded"
+    lam_blocks: dict[str, list[str]] = field(default_factory=dict)
+    ema_m: Fraction = 0.995
+    ema_update: Literal["all", "last_only"] = "all"
 
 
 def plan(task: Task, options: Options) -> Plan:
     """``[i..i]`` and ``[i-k+1..i]``, both for i >= k-1 only (FACTS M3); the last module has one shared head.
 
     Raises:
-        UserError: the window is longer than the network.
+        UserError: the window is longer than the network, or a LAM can't be built.
     """
     n, k = len(task), options.window
-    if not 1 <= k <= n:
-        raise UserError(f"method.window={k}: the network has {n} segments, so 1 to {n} are possible")
-    units = []
-    for i in range(k - 1, n):
-        name, shape = task.names[i], task.shapes[i]
-        if i < n - 1:
-            single = options.indep_head.build(shape, task.num_classes)
-            window = options.casc_head.build(shape, task.num_classes)
-        else:
-            single = window = Classifier().build(shape, task.num_classes)
-        units.append(LocalUnit(f"{name}/single", i, i, single, options.w_indep))
-        units.append(LocalUnit(f"{name}/window", i - k + 1, i, window, options.w_casc))
-    return Plan(tuple(units), n, supervised=True)
+    windows = sliding_windows(n, k)
+    lams = LamBuilder(task, options.lam_blocks, options.ema_m)
+    extra = range(k - 1) if options.indep_on_first else ()
+    units = [_unit(task, options, lams, "single", i, i) for i in extra]
+    for first, last in windows[:-1]:
+        units.append(_unit(task, options, lams, "single", last, last))
+        units.append(_unit(task, options, lams, "window", first, last))
+    units += _last_module(task, options)
+    return Plan(tuple(u for u in units if u is not None), n, supervised=True)
+
+
+def _unit(
+    task: Task, options: Options, lams: LamBuilder, kind: Literal["single", "window"], first: int, last: int
+) -> LocalUnit | None:
+    single = kind == "single"
+    weight = options.w_indep if single else options.w_casc
+    lam, shape = None, task.shapes[last]
+    if options.lam_on in ("both", "independent" if single else "cascaded"):
+        lam, shape = lams.build(last)
+    classifier = (options.indep_head if single else options.casc_head).build(shape, task.num_classes)
+    head: nn.Module | None = classifier
+    if options.reconstruction is not None:
+        head = options.reconstruction.beside(classifier, task, last, shape)
+    if head is None or not weight:
+        return None
+    if lam is not None:
+        head = LamHead(lam, head, options.ema_update == "all" or last == len(task) - 2)
+    return LocalUnit(f"{task.names[last]}/{kind}", first, last, head, weight)
+
+
+def _last_module(task: Task, options: Options) -> list[LocalUnit]:
+    n, name = len(task), task.names[-1]
+    head = Classifier().build(task.shapes[-1], task.num_classes)
+    weighted = options.last_loss == "weighted"
+    w_indep, w_casc = (options.w_indep, options.w_casc) if weighted else (0.0, 1.0)
+    single = LocalUnit(f"{name}/single", n - 1, n - 1, head, w_indep) if w_indep else None
+    window = LocalUnit(f"{name}/window", n - options.window, n - 1, head, w_casc) if w_casc else None
+    return [unit for unit in (single, window) if unit is not None]

@@ -17,5 +17,5 @@ class Options:
 
 def plan(task: Task, options: Options) -> Plan:
     """``[0..N-1]``."""
-    unit = LocalUnit(task.names[-1], 0, len(task) - 1, options.head.build(task.shapes[-1]))
+    unit = LocalUnit(task.names[-1], 0, len(task) - 1, options.head.build(task, len(task) - 1))
     return Plan((unit,), len(task), views=2)

@@ -1,0 +1,42 @@
+"""Two copies of a segment that a penalty keeps alike (LoCo Table 5, "L2 penalty"; FACTS A7, L17)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from framework.batch import Batch
+from framework.local.units import ReadingHead, Task
+from framework.network import Segment
+
+
+class SoftSharedHead(ReadingHead):
+    """A head behind an own copy of a segment.
+
+    The penalty is ``coefficient * sum (w_copy - w_segment)^2`` over all weights, those of BatchNorm included;
+    its gradient goes to both. The copy starts equal to the segment.
+
+    Args:
+        task: has the segment.
+        segment: its number.
+        head: reads the copy's output.
+        coefficient: of the penalty.
+    """
+
+    def __init__(self, task: Task, segment: int, head: nn.Module, coefficient: float) -> None:
+        super().__init__()
+        self.copy = nn.Sequential(*(copy.deepcopy(module) for module in task.segments[segment].modules()))
+        self.head, self.coefficient = head, coefficient
+        self.reads = (segment,)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """Scalar loss on the output ``x`` (N, C, H, W) of the segment below the copied one."""
+        return self.head(self.copy(x), batch)
+
+    def penalty(self, segments: Sequence[Segment]) -> Tensor:
+        """Scalar."""
+        pairs = zip(self.copy.parameters(), segments[self.reads[0]].parameters(), strict=True)
+        return self.coefficient * torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
