@@ -36,7 +36,8 @@ class Source(NamedTuple):
 def recipe_files(path: Path) -> list[Source]:
     """The recipe at ``path`` and those that its ``defaults:`` list names, from the same folder or below it.
 
-    A recipe in a subfolder sets the same keys as any other, unlike a group of Hydra's. Hydra finds them and says in which order they go over each other, the first one undermost.
+    A recipe in a subfolder sets the same keys as any other, unlike a group of Hydra's. Hydra finds them and says
+    in which order they go over each other, the first one undermost.
 
     Raises:
         UserError: no such file (the nearest names are listed), no valid YAML (with the line), a default that

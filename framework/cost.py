@@ -7,7 +7,7 @@ batch takes seconds and no memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from framework import network as networks
 from framework.batch import Batch
-from framework.config import Recipe
+from framework.config import Method, Recipe
 from framework.execution import LocalNetwork
 from framework.execution.activations import LiveActivations
-from framework.model import local_network
+from framework.local import methods
+from framework.model import recipe_network
 
 
 @dataclass(frozen=True)
@@ -96,31 +96,30 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
     Raises:
         UserError: as ``local_network``.
     """
-    with FakeTensorMode():
-        net = _network(recipe, recipe.method.name, recipe.method.options, num_classes)
-        end_to_end = _network(recipe, "bp" if net.plan.supervised else "simclr", None, num_classes)
+    net = recipe_network(recipe, num_classes)
+    name = "bp" if net.plan.supervised else "simclr"
+    end_to_end = recipe_network(replace(recipe, method=Method(name, methods.load(name).Options())), num_classes)
+    with FakeTensorMode() as mode:
+        for network in (net, end_to_end):
+            _drop_values(network, mode)
         batch = _batch(net, images, recipe.data.image_size)
-        peak, reference = _peak(net, batch), _peak(end_to_end, batch)
+        peak, whole = _peak(net, batch), _peak(end_to_end, batch)
         return PlanCost(
             tuple(_segment_costs(net, batch)),
             tuple(_unit_costs(net, batch)),
             len(batch.images),
             peak,
-            reference,
-            reference / peak,
+            whole,
+            whole / peak,
         )
 
 
-def _network(recipe: Recipe, method: str, options: Any, num_classes: int) -> LocalNetwork:
-    return local_network(
-        networks.create(recipe.network.name, **recipe.network.args),
-        method,
-        options,
-        image_size=recipe.data.image_size,
-        num_classes=num_classes,
-        cut=recipe.network.cut,
-        precision=recipe.train.precision,
-    ).train()
+def _drop_values(net: nn.Module, mode: FakeTensorMode) -> None:
+    for module in net.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = mode.from_tensor(tensor)  # type: ignore[assignment]
 
 
 def _batch(net: LocalNetwork, images: int, image_size: int) -> Batch:
@@ -152,7 +151,7 @@ def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
             for segment in net.segments[unit.first : unit.last + 1]:
                 x = segment(x)
             with FlopCounterMode(display=False) as counter:
-                unit.head(x, batch)
+                unit.head(net.segments[unit.last].to_map(x), batch)
         parameters = sum(p.numel() for p in unit.head.parameters() if p.requires_grad)
         yield UnitCost(
             unit.name,
@@ -177,7 +176,7 @@ def _forward(run: Callable[[Tensor], Tensor], x: Tensor, net: nn.Module) -> tupl
 
 
 def _describe(head: nn.Module) -> str:
-    """The head's layers with weights, in order, such as ``Bottleneck, 2 Linear``."""
-    layers = [type(m).__name__ for m in head.trunk if any(True for _ in m.parameters())]  # type: ignore[union-attr]
-    kinds = [kind for kind in dict.fromkeys(layers) if "BatchNorm" not in kind]
+    """The head's layers with weights by kind, such as ``4 Conv2d, 2 Linear``."""
+    layers = [type(m).__name__ for m in head.modules() if not list(m.children()) and list(m.parameters())]
+    kinds = [kind for kind in dict.fromkeys(layers) if "Norm" not in kind]
     return ", ".join(f"{layers.count(k)} {k}" if layers.count(k) > 1 else k for k in kinds)

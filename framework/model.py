@@ -9,6 +9,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from framework import network as networks
+from framework.config import Recipe
 from framework.execution import LocalNetwork
 from framework.local import Task, methods
 from framework.network import Cut, Shape
@@ -57,3 +58,26 @@ def local_network(
     if sync_bn:
         synchronise(net)
     return net.to(memory_format=torch.channels_last) if channels_last else net  # type: ignore[call-overload]
+
+
+def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
+    """The recipe's network as its seed initialises it, on the CPU, in training mode.
+
+    Raises:
+        UserError: as ``local_network``.
+    """
+    torch.manual_seed(recipe.seed)
+    return local_network(
+        networks.create(recipe.network.name, **recipe.network.args),
+        recipe.method.name,
+        recipe.method.options,
+        image_size=recipe.data.image_size,
+        num_classes=num_classes,
+        cut=recipe.network.cut,
+        stem_as_module=recipe.network.stem_as_module,
+        mean=recipe.views.mean,
+        std=recipe.views.std,
+        precision=recipe.train.precision,
+        sync_bn=recipe.network.sync_bn,
+        channels_last=recipe.network.channels_last,
+    ).train()

@@ -14,17 +14,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from framework import checkpoint, config, distributed, engines
-from framework import network as networks
 from framework.config import Recipe
 from framework.data.splits import Splits
 from framework.engines import Engine
 from framework.errors import LocalError, UserError
 from framework.execution import LocalNetwork
 from framework.loop import Loop, Position
-from framework.model import local_network
+from framework.model import recipe_network
 from framework.optim import build_optimizer
 from framework.results import leave_results
 
@@ -52,8 +49,8 @@ def train(recipe: Recipe) -> None:
     """
     splits = Splits.open(recipe)
     with distributed.same_outcome():
-        net = build_network(recipe, splits.num_classes)
-        untrained = build_network(recipe, splits.num_classes)
+        net = recipe_network(recipe, splits.num_classes)
+        untrained = recipe_network(recipe, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
     engine = build_engine(recipe, net)
     position = restore(recipe, engine)
@@ -61,25 +58,6 @@ def train(recipe: Recipe) -> None:
     loop.run()
     leave_results(recipe, engine, untrained, splits, loop.summary())
     engine.close()
-
-
-def build_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
-    """The recipe's network as its seed initialises it, on the CPU."""
-    torch.manual_seed(recipe.seed)
-    return local_network(
-        networks.create(recipe.network.name, **recipe.network.args),
-        recipe.method.name,
-        recipe.method.options,
-        image_size=recipe.data.image_size,
-        num_classes=num_classes,
-        cut=recipe.network.cut,
-        stem_as_module=recipe.network.stem_as_module,
-        mean=recipe.views.mean,
-        std=recipe.views.std,
-        precision=recipe.train.precision,
-        sync_bn=recipe.network.sync_bn,
-        channels_last=recipe.network.channels_last,
-    ).train()
 
 
 def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.errors import UserError
+from framework.local.methods import mlaan
 from framework.model import local_network
 from framework.network import Segment, create, cut, output_shapes
 from tests import networks
@@ -88,7 +89,8 @@ def test_local_units_on_every_family_equal_the_definition(name: str) -> None:
     torch.manual_seed(0)
     size = SMALL[name].get("img_size", 32)
     backbone = create(name, **SMALL[name])
-    net = local_network(backbone, "mlaan", image_size=size, num_classes=networks.CLASSES).double().train()
+    options = mlaan.Options(lam_on="none")
+    net = local_network(backbone, "mlaan", options, image_size=size, num_classes=networks.CLASSES).double().train()
     assert_equals_definition(net, networks.batch(net, size=4, image_size=size))
 
 
