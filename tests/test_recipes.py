@@ -1,0 +1,139 @@
+"""Every recipe builds, its plan is that of the table row it claims, and each kind of it trains a step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from framework import config
+from framework.batch import Batch
+from framework.config import Recipe
+from framework.execution import LocalNetwork
+from framework.model import recipe_network
+from framework.network import create, cut
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+ROW = re.compile(r"^#   ((?:MLAAN )?Table \d+(?: row \d+)?) \| ([\d.]+) \|(.*)$", re.MULTILINE)
+SMALL = ["train.batch_size=4", "train.precision=fp32"]
+
+
+def load(name: str, *overrides: str) -> Recipe:
+    """A recipe of the folder."""
+    return config.load([str(RECIPES / f"{name}.yaml"), *overrides])
+
+
+def rows() -> Iterator[tuple[str, str, str]]:
+    """(recipe, row, overrides) of every table row that a recipe's first lines list."""
+    for name in NAMES:
+        for row, _, overrides in ROW.findall((RECIPES / f"{name}.yaml").read_text()):
+            yield name, row, overrides.strip()
+
+
+def windows(net: LocalNetwork) -> list[tuple[int, int]]:
+    """First and last segment of every unit."""
+    return [(unit.first, unit.last) for unit in net.plan.units]
+
+
+def planned(recipe: Recipe) -> LocalNetwork:
+    """The recipe's network, on images just large enough."""
+    recipe.network.channels_last = False
+    return recipe_network(recipe, recipe.data.num_classes or 10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_head_of_a_recipe_says_how_to_run_it(name: str) -> None:
+    text = (RECIPES / f"{name}.yaml").read_text()
+    assert f"framework/train.py recipes/{name}.yaml" in text
+    assert load(name).name == name
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if re.search(r"_k\d+_", n)])
+def test_k_is_the_papers(name: str) -> None:
+    """Modules are K of the name; where the paper counts the stem and the method does not, one less (FACTS D6)."""
+    recipe = load(name)
+    k = int(re.findall(r"_k(\d+)_", name)[0])
+    segments = cut(create(recipe.network.name), recipe.network.cut, recipe.network.stem_as_module)
+    merged = k in (16, 55) and not recipe.network.stem_as_module
+    assert len(segments) == k - merged
+    assert recipe.network.stem_as_module == (k in (16, 55) and recipe.method.name in ("dgl", "infopro"))
+
+
+def test_the_contrastive_recipes_follow_the_papers_protocol() -> None:
+    for name in NAMES:
+        if not re.search(r"_\d+ep$", name):
+            continue
+        recipe = load(name)
+        assert (recipe.optim.name, recipe.optim.lr, recipe.optim.warmup_epochs) == ("lars", 4.8, 10)
+        assert (recipe.train.batch_size, recipe.network.sync_bn, recipe.views.kind) == (4096, True, "simclr")
+        assert recipe.train.epochs == int(re.findall(r"_(\d+)ep$", name)[0])
+        assert recipe.method.options.head.conv_blocks == (1 if recipe.method.name == "loco" else 0)
+
+
+EXPECTED = {
+    "loco_r50_800ep": [(0, 1), (1, 2), (2, 3)],
+    "gim_r50_800ep": [(0, 0), (1, 1), (2, 2), (3, 3)],
+    "simclr_r50_800ep": [(0, 3)],
+    "loco_sh50_800ep": [(0, 1), (1, 2), (2, 3)],
+    "loco_pr50_100ep": [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)],
+    "gim_pr50_100ep": [(i, i) for i in range(6)],
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_contrastive_windows_are_figure_1s(name: str) -> None:
+    assert windows(planned(load(name, "data.image_size=64", *SMALL))) == EXPECTED[name]
+
+
+def test_mlaan_on_resnet_152_has_50_modules_in_windows_of_three() -> None:
+    recipe = load("mlaan_r152", *SMALL)
+    segments = cut(create("resnet152"), recipe.network.cut)
+    assert len(segments) == 50 and recipe.method.options.window == 3
+
+
+ROWS = list(rows())
+
+
+@pytest.mark.parametrize(("name", "row", "overrides"), ROWS, ids=[f"{n}-{r}" for n, r, _ in ROWS])
+def test_a_table_row_trains_a_step(name: str, row: str, overrides: str) -> None:
+    """At small size: the CIFAR networks as they are, ResNet-50 by ResNet-34."""
+    size = 32 if "cifar10" in name else 64
+    smaller = [] if "cifar10" in name else ["network.name=resnet34"]
+    net = planned(load(name, *overrides.split(), *smaller, f"data.image_size={size}", *SMALL))
+    images = torch.randn(4 * net.plan.views, 3, size, size)
+    net(Batch(images, torch.arange(4), net.plan.views)).loss.backward()
+    for parameter_name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), parameter_name
+
+
+def test_every_row_of_the_ablation_tables_is_listed() -> None:
+    listed = {row for _, row, _ in ROWS}
+    assert {f"Table 4 row {i}" for i in range(1, 13)} | {f"Table 5 row {i}" for i in range(1, 9)} <= listed
+    assert {f"MLAAN Table 4 row {i}" for i in range(1, 5)} | {"MLAAN Table 5"} <= listed
+
+
+def test_locos_ablations_differ_as_the_tables_say() -> None:
+    """Windows and heads of Table 4 and 5 rows, on ResNet-34, which has ResNet-50's blocks."""
+    plans = {}
+    for name, row, overrides in ROWS:
+        if "r50" in name:
+            small = ["network.name=resnet34", "data.image_size=64", *SMALL]
+            plans[row] = planned(load(name, *overrides.split(), *small))
+    for row in ("Table 4 row 1", "Table 4 row 3", "Table 4 row 9"):
+        assert windows(plans[row]) == [(0, 3)]
+    for row in ("Table 4 row 2", *(f"Table 4 row {i}" for i in (4, 5, 6, 7, 8, 10)), "Table 5 row 1"):
+        assert windows(plans[row]) == [(i, i) for i in range(4)], row
+    for row in ("Table 4 row 11", "Table 4 row 12", "Table 5 row 2", "Table 5 row 8"):
+        assert windows(plans[row]) == [(0, 1), (1, 2), (2, 3)], row
+    # 3, 4, 6 and 3 blocks: a unit is a stage and the first, or first two, of the next; the last stage stands alone.
+    assert windows(plans["Table 5 row 6"]) == [(0, 3), (3, 7), (7, 13), (13, 15)]
+    assert windows(plans["Table 5 row 7"]) == [(0, 4), (3, 8), (7, 14), (13, 15)]
+    heads = {row: net.plan.units[-1].head for row, net in plans.items()}
+    linears = {row: sum(isinstance(m, torch.nn.Linear) for m in head.modules()) for row, head in heads.items()}
+    assert linears["Table 4 row 9"] == linears["Table 4 row 10"] == linears["Table 4 row 12"] == 4
+    assert linears["Table 4 row 1"] == linears["Table 4 row 2"] == linears["Table 4 row 11"] == 2
