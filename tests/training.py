@@ -106,7 +106,8 @@ def micro_batches(case: Case, step: int, part: int = 0, parts: int = 1) -> list[
     batches = []
     for x, y in zip(images.chunk(case.accumulation, 1), labels.chunk(case.accumulation), strict=True):
         mine = x.chunk(parts, 1)[part].flatten(0, 1)
-        batches.append(Batch(mine, y.chunk(parts)[part], case.views))
+        last = len(batches) + 1 == case.accumulation
+        batches.append(Batch(mine, y.chunk(parts)[part], case.views, last))
     return batches
 
 
@@ -162,9 +163,9 @@ def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:
     return torch.stack(results)
 
 
-def train(case: Case) -> Run | None:
+def train(case: Case, net: nn.Module | None = None) -> Run | None:
     """The same under an engine, on every rank of a pool; the result is rank 0's."""
-    engine = build(case)
+    engine = build(case, net)
     losses = advance(engine, case, range(case.steps))
     run = Run(engine.model_state(), engine.optimizer_state(), losses)
     engine.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from framework.distributed import broadcast_weights, device, world_size
 from framework.engines.step import Engine, OptimizerFactory, StepResult
 from framework.errors import UserError
@@ -26,6 +28,8 @@ def build(
 ) -> Engine:
     """Move ``net`` to this rank's device, make all ranks start from rank 0's weights, and wrap it.
 
+    Weights become contiguous. A network still computes in channels-last order if its images come in it.
+
     Args:
         name: ``"deepspeed"``, ``"ddp"`` or ``"fsdp"``.
         net: ``net(batch) -> StepOutput``, float32 (under ddp and fsdp also float64).
@@ -45,6 +49,7 @@ def build(
             f"(train.accumulation={accumulation} x {world_size()} ranks)"
         )
     net.to(device())
+    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepSpeed and FSDP2 take no other
     broadcast_weights(net)
     if name == "deepspeed":
         from framework.engines.deepspeed import DeepSpeedEngine  # the library takes seconds to import

@@ -109,9 +109,8 @@ class DeepSpeedEngine:
 
 def _prepare_library(config: dict[str, Any]) -> None:
     deepspeed.utils.logger.addFilter(_not_about_untested_optimizers)
-    warnings.filterwarnings(
-        "ignore", ".*torch.distributed.* is deprecated", FutureWarning
-    )  # calls of DeepSpeed
+    # Calls that DeepSpeed makes and nobody who reads the log can change.
+    warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)
     if device().type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce: needs a compiler, and a killed build leaves a
         # lock in the cache on which every later run waits for ever.

@@ -56,7 +56,7 @@ class Engine(Protocol):
         """Overwrite the optimizer's state; a parameter that is missing starts afresh."""
 
     def close(self) -> None:
-        """Take the engine's hooks off the network."""
+        """Free what the engine holds; the network must not be trained with it any more."""
 
 
 def marked(micro_batches: list[Batch]) -> Iterator[Batch]:

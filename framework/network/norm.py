@@ -22,7 +22,7 @@ def synchronise(network: nn.Module) -> nn.Module:
     GPUs get PyTorch's own SyncBatchNorm (through timm, whose BatchNorm may hold an activation); it refuses
     CPU tensors, so there ``SyncBatchNorm`` below serves.
     """
-    if next(network.parameters()).is_cuda:
+    if torch.cuda.is_available():  # where the network will be, wherever it is now
         return convert_sync_batchnorm(network)
     for module in list(network.modules()):
         for name, child in module.named_children():

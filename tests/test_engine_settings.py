@@ -1,0 +1,93 @@
+"""What engines refuse, in one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import training
+from torch.distributed.fsdp import fully_shard
+from training import Case
+
+from framework.engines.deepspeed_config import merged_config
+from framework.errors import UserError
+
+PoolOf = Callable[[int], Any]
+
+
+def zero(**options: Any) -> dict[str, Any]:
+    return {"zero_optimization": options}
+
+
+def wrap_twice() -> str:
+    net = training.Dyadic()
+    net.part = torch.nn.Linear(2, 2)
+    fully_shard(net.part)
+    with pytest.raises(UserError) as caught:
+        training.build(Case(engine="fsdp"), net)
+    return str(caught.value)
+
+
+def test_fsdp_refuses_a_network_in_which_a_part_is_wrapped(pool: PoolOf) -> None:
+    assert "engine=fsdp: part is wrapped by fully_shard already" in pool(1).run(wrap_twice)[0]
+
+
+def refusal(case: Case) -> str:
+    with pytest.raises(UserError) as caught:
+        training.build(case)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case(engine="horovod"), "engine=horovod: must be one of deepspeed, ddp, fsdp"),
+        (
+            Case(accumulation=3),
+            "train.batch_size=16: must be a multiple of 3 (train.accumulation=3 x 1 ranks)",
+        ),
+        (Case(zero_stage=3), "zero_stage=3: must be 0, 1 or 2"),
+        (Case(deepspeed=zero(overlap_comm="perhaps")), "deepspeed: refused by DeepSpeed"),
+        (Case(deepspeed=zero(overlap_com=True)), "deepspeed: refused by DeepSpeed"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_settings_that_are_refused(pool: PoolOf, case: Case, message: str) -> None:
+    text = pool(1).run(refusal, case)[0]
+    assert message in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer: the recipe decides this; set optim"),
+        ({"gradient_clipping": 1.0}, "deepspeed.gradient_clipping: the recipe decides this; set optim.clip"),
+        ({"fp16": {"enabled": True}}, "deepspeed.fp16: the recipe decides this; set train.precision"),
+        (
+            {"train_batch_size": 8},
+            "deepspeed.train_batch_size: the recipe decides this; set train.batch_size",
+        ),
+        (zero(stage=2), "deepspeed.zero_optimization.stage: the recipe decides this; set zero_stage"),
+        (
+            zero(offload_optimizer={"device": "cpu"}),
+            "deepspeed.zero_optimization.offload_optimizer: DeepSpeed",
+        ),
+        ({"zero_optimization": True}, "deepspeed.zero_optimization=True: must be a section"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_sections_that_contradict_the_recipe(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        merged_config(section, batch_size=8, accumulation=1, clip=0.0, zero_stage=1, parameters=10)
+    assert str(caught.value).startswith(message)
+
+
+def test_clipping_is_always_written_and_the_section_adds_to_the_rest() -> None:
+    section = {**zero(overlap_comm=True), "wall_clock_breakdown": True}
+    config = merged_config(section, batch_size=8, accumulation=2, clip=0.0, zero_stage=2, parameters=10)
+    assert config["gradient_clipping"] == 0.0
+    assert config["zero_optimization"]["stage"] == 2 and config["zero_optimization"]["overlap_comm"] is True
+    assert config["wall_clock_breakdown"] is True
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] == 8
