@@ -52,6 +52,8 @@ def train(recipe: Recipe) -> None:
         net = recipe_network(recipe, splits.num_classes)
         untrained = recipe_network(recipe, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
+        if net.plan.supervised and not splits.train.labelled:
+            raise UserError(f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them")
     engine = build_engine(recipe, net)
     position = restore(recipe, engine)
     loop = Loop(recipe, engine, loader, position)

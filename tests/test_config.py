@@ -178,7 +178,7 @@ WRONG = {
     "zero_stage=true": "zero_stage=True: must be one of 0, 1, 2",
     "seed=-1": "seed=-1: must be at least 0",
     "name=3": "name=3: must be text",
-    "method.name=locoo": "method.name=locoo: must be one of bp, dgl, gim, loco",
+    "method.name=locoo": "method.name=locoo: must be one of auglocal, bp, dgl, gim, hpff, infopro, loco",
     "method=loco": "method=loco: must be a section with the key name",
     "method.head.dim=wide": "method.head.dim=wide: must be a whole number",
     "views.area=[0.1]": "views.area=[0.1]: must be a list of 2, and has 1 entries",

@@ -120,7 +120,7 @@ class LARS(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state["momentum_buffer"]  # type: ignore[no-any-return]
+        return state["momentum_buffer"]
 
 
 def _local(tensor: Tensor) -> Tensor:
