@@ -27,8 +27,9 @@ from framework.batch import Batch
 from framework.execution.activations import LiveActivations
 from framework.execution.naive import naive_gradients
 from framework.execution.routing import LocalNetwork
+from framework.local import LocalUnit
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import bp, dgl, gim, loco, mlaan, simclr
+from framework.local.methods import bp, dgl, gim, infopro, loco, mlaan, simclr
 from framework.model import local_network
 
 CLASSES = 10
@@ -45,14 +46,17 @@ def options(method: str, head: str, window: int) -> Any:
         "gim": lambda: gim.Options(**contrast),
         "loco": lambda: loco.Options(window=window, **contrast),
         "dgl": lambda: dgl.Options(**classify),
-        "mlm": lambda: mlaan.Options(window=window),
+        "infopro": lambda: infopro.Options(**classify),
+        "mlm": lambda: mlaan.Options(window=window, lam_on="none"),
+        "lam": lambda: mlaan.Options(window=1, w_indep=1.0, w_casc=0.0, lam_on="independent"),
+        "mlaan": lambda: mlaan.Options(window=window),
     }[method]()
 
 
 def build(method: str, arguments: argparse.Namespace, image_size: int, cut: str) -> LocalNetwork:
     """The network with the method's units, from the same random weights each time."""
     torch.manual_seed(0)
-    name = {"mlm": "mlaan"}.get(method, method)
+    name = {"mlm": "mlaan", "lam": "mlaan"}.get(method, method)
     opts = options(method, arguments.head, arguments.window)
     classes = 0 if method in CONTRASTIVE else CLASSES
     return local_network(
@@ -128,7 +132,7 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "network": arguments.network,
         "method": method,
-        "window": arguments.window if method in ("loco", "mlm") else None,
+        "window": arguments.window if method in ("loco", "mlm", "mlaan") else None,
         "head": arguments.head,
         "image_size": size,
         "batch": arguments.batch,
@@ -143,7 +147,45 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "rounds": arguments.rounds,
+        "heads": head_times(network, batch, arguments.rounds) if arguments.breakdown else None,
     }
+
+
+def head_times(network: LocalNetwork, batch: Batch, rounds: int) -> list[dict[str, Any]]:
+    """What each head takes: forward, and the gradients of its weights and input."""
+    costs: list[dict[str, Any]] = []
+    x = batch.images
+    for number, segment in enumerate(network.segments):
+        with torch.no_grad():
+            x = segment(x)
+        for unit in network.plan.units:
+            if unit.last == number and all(unit.head is not cost["head"] for cost in costs):
+                wanted = [
+                    x.detach().requires_grad_(),
+                    *(p for p in unit.head.parameters() if p.requires_grad),
+                ]
+
+                def run(unit: LocalUnit = unit, wanted: list[torch.Tensor] = wanted) -> None:
+                    torch.autograd.grad(unit.head(wanted[0], batch), wanted)
+
+                seconds = statistics.median(measure([run], rounds)[0])
+                parameters = sum(p.numel() for p in wanted[1:])
+                costs.append(
+                    {"unit": unit.name, "head": unit.head, "seconds": seconds, "parameters": parameters}
+                )
+    return [{key: value for key, value in cost.items() if key != "head"} for cost in costs]
+
+
+def show_breakdown(result: dict[str, Any]) -> None:
+    """Print what each head takes of the end-to-end step."""
+    table = Table(title=f"heads of {result['method']} on {result['network']}, share of an end-to-end step")
+    for column in ("unit", "parameters", "ms", "share"):
+        table.add_column(column, justify="left" if column == "unit" else "right")
+    total = {key: sum(cost[key] for cost in result["heads"]) for key in ("parameters", "seconds")}
+    for cost in [*result["heads"], {"unit": "all", **total}]:
+        share = cost["seconds"] / result["reference_seconds"]
+        table.add_row(cost["unit"], str(cost["parameters"]), f"{cost['seconds'] * 1000:.1f}", f"{share:.3f}")
+    Console(width=110).print(table)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -183,9 +225,11 @@ def main() -> None:
     )
     parser.add_argument("--network", default="resnet32", help="any ResNet of timm or of depth 6n+2")
     parser.add_argument(
-        "--method", default="mlm", help="one or several of bp simclr gim dgl loco mlm, with commas"
+        "--method",
+        default="mlm",
+        help="one or several, with commas, of bp simclr gim loco dgl infopro mlm lam mlaan (mlm and lam)",
     )
-    parser.add_argument("--window", type=int, default=2, help="segments in a window (loco, mlm)")
+    parser.add_argument("--window", type=int, default=2, help="segments in a window (loco, mlm, mlaan)")
     parser.add_argument(
         "--head", choices=("gap", "paper"), default="paper", help="the method's own head, or GAP + linear"
     )
@@ -195,12 +239,15 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, help="default: 32 for CIFAR networks, 128 for others")
     parser.add_argument("--batch", type=int, default=64, help="images in a step (both views counted)")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after two to warm up")
+    parser.add_argument("--breakdown", action="store_true", help="also print what each head takes")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = [row(method, arguments) for method in arguments.method.split(",")]
     show(rows)
+    for result in rows if arguments.breakdown else ():
+        show_breakdown(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

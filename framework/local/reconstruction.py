@@ -14,7 +14,8 @@ from framework.batch import Batch
 from framework.errors import UserError
 from framework.local.blocks import residual_blocks
 from framework.local.heads import WeightedHeads
-from framework.local.trunks import Resize, conv_bn_relu
+from framework.local.resizing import ResizedConv
+from framework.local.trunks import conv_bn_relu
 from framework.local.units import Task
 from framework.network import Shape
 from framework.network.layers import initialise
@@ -140,8 +141,9 @@ class Reconstruction:
         image = task.image
         large = self.decoder == "imagenet" or (self.decoder == "auto" and image.height >= 128)
         halves = 1 if self.patches == 1 else 2
-        size = (image.height // halves, image.width // halves)
-        trunks = [_trunk(shape.channels, *size, large) for _ in range(self.patches)]
+        part = Shape(shape.channels, shape.height // halves, shape.width // halves)
+        target = (image.height // halves, image.width // halves)
+        trunks = [_trunk(part, target, large) for _ in range(self.patches)]
         return Decoder(trunks, task)
 
 
@@ -172,20 +174,15 @@ class Decoder(nn.Module):
         return torch.stack(losses).sum()
 
 
-def _trunk(channels: int, height: int, width: int, large: bool) -> nn.Module:
-    layers: list[nn.Module]
-    if large:
-        layers = [
-            *conv_bn_relu(channels, 128, 1),
-            Resize(height // 4, width // 4),
-            *conv_bn_relu(128, 32, 3),
-            Resize(height // 2, width // 2),
-            *conv_bn_relu(32, 12, 3),
-            Resize(height, width),
-        ]
-    else:
-        layers = [Resize(height, width), *conv_bn_relu(channels, 12, 3)]
-    return nn.Sequential(*layers, nn.Conv2d(12, 3, 3, padding=1))
+def _trunk(shape: Shape, target: tuple[int, int], large: bool) -> nn.Module:
+    channels, *size = shape
+    layers = conv_bn_relu(channels, 128, 1) if large else []
+    channels, at = 128 if large else channels, (size[0], size[1])
+    for out, part in ((32, 4), (12, 2)) if large else ((12, 1),):
+        larger = (target[0] // part, target[1] // part)
+        layers += [ResizedConv(channels, out, at, larger), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+        channels, at = out, larger
+    return nn.Sequential(*layers, ResizedConv(channels, 3, at, target, bias=True))
 
 
 def _patches(x: Tensor, count: int) -> list[Tensor]:

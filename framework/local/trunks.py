@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
-from torch import Tensor, nn
+from torch import nn
 
 from framework.network import Shape
 from framework.network.layers import GlobalAveragePool
-
-
-class Resize(nn.Module):
-    """Bilinear, corners on corners (FACTS E4)."""
-
-    def __init__(self, height: int, width: int) -> None:
-        super().__init__()
-        self.size = (height, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, height, width)."""
-        if x.shape[2:] == self.size:
-            return x
-        return F.interpolate(x, self.size, mode="bilinear", align_corners=True)
 
 
 def conv_bn_relu(channels: int, out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
