@@ -44,7 +44,7 @@ def local_network(
         std: of the channels, the images were divided by it.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         sync_bn: BatchNorm over all ranks.
-        channels_last: keep weights and activations in channels-last order.
+        channels_last: keep images and activations in channels-last order.
 
     Raises:
         UserError: a name is unknown, or the network can't be cut or planned that way.
@@ -54,10 +54,11 @@ def local_network(
     segments = networks.cut(backbone, cut, stem_as_module)
     shapes = networks.output_shapes(segments, image_size)
     task = Task(tuple(segments), shapes, Shape(3, image_size, image_size), mean, std, num_classes)
-    net = LocalNetwork(backbone, segments, module.plan(task, options or module.Options()), precision)
+    plan = module.plan(task, options or module.Options())
+    net = LocalNetwork(backbone, segments, plan, precision, channels_last)
     if sync_bn:
         synchronise(net)
-    return net.to(memory_format=torch.channels_last) if channels_last else net  # type: ignore[call-overload]
+    return net
 
 
 def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:

@@ -41,7 +41,6 @@ def windows(net: LocalNetwork) -> list[tuple[int, int]]:
 
 def planned(recipe: Recipe) -> LocalNetwork:
     """The recipe's network, on images just large enough."""
-    recipe.network.channels_last = False
     return recipe_network(recipe, recipe.data.num_classes or 10)
 
 

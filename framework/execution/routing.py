@@ -36,10 +36,16 @@ class LocalNetwork(nn.Module):
         segments: what it was cut into.
         plan: the local units.
         precision: ``"fp32"`` (the parameters' own type), ``"bf16"`` or ``"fp16"`` (autocast).
+        channels_last: lay images out so; what follows in the network keeps their layout.
     """
 
     def __init__(
-        self, backbone: nn.Module, segments: Sequence[Segment], plan: Plan, precision: str = "fp32"
+        self,
+        backbone: nn.Module,
+        segments: Sequence[Segment],
+        plan: Plan,
+        precision: str = "fp32",
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         if len(segments) != plan.segments:
@@ -49,11 +55,13 @@ class LocalNetwork(nn.Module):
         self.heads = nn.ModuleDict({heads[u.head].replace(".", "_"): u.head for u in plan.units})
         self.moments = moments(plan)
         self.low_precision = autocast_type(precision)
+        self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.scales = LossScales(self._call_weights()) if precision == "fp16" else None
         self._overflowed: Tensor | None = None
 
     def forward(self, batch: Batch) -> StepOutput:
         """Losses of all units on a batch; in training mode their gradients too."""
+        batch = batch._replace(images=self._laid_out(batch.images))
         if self.training and torch.is_grad_enabled():
             step = _RoutedStep(self, batch)
             step.run()
@@ -103,7 +111,11 @@ class LocalNetwork(nn.Module):
             return nullcontext()
         return torch.autocast(x.device.type, dtype=self.low_precision, cache_enabled=False)
 
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.to(memory_format=self.layout)
+
     def _last_map(self, images: Tensor) -> Tensor:
+        images = self._laid_out(images)
         with self.autocast(images):
             for segment in self.segments:
                 images = segment(images)

@@ -64,7 +64,7 @@ class _ChannelsLast(torch.autograd.Function):
         return x.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
 
