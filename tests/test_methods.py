@@ -246,7 +246,7 @@ def by_hand_loco(net: LocalNetwork, images: Tensor, upper_only: bool) -> Tensor:
 
 @pytest.mark.parametrize(("case", "upper_only"), [("loco", False), ("loco-upper", True)])
 def test_loco_shares_gradients_as_table_5_says(case: str, upper_only: bool) -> None:
-    """Rows 8 and 2: in the latter a shared stage learns from the upper loss alone; the lower one passes through."""
+    """Rows 8 and 2: in the latter a shared stage learns from the upper loss; the lower passes through."""
     net = networks.network(case).double()
     data = networks.batch(net)
     ours = networks.routed(net, data)
@@ -305,7 +305,7 @@ DECODERS = {
 
 @pytest.mark.parametrize("row", DECODERS)
 def test_decoders_of_table_4(row: str) -> None:
-    """Residual blocks and what is pooled, on ResNet-50's first stage. On the last there is nothing to copy."""
+    """Residual blocks and what is pooled, on ResNet-50's first stage. On the last, nothing to copy."""
     options, blocks, pooled = DECODERS[row]
     segments = tuple(cut(create("resnet50")))
     task = Task(segments, output_shapes(list(segments), 64), Shape(3, 64, 64), (0.0,) * 3, (1.0,) * 3)

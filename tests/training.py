@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from framework import engines
 from framework.batch import Batch
 from framework.distributed import is_main, rank, world_size
+from framework.engines.step import marked
 from framework.model import local_network
 from framework.optim import build_optimizer
 
@@ -24,6 +25,7 @@ class Case:
     """What is trained, and with what."""
 
     method: str = "loco"
+    cut: str = "stage"
     optimizer: str = "lars"
     engine: str = "deepspeed"
     zero_stage: int = 1
@@ -50,7 +52,13 @@ class Run(NamedTuple):
 def network(case: Case) -> nn.Module:
     torch.manual_seed(0)
     net = local_network(
-        "resnet8", case.method, image_size=SIZE, num_classes=CLASSES, precision=case.precision, sync_bn=True
+        "resnet8",
+        case.method,
+        image_size=SIZE,
+        num_classes=CLASSES,
+        cut=case.cut,
+        precision=case.precision,
+        sync_bn=True,
     )
     return net.to(getattr(torch, case.dtype)).train()
 
@@ -58,7 +66,9 @@ def network(case: Case) -> nn.Module:
 def micro_batches(case: Case, step: int, part: int = 0, parts: int = 1) -> list[Batch]:
     """This rank's part of every micro-batch of a step, the way the loader slices them."""
     generator = torch.Generator().manual_seed(step)
-    images = torch.randn(case.views, IMAGES, 3, SIZE, SIZE, generator=generator).to(getattr(torch, case.dtype))
+    images = torch.randn(case.views, IMAGES, 3, SIZE, SIZE, generator=generator).to(
+        getattr(torch, case.dtype)
+    )
     labels = torch.randint(CLASSES, (IMAGES,), generator=generator)
     batches = []
     for x, y in zip(images.chunk(case.accumulation, 1), labels.chunk(case.accumulation), strict=True):
@@ -82,7 +92,7 @@ def plain(case: Case) -> Run:
     losses = []
     for step in range(case.steps):
         outputs = []
-        for batch in micro_batches(case, step):
+        for batch in marked(micro_batches(case, step)):
             output = net(batch)
             (output.loss / case.accumulation).backward()
             outputs.append(output.unit_losses)
@@ -114,7 +124,9 @@ def advance(engine: engines.Engine, case: Case, first: int, last: int) -> Tensor
     """Steps ``first`` to ``last - 1``; unit losses (steps, U)."""
     return torch.stack(
         [
-            engine.step(micro_batches(case, step, rank(), world_size()), learning_rate(case, step)).unit_losses
+            engine.step(
+                micro_batches(case, step, rank(), world_size()), learning_rate(case, step)
+            ).unit_losses
             for step in range(first, last)
         ]
     )
