@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from framework import engines
 from framework.batch import Batch, StepOutput
 from framework.distributed import is_main, rank, world_size
+from framework.engines.step import marked
 from framework.model import local_network
 from framework.optim import build_optimizer
 
@@ -29,6 +30,7 @@ class Case:
     """What is trained, and with what. ``method`` is a local method, or "dyadic"."""
 
     method: str = "dyadic"
+    cut: str = "stage"
     optimizer: str = "lars"
     engine: str = "deepspeed"
     zero_stage: int = 1
@@ -88,7 +90,13 @@ def network(case: Case) -> Any:
         return Dyadic()
     torch.manual_seed(0)
     net = local_network(
-        "resnet8", case.method, image_size=SIZE, num_classes=CLASSES, precision=case.precision, sync_bn=True
+        "resnet8",
+        case.method,
+        image_size=SIZE,
+        num_classes=CLASSES,
+        cut=case.cut,
+        precision=case.precision,
+        sync_bn=True,
     )
     return net.to(getattr(torch, case.dtype)).train()
 
@@ -126,7 +134,7 @@ def plain(case: Case, steps: range | None = None) -> Run:
     losses = []
     for step in steps or range(case.steps):
         outputs = []
-        for batch in micro_batches(case, step):
+        for batch in marked(micro_batches(case, step)):
             output = net(batch)
             (output.loss / case.accumulation).backward()
             outputs.append(output.unit_losses)

@@ -60,7 +60,13 @@ def build(method: str, arguments: argparse.Namespace, image_size: int, cut: str)
     opts = options(method, arguments.head, arguments.window)
     classes = 0 if method in CONTRASTIVE else CLASSES
     return local_network(
-        arguments.network, name, opts, image_size=image_size, num_classes=classes, cut=cut
+        arguments.network,
+        name,
+        opts,
+        image_size=image_size,
+        num_classes=classes,
+        cut=cut,
+        channels_last=arguments.channels_last,
     ).train()
 
 
@@ -119,6 +125,8 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     views = 2 if method in CONTRASTIVE else 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.randn(arguments.batch, 3, size, size, device=device)
+    if arguments.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (arguments.batch,), device=device)
     batch = Batch(images, None, 2) if views == 2 else Batch(images, labels)
     reference = build("simclr" if views == 2 else "bp", arguments, size, cut).to(device)
@@ -135,6 +143,7 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "window": arguments.window if method in ("loco", "mlm", "mlaan") else None,
         "head": arguments.head,
         "image_size": size,
+        "channels_last": arguments.channels_last,
         "batch": arguments.batch,
         "units": len(network.plan.units),
         "reference": "simclr" if views == 2 else "bp",
@@ -240,6 +249,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images in a step (both views counted)")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after two to warm up")
     parser.add_argument("--breakdown", action="store_true", help="also print what each head takes")
+    parser.add_argument("--channels-last", action="store_true", help="all networks in channels-last order")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()

@@ -264,11 +264,12 @@ class _RoutedStep:
     def _finish(
         self, parameters: list[nn.Parameter], gradients: Sequence[Tensor], scale: float
     ) -> Tensor | None:
+        gradients = [_laid_out_like(p, g) for p, g in zip(parameters, gradients, strict=True)]
         self.gradients.update(zip(parameters, gradients, strict=True))
         if self.scales is not None and gradients:
-            return unscale_(list(gradients), scale)
+            return unscale_(gradients, scale)
         if scale != 1.0:
-            torch._foreach_div_(list(gradients), scale)
+            torch._foreach_div_(gradients, scale)
         return None
 
     def _overflow(self) -> Tensor | None:
@@ -308,6 +309,13 @@ def _output(plan: Plan, losses: dict[int, Tensor], penalty: Tensor | None) -> St
     weights = unit_losses.new_tensor([unit.weight for unit in plan.units])
     loss = unit_losses @ weights
     return StepOutput(loss if penalty is None else loss + penalty, unit_losses)
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """DDP's buckets want a gradient in its parameter's memory order, which a head may have left."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

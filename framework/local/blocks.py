@@ -31,6 +31,10 @@ class Block(NamedTuple):
         """The block as it is now."""
         return segments[self.segment].backbone.get_submodule(self.name)
 
+    def channels(self, segments: Sequence[Segment]) -> int:
+        """Of the block's output: those of its last convolution."""
+        return [m for m in self.module(segments).modules() if isinstance(m, nn.Conv2d)][-1].out_channels
+
 
 def residual_blocks(segments: Sequence[Segment]) -> tuple[Block, ...]:
     """All blocks in order: the children called by a number (``layer2.0``); stages are their parents."""

@@ -148,7 +148,7 @@ class LamBuilder:
                 )
             return [by_name[wanted] for wanted in self.lists[name]]
         end = [b for b in blocks if b.segment <= segment][-1:] or blocks[:1]
-        channels = {b.stage: self.task.shapes[b.segment].channels for b in blocks}
+        channels = {b.stage: b.channels(self.task.segments) for b in blocks}
         modules = len({b.segment for b in blocks})
         listed = lam_tables.published(tuple(channels.values()), blocks, modules, end[0])
         return listed or lam_tables.by_rule(blocks, end[0])

@@ -70,7 +70,7 @@ def _sampled_blocks(task: Task, segment: int, depth: int) -> tuple[list[nn.Modul
     channels, height, width = task.shapes[segment]
     halvings = 0
     for block in sampled:
-        out = task.shapes[block.segment].channels
+        out = block.channels(task.segments)
         halvings += (out // channels).bit_length() - 1
         stride = 2 if halvings > 0 else 1
         halvings -= stride - 1

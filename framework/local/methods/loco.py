@@ -58,7 +58,8 @@ def plan(task: Task, options: Options) -> Plan:
         trains = frozenset(s for s in range(first, last + 1) if u in learners[s])
         whole = len(trains) == last - first + 1
         head = options.head.build(task, last)
-        units.append(LocalUnit(task.names[last], first, last, head, trains=None if whole else trains))
+        name = task.names[last] if options.share_blocks is None else f"{task.names[first]}-{task.names[last]}"
+        units.append(LocalUnit(name, first, last, head, trains=None if whole else trains))
     if options.loco_losses == "monitor_first_stage":
         head = options.head.build(task, 0)
         units.insert(0, LocalUnit(f"{task.names[0]}/monitor", 0, 0, head, trains=frozenset()))
