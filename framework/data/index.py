@@ -142,7 +142,8 @@ class ShardSet:
         """
         name, length = self._names[self.table.shard[i]], int(self.table.length[i])
         try:
-            data = os.pread(self.files.open(name).descriptor, length, int(self.table.offset[i]))
+            file = self.files.open(name)  # dropped, and perhaps closed, at the end of this call
+            data = os.pread(file.descriptor, length, int(self.table.offset[i]))
         except OSError as error:
             raise UserError(f"{self.folder}/{name}: cannot be read: {error.strerror}") from error
         if len(data) != length:

@@ -9,7 +9,7 @@ import numpy as np
 
 _ORDER_STREAM = 0  # second word of the Philox key; views use 1
 _SPARES = 100  # positions tried in place of a broken image
-_AHEAD = 4  # shards named to a worker before their first sample is due
+AHEAD = 4  # shards named to a worker before their first sample is due
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -111,7 +111,7 @@ class Ahead:
 
     def at(self, position: int) -> tuple[int, ...]:
         due = int(np.searchsorted(self._first, position))
-        return tuple(self._names[due : due + _AHEAD].tolist())
+        return tuple(self._names[due : due + AHEAD].tolist())
 
 
 def eval_jobs(shard: np.ndarray, batch_size: int, rank: int, world_size: int) -> list[Job]:
