@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from framework.data.decode import BrokenImage, decode
 from framework.data.digits import prepare_digits
 from framework.data.index import ShardSet
 from framework.data.shards import write_shards
-from framework.data.decode import BrokenImage, decode
 from framework.errors import UserError
 
 

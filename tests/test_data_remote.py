@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from http_store import Server, serve
+from http_store import serve
 from PIL import Image
 
 from framework.data.index import ShardSet

@@ -36,7 +36,7 @@ def photograph(width: int, height: int) -> Image.Image:
 
 
 def draws(n: int) -> np.ndarray:
-    return np.stack([chances(0, 0, position, 0) for position in range(n)])
+    return chances(0, 0, 0, 0, n)
 
 
 def encoded(image: Image.Image, form: str) -> bytes:
@@ -188,12 +188,19 @@ def test_fields_switch_their_operation_off_and_leave_the_others_alone():
 
 
 def test_chances_depend_on_each_key():
-    base = chances(1, 2, 3, 4)
-    assert np.array_equal(base, chances(1, 2, 3, 4))
+    base = chances(1, 2, 3, 4, 1)
+    assert np.array_equal(base, chances(1, 2, 3, 4, 1))
     assert base.min() >= 0
     assert base.max() < 1
     for other in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0), (1, 2, 4, 4)):
-        assert not np.isin(chances(*other), base).any()
+        assert not np.isin(chances(*other, 1), base).any()
+
+
+def test_chances_of_a_position_do_not_depend_on_the_call():
+    several = chances(1, 2, 3, 4, 5)
+    assert len(np.unique(several)) == several.size
+    for row in range(5):
+        assert np.array_equal(chances(1, 2, 3, 4 + row, 1)[0], several[row])
 
 
 def test_random_crop_equals_torchvision():

@@ -51,7 +51,8 @@ class CachedShards:
         largest = max(shards, key=lambda name: shards[name])
         if shards[largest] > limit:
             raise UserError(
-                f"data.cache_gb={limit / 1e9:g}: {store.url}/{largest} alone has {shards[largest] / 1e9:.1f} GB"
+                f"data.cache_gb={limit / 1e9:g}: {store.url}/{largest} alone has "
+                f"{shards[largest] / 1e9:.1f} GB"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,9 @@ class CachedShards:
             raise UserError(f"data.cache_dir: {path} cannot be written: {_reason(error)}") from error
 
     def _make_room(self, size: int) -> None:
-        cached = [(entry.stat(), entry.path) for entry in os.scandir(self.folder) if entry.name.endswith(".tar")]
+        cached = [
+            (entry.stat(), entry.path) for entry in os.scandir(self.folder) if entry.name.endswith(".tar")
+        ]
         used = sum(status.st_size for status, _ in cached)
         for status, path in sorted(cached, key=lambda entry: entry[0].st_mtime_ns):
             if used + size <= self.limit:
@@ -135,11 +138,12 @@ class CachedShards:
                     digest.update(part)
                 file.flush()
                 if expected in (None, digest.hexdigest()):
-                    # Python follows the link in /proc only when given a folder too, which an absolute path ignores.
+                    # Only with a folder, which the absolute path ignores, does Python follow the link.
                     os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
                     return
         raise UserError(
-            f"{self.location}/{name}: arrived {_TRIES} times with another checksum than indexed; upload it again"
+            f"{self.location}/{name}: arrived {_TRIES} times with another checksum than indexed; "
+            f"upload it again"
         )
 
 

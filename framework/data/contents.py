@@ -113,8 +113,8 @@ class Contents(NamedTuple):
                 raise UserError(f"{where}/{name}: not in the index; {_REBUILD}")
             if self.shards[name] != found[name]:
                 raise UserError(
-                    f"{where}/{name}: has {found[name]} bytes and had {self.shards[name]} when it was indexed; "
-                    f"copy it again, or {_REBUILD}"
+                    f"{where}/{name}: has {found[name]} bytes and had {self.shards[name]} when it was "
+                    f"indexed; copy it again, or {_REBUILD}"
                 )
 
     def check_classes(self, where: Path | str, named: list[str] | None) -> None:

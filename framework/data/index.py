@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from framework.data.contents import ARRAYS, HEAD, Contents, Table, file_sha256, parse_classes, tabulate
+from framework.data.contents import ARRAYS, HEAD, Contents, file_sha256, parse_classes, tabulate
 from framework.data.scan import UNLABELLED, Sample, scan_shard
 from framework.errors import UserError
 

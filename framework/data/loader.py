@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from framework.batch import Batch
 from framework.data.index import ShardSet
-from framework.data.order import Job, TrainJobs, eval_jobs
 from framework.data.memory import Resident
+from framework.data.order import Job, TrainJobs, eval_jobs
 from framework.data.stream import finished
 from framework.data.views import Views
 from framework.data.worker import Boxer, Decoder, Drawn

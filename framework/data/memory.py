@@ -48,8 +48,8 @@ class Resident:
                 whole = self._room(image)
             if image.shape != whole.shape[1:]:
                 raise UserError(
-                    f"data.cache=memory: {shards.folder}: {shards.where(sample)} is {_size(image)} and others "
-                    f"are {_size(whole)}; resize them with tools/make_shards.py, or set data.cache=none"
+                    f"data.cache=memory: {shards.folder}: {shards.where(sample)} is {_size(image)} and "
+                    f"others are {_size(whole)}; resize them with tools/make_shards.py, or set data.cache=none"
                 )
             whole[sample] = image
         if whole is None:

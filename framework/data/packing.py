@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +21,12 @@ from framework.data.shards import Example, clear, new_folder, shard_name, write_
 from framework.data.sources import Source
 from framework.errors import UserError
 
-_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "PPM": "ppm"}  # what a shard may hold, by Pillow's name
+_FORMATS = {
+    "JPEG": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "PPM": "ppm",
+}  # what a shard may hold, by Pillow's name
 _PLAN = "plan.json"
 _SHUFFLE = 0  # seed of the order in which samples are stored
 
@@ -48,7 +50,7 @@ class Packing:
 
 
 def pack(source: Source, folder: Path, packing: Packing, workers: int) -> Iterator[tuple[int, list[str]]]:
-    """Write the shards of ``folder``, yielding after each: its samples, and what is wrong with those left out.
+    """Write the shards of ``folder``; yields the samples of each, and what is wrong with those left out.
 
     Samples are stored in an order mixed once and for all, so that classes are spread over shards. The folder
     appears when all are written. Stopped in between, the same call goes on after the last whole shard.
@@ -66,7 +68,9 @@ def pack(source: Source, folder: Path, packing: Packing, workers: int) -> Iterat
     with new_folder(folder) as partial:
         _go_on(partial, plan)
         shards = -(-len(source) // packing.samples_per_shard)
-        missing = [number for number in range(shards) if not (partial / f"{shard_name(number)}.done").exists()]
+        missing = [
+            number for number in range(shards) if not (partial / f"{shard_name(number)}.done").exists()
+        ]
         for number in range(shards):
             if number not in set(missing):
                 yield _report(partial, number)
@@ -90,13 +94,18 @@ def _go_on(partial: Path, plan: dict[str, Any]) -> None:
         replace(path, text)
 
 
+def _note(partial: Path, number: int) -> Path:
+    """What is known of a shard; there only when the shard is whole."""
+    return partial / f"{shard_name(number)}.done"
+
+
 def _report(partial: Path, number: int) -> tuple[int, list[str]]:
-    done = json.loads((partial / f"{shard_name(number)}.done").read_bytes())
+    done = json.loads(_note(partial, number).read_bytes())
     return done["samples"], done["broken"]
 
 
 def _finish(partial: Path, classes: list[str] | None, shards: int) -> None:
-    notes = [partial / f"{shard_name(number)}.done" for number in range(shards)]
+    notes = [_note(partial, number) for number in range(shards)]
     done = [json.loads(note.read_bytes()) for note in notes]
     sha256 = {shard_name(number): note["sha256"] for number, note in enumerate(done) if note["sha256"]}
     if not sha256:
@@ -130,7 +139,7 @@ class _Writer(Dataset[int | UserError]):
                 "broken": broken,
                 "sha256": file_sha256(path) if examples else None,
             }
-            replace(path.with_name(f"{path.name}.done"), json.dumps(note).encode())
+            replace(_note(self.folder, number), json.dumps(note).encode())
         except UserError as error:
             return error
         except OSError as error:

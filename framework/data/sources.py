@@ -8,16 +8,17 @@ import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol, cast
 
 import numpy as np
 from torchvision import datasets
 
 from framework.data.index import ShardSet
 from framework.data.remote import open_remote
-from framework.data.scan import UNLABELLED
+from framework.data.scan import PARSE_ERRORS, UNLABELLED, check_end, members
 from framework.data.store import is_url
 from framework.errors import UserError
 
@@ -88,7 +89,7 @@ class Pixels:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray | None, classes: list[str] | None) -> None:
         self.images, self.labels, self.classes = images, labels, classes
-        contents = hashlib.sha256(np.ascontiguousarray(images))
+        contents = hashlib.sha256(np.ascontiguousarray(images).data)
         self.identity = contents.hexdigest() + _digest([] if labels is None else map(str, labels.tolist()))
 
     def __len__(self) -> int:
@@ -159,18 +160,15 @@ def _folder(root: Path) -> dict[str, Source]:
 
 def _archive(path: Path, work: Path) -> dict[str, Source]:
     try:
-        with open(path, "rb") as start:
-            zipped = start.read(2) == b"\x1f\x8b"
-        file = gzip.open(path) if zipped else open(path, "rb")  # noqa: SIM115  # read as long as the source is
-        if zipped:
-            unpacked = tempfile.TemporaryFile(dir=work)
-            with file:
-                shutil.copyfileobj(file, unpacked, 1 << 20)
-            unpacked.flush()
-            file = unpacked
+        file = _unpacked(path, work)
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            places = {member.name: (member.offset_data, member.size) for member in tar if member.isreg()}
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+            places = {
+                str(PurePosixPath(member.name)): (member.offset_data, member.size)
+                for member in members(path, tar)
+                if member.isreg()
+            }
+            check_end(path, file, tar.offset)
+    except (OSError, EOFError, zlib.error, *PARSE_ERRORS) as error:
         raise UserError(f"{path}: not a whole tar or tar.gz ({error})") from error
     if any(name.endswith(".cls") for name in places):
         raise UserError(f"{path}: is a shard; name the folder that it lies in")
@@ -180,6 +178,19 @@ def _archive(path: Path, work: Path) -> dict[str, Source]:
         return os.pread(file.fileno(), size, offset)
 
     return _by_folders(path, places, read)
+
+
+def _unpacked(path: Path, work: Path) -> BinaryIO:
+    """The archive, or what is in the gzip file, as an unnamed file of which a kill leaves nothing."""
+    file = open(path, "rb")  # noqa: SIM115  # read as long as the source is used
+    if file.read(2) != b"\x1f\x8b":
+        file.seek(0)
+        return file
+    unpacked = tempfile.TemporaryFile(dir=work)  # noqa: SIM115
+    with file, gzip.open(path) as zipped:
+        shutil.copyfileobj(zipped, unpacked, 1 << 20)
+    unpacked.seek(0)
+    return cast(BinaryIO, unpacked)
 
 
 def _by_folders(root: Path, names: Iterable[str], read: Callable[[str], bytes]) -> dict[str, Source]:
@@ -199,13 +210,13 @@ def _by_folders(root: Path, names: Iterable[str], read: Callable[[str], bytes]) 
         splits.setdefault(name.parts[0] if depth == 3 else "", []).append(name)
     return {
         split: Files(
-            [str(name) for name in members],
-            [number[name.parts[-2]] for name in members] if classes else None,
+            [str(name) for name in found],
+            [number[name.parts[-2]] for name in found] if classes else None,
             classes,
             read,
             str(root),
         )
-        for split, members in splits.items()
+        for split, found in splits.items()
     }
 
 

@@ -109,7 +109,8 @@ def _classes(wanted: int | None, train: ShardSet, test: ShardSet) -> int:
         highest = int(shards.labels.max())
         if wanted is not None and highest >= wanted:
             raise UserError(
-                f"data.num_classes={wanted}: {shards.folder} has labels up to {highest}, so at least {highest + 1}"
+                f"data.num_classes={wanted}: {shards.folder} has labels up to {highest}, "
+                f"so at least {highest + 1}"
             )
     names = max((len(shards.classes) for shards in (train, test) if shards.classes), default=0)
     found = max(names, int(train.labels.max()) + 1, int(test.labels.max()) + 1)

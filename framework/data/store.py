@@ -62,7 +62,9 @@ class Store:
             UserError: as ``sizes``.
         """
         files, root = self._open()
-        return bytes(self._retried(f"{self.url}/{name}", lambda: files.cat_file(f"{root}/{name}"), missing=True))
+        return bytes(
+            self._retried(f"{self.url}/{name}", lambda: files.cat_file(f"{root}/{name}"), missing=True)
+        )
 
     def parts(self, name: str, size: int) -> Iterator[bytes]:
         """A file of ``size`` bytes in consecutive parts, several fetched at a time.
@@ -102,7 +104,9 @@ class Store:
         try:
             files, root = fsspec.url_to_fs(self.url)
         except ImportError as error:
-            raise UserError(f"{self.url}: {error}; install stagewise[{_EXTRAS.get(protocol, protocol)}]") from error
+            raise UserError(
+                f"{self.url}: {error}; install stagewise[{_EXTRAS.get(protocol, protocol)}]"
+            ) from error
         except ValueError as error:
             raise UserError(f"{self.url}: {error}; use a folder, s3://, gs:// or http(s)://") from error
         return files, root

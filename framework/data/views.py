@@ -26,6 +26,7 @@ _CROP = slice(0, 4 * crops.ATTEMPTS)
 _FLIP, _JITTER, _GREYSCALE, _BLUR, _SIGMA = range(40, 45)
 _ORDER, _FACTORS = slice(45, 49), slice(49, 53)
 CHANCES = 53
+_BLOCKS = 14  # of Philox's counter for one position, each of 4 numbers
 _IN_CACHE = 4  # images that a CPU finishes together: 224 x 224 floats of more leave its second-level cache
 
 
@@ -179,10 +180,15 @@ class Views:
         return images.sub_(statistics[0]).div_(statistics[1])
 
 
-def chances(seed: int, epoch: int, position: int, view: int) -> np.ndarray:
-    """All the randomness of one view: [CHANCES] float64 in [0, 1), the same on every machine and version of
-    numpy."""
-    bits = np.random.Philox(key=[seed, _VIEW_STREAM], counter=[0, position, epoch, view]).random_raw(CHANCES)
+def chances(seed: int, epoch: int, view: int, first: int, count: int) -> np.ndarray:
+    """All the randomness of one view of ``count`` positions from ``first`` on.
+
+    Returns:
+        [count, CHANCES] float64 in [0, 1); a row depends on its position, not on where the call began, and is
+        the same on every machine and version of numpy.
+    """
+    philox = np.random.Philox(key=[seed, _VIEW_STREAM], counter=[_BLOCKS * first, 0, epoch, view])
+    bits = philox.random_raw(4 * _BLOCKS * count).reshape(count, -1)[:, :CHANCES]
     return (bits >> np.uint64(11)) * 2.0**-53
 
 

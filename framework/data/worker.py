@@ -47,7 +47,7 @@ class Decoder(Dataset[Drawn | UserError]):
 
     def __getitem__(self, job: Job) -> Drawn | UserError:
         self.shards.prefetch(job.ahead)
-        draws = Draws(job, self.views_per_image, self.seed)
+        draws: Draws[Tensor] = Draws(job, self.views_per_image, self.seed)
         crops = np.empty((self.views_per_image, job.size, 3, self.size, self.size), np.uint8)
         try:
             for row, image in draws.images(lambda sample: decode(self.shards.read(sample)), self.shards):
@@ -84,7 +84,7 @@ class Boxer(Dataset[Drawn | UserError]):
         self.broken, self.height, self.width = broken, height, width
 
     def __getitem__(self, job: Job) -> Drawn | UserError:
-        draws = Draws(job, self.views_per_image, self.seed)
+        draws: Draws[None] = Draws(job, self.views_per_image, self.seed)
         boxes = np.empty((self.views_per_image, job.size, 4), np.int64)
         try:
             for row, _ in draws.images(self._present, self.shards):
@@ -103,8 +103,11 @@ class Draws(Generic[T]):
     """The rows of one job as they fill: which sample each took, its chances, what was passed over."""
 
     def __init__(self, job: Job, views_per_image: int, seed: int) -> None:
-        self.job, self.seed = job, seed
-        self.chance = np.empty((views_per_image, job.size, CHANCES))
+        self.job = job
+        # By place in the job, moved up to the row where places before it are left out.
+        self.chance = np.stack(
+            [chances(seed, job.epoch, view, job.first, job.size) for view in range(views_per_image)]
+        )
         self.samples: list[int] = []
         self.broken: dict[int, str] = {}
 
@@ -126,9 +129,7 @@ class Draws(Generic[T]):
                     self.broken[sample] = str(error)
                     continue
                 row = len(self.samples)
-                for view in range(len(self.chance)):
-                    position = self.job.first + place
-                    self.chance[view, row] = chances(self.seed, self.job.epoch, position, view)
+                self.chance[:, row] = self.chance[:, place]
                 self.samples.append(sample)
                 yield row, image
                 break
