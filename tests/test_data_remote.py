@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import re
@@ -19,10 +20,12 @@ import torch
 from http_store import serve
 from PIL import Image
 
+from framework.config import Data, Recipe, Train
 from framework.data.index import ShardSet
 from framework.data.loader import EvalLoader, TrainLoader
 from framework.data.remote import open_remote
 from framework.data.shards import write_shards
+from framework.data.splits import Splits
 from framework.data.store import Store
 from framework.data.views import Views
 from framework.errors import UserError
@@ -199,6 +202,56 @@ def test_a_full_or_foreign_disk_is_named(tmp_path, local):
     with serve(tmp_path / "www") as server, pytest.raises(UserError, match=r"data\.cache_dir"):
         (tmp_path / "file").write_text("")
         open_remote(f"{server.url}/train", tmp_path / "file", GB)
+
+
+def recipe(**data: object) -> Recipe:
+    return Recipe(
+        name="test", data=Data(image_size=8, workers=0, **data), views=PLAIN, train=Train(batch_size=4)
+    )
+
+
+def test_recipes_name_urls(tmp_path, local):
+    shutil.copytree(local.folder, tmp_path / "www" / "test")
+    with serve(tmp_path / "www") as server:
+        remote = {"path": server.url, "cache_dir": str(tmp_path / "cache")}
+        splits = Splits.open(recipe(**remote, window=6))
+        assert (splits.num_classes, len(splits.test)) == (3, 24)
+        found = [batch.images for (batch,) in splits.train_loader(1).steps(0, 6)]
+        expected = [batch.images for (batch,) in train_loader(local).steps(0, 6)]
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        small = 3 * max(local.shards.values()) / 1e9
+        with pytest.raises(UserError, match=r"data\.cache_gb=.*set a smaller data\.window above 0"):
+            Splits.open(recipe(**remote, cache_gb=small))
+        with pytest.raises(UserError, match="packed into a local folder"):
+            Splits.open(recipe(**remote, source="digits"))
+
+
+def test_recipes_keep_images_in_memory(tmp_path, local):
+    shutil.copytree(local.folder, tmp_path / "www" / "test")
+    settings = recipe(path=str(tmp_path / "www"), cache="memory")
+    settings.views = Views(kind="supervised")
+    ((batch,),) = Splits.open(settings).train_loader(2).steps(0, 1)
+    assert batch.images.shape == (8, 3, 8, 8)
+
+
+def indexed_folders(settings: Recipe) -> int:
+    """How many folders this rank had to index."""
+    messages: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = messages.append
+    log = logging.getLogger("framework.data.index")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    Splits.open(settings)
+    log.removeHandler(handler)
+    return len(messages)
+
+
+def test_the_main_rank_indexes_before_the_others(tmp_path, local, pool):
+    shutil.copytree(local.folder, tmp_path / "www" / "test")
+    for folder in (tmp_path / "www").iterdir():
+        (folder / "index.json").unlink()
+    assert pool(2).run(indexed_folders, recipe(path=str(tmp_path / "www"))) == [2, 0]
 
 
 TRAIN = """

@@ -49,7 +49,7 @@ class Resident:
             if image.shape != whole.shape[1:]:
                 raise UserError(
                     f"data.cache=memory: {shards.folder}: {shards.where(sample)} is {_size(image)} and "
-                    f"others are {_size(whole)}; resize them with tools/make_shards.py, or set data.cache=none"
+                    f"others are {_size(whole)}; resize them, or set data.cache=none"
                 )
             whole[sample] = image
         if whole is None:

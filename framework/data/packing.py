@@ -68,12 +68,10 @@ def pack(source: Source, folder: Path, packing: Packing, workers: int) -> Iterat
     with new_folder(folder) as partial:
         _go_on(partial, plan)
         shards = -(-len(source) // packing.samples_per_shard)
-        missing = [
-            number for number in range(shards) if not (partial / f"{shard_name(number)}.done").exists()
-        ]
-        for number in range(shards):
-            if number not in set(missing):
-                yield _report(partial, number)
+        done = {number for number in range(shards) if _note(partial, number).exists()}
+        for number in sorted(done):
+            yield _report(partial, number)
+        missing = [number for number in range(shards) if number not in done]
         writer = _Writer(source, partial, packing)
         loader = DataLoader(
             writer, batch_size=None, sampler=missing, num_workers=workers, generator=torch.Generator()
@@ -89,6 +87,8 @@ def _go_on(partial: Path, plan: dict[str, Any]) -> None:
     """Keep the shards of an earlier, equal attempt, and nothing else."""
     text = json.dumps(plan).encode()
     path = partial / _PLAN
+    for half_written in partial.glob(".*.*"):
+        half_written.unlink()
     if not path.exists() or path.read_bytes() != text:
         clear(partial)
         replace(path, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import fsspec
@@ -15,7 +16,6 @@ _RANGE = 8 << 20  # bytes of one request: what a dropped connection costs
 _TOGETHER = 8  # requests at a time
 _ATTEMPTS = 8  # per request; the waits between them add up to some twenty seconds
 _LONGEST_WAIT = 10.0  # seconds
-_EXTRAS = {"s3": "s3", "gs": "gs"}
 
 T = TypeVar("T")
 
@@ -72,12 +72,12 @@ class Store:
         Raises:
             UserError: as ``sizes``; the file is shorter; the server cannot send parts.
         """
-        starts = range(0, size, _RANGE)
-        for first in range(0, len(starts), _TOGETHER):
-            spans = [(start, min(start + _RANGE, size)) for start in starts[first : first + _TOGETHER]]
+        spans = [(start, min(start + _RANGE, size)) for start in range(0, size, _RANGE)]
+        for first in range(0, len(spans), _TOGETHER):
+            together = spans[first : first + _TOGETHER]
             fetched: dict[tuple[int, int], bytes] = {}
-            self._retried(f"{self.url}/{name}", lambda: self._fetch(name, spans, fetched))
-            yield from (fetched[span] for span in spans)
+            self._retried(f"{self.url}/{name}", partial(self._fetch, name, together, fetched))
+            yield from (fetched[span] for span in together)
 
     def _fetch(self, name: str, spans: list[tuple[int, int]], fetched: dict[tuple[int, int], bytes]) -> None:
         """Fetch what is missing; raises the first failure when all have come or failed."""
@@ -104,9 +104,8 @@ class Store:
         try:
             files, root = fsspec.url_to_fs(self.url)
         except ImportError as error:
-            raise UserError(
-                f"{self.url}: {error}; install stagewise[{_EXTRAS.get(protocol, protocol)}]"
-            ) from error
+            extra = f"stagewise[{protocol}]"
+            raise UserError(f"{self.url}: {error}; install {extra}") from error
         except ValueError as error:
             raise UserError(f"{self.url}: {error}; use a folder, s3://, gs:// or http(s)://") from error
         return files, root
