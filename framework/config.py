@@ -58,13 +58,18 @@ class Data:
     """Where the images are.
 
     Attributes:
-        path: folder that holds the splits.
+        path: folder that holds the splits, or its URL (``s3://``, ``gs://``, ``http(s)://``).
         source: "shards": WebDataset shards that exist; "digits": scikit-learn's digits, packed on first use.
         train: folder of the training split, below ``path``.
         test: folder of the held-out split, below ``path``.
         image_size: side of a view in pixels.
         num_classes: check against the labels; ``None`` takes the count from the shards.
         workers: processes per rank that decode; 0 decodes in the training process.
+        window: samples among which the order is mixed, so that only the shards of about so many are in use at
+            a time; 0 mixes the whole epoch. Behind a URL the shards of a window must fit the cache.
+        cache: "memory" keeps every decoded image on the device, for small sets of images of one size.
+        cache_dir: local folder for shards that come from a URL.
+        cache_gb: GB that the shards of one split may take there.
     """
 
     path: str = MISSING
@@ -74,6 +79,10 @@ class Data:
     image_size: PositiveInt = 224
     num_classes: PositiveInt | None = None
     workers: NonNegativeInt = 8
+    window: NonNegativeInt = 0
+    cache: Literal["none", "memory"] = "none"
+    cache_dir: str = "~/.cache/stagewise"
+    cache_gb: Positive = 100.0
 
 
 @dataclass

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from framework.data.decode import BrokenImage, decode
 from framework.data.digits import prepare_digits
 from framework.data.index import ShardSet
 from framework.data.shards import write_shards
-from framework.data.views import BrokenImage, decode
 from framework.errors import UserError
 
 
@@ -280,8 +280,8 @@ def test_digits(tmp_path):
     assert (len(train), len(test)) == (1437, 360)
     assert train.classes == test.classes == [str(digit) for digit in range(10)]
     assert np.bincount(test.labels).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
-    images = np.stack([np.asarray(decode(train.read(i))) for i in range(50)])
-    assert images.shape == (50, 8, 8, 3)
+    images = np.stack([decode(train.read(i)).numpy() for i in range(50)])
+    assert images.shape == (50, 3, 8, 8)
     assert (images.min(), images.max()) == (0, 255)
     write_shards(samples(3), tmp_path / "other" / "train", None)
     with pytest.raises(UserError, match="holds 3 samples, not the 1437 digits"):

@@ -15,7 +15,9 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from framework.data import colour
-from framework.data.views import BrokenImage, Views, blur_taps, chances, crop_box, decode
+from framework.data.crops import random_box, resized, resized_batch, shifted_batch
+from framework.data.decode import BrokenImage, decode
+from framework.data.views import Views, blur_taps, chances
 
 CPU = torch.device("cpu")
 
@@ -34,7 +36,7 @@ def photograph(width: int, height: int) -> Image.Image:
 
 
 def draws(n: int) -> np.ndarray:
-    return np.stack([chances(0, 0, position, 0) for position in range(n)])
+    return chances(0, 0, 0, 0, n)
 
 
 def encoded(image: Image.Image, form: str) -> bytes:
@@ -126,7 +128,9 @@ def test_crop_boxes_are_distributed_as_torchvisions(size):
     width, height = size
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    ours = np.array([crop_box(width, height, (0.08, 1.0), (3 / 4, 4 / 3), draw[:40]) for draw in draws(2000)])
+    ours = np.array(
+        [random_box(width, height, (0.08, 1.0), (3 / 4, 4 / 3), draw[:40]) for draw in draws(2000)]
+    )
     theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)])
     left, upper, right, lower = ours.T
     assert left.min() >= 0
@@ -184,54 +188,92 @@ def test_fields_switch_their_operation_off_and_leave_the_others_alone():
 
 
 def test_chances_depend_on_each_key():
-    base = chances(1, 2, 3, 4)
-    assert np.array_equal(base, chances(1, 2, 3, 4))
+    base = chances(1, 2, 3, 4, 1)
+    assert np.array_equal(base, chances(1, 2, 3, 4, 1))
     assert base.min() >= 0
     assert base.max() < 1
     for other in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0), (1, 2, 4, 4)):
-        assert not np.isin(chances(*other), base).any()
+        assert not np.isin(chances(*other, 1), base).any()
+
+
+def test_chances_of_a_position_do_not_depend_on_the_call():
+    several = chances(1, 2, 3, 4, 5)
+    assert len(np.unique(several)) == several.size
+    for row in range(5):
+        assert np.array_equal(chances(1, 2, 3, 4 + row, 1)[0], several[row])
 
 
 def test_random_crop_equals_torchvision():
-    image = photograph(90, 61)
+    image = F.pil_to_tensor(photograph(90, 61))
     for draw in draws(5):
-        left, upper, right, lower = crop_box(90, 61, (0.08, 1.0), (3 / 4, 4 / 3), draw[:40])
+        left, upper, right, lower = random_box(90, 61, (0.08, 1.0), (3 / 4, 4 / 3), draw[:40])
         expected = F.resized_crop(
             image, upper, left, lower - upper, right - left, [24, 24], T.InterpolationMode.BICUBIC
         )
-        assert np.array_equal(Views().crop(image, 24, draw), F.pil_to_tensor(expected).numpy())
+        assert torch.equal(Views().crop(image, 24, draw), expected)
 
 
 @pytest.mark.parametrize("size", [(90, 61), (61, 90), (8, 8)])
 def test_central_crop_equals_torchvision(size):
-    image = photograph(*size)
-    reference = T.Compose([T.Resize(37, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()])
+    image = F.pil_to_tensor(photograph(*size))
+    reference = T.Compose([T.Resize(37, T.InterpolationMode.BICUBIC), T.CenterCrop(32)])
     found = Views(kind="none", centre=32 / 37).crop(image, 32, draws(1)[0])
-    assert np.array_equal(found, reference(image).numpy())
+    assert torch.equal(found, reference(image))
 
 
-def test_padded_crop_reaches_every_offset_of_the_reflected_image():
-    image = photograph(6, 6)
-    padded = F.pad(F.pil_to_tensor(image), [1, 1, 1, 1], padding_mode="reflect")
+@pytest.mark.parametrize(("edge", "mode"), [("reflect", "reflect"), ("zeros", "constant")])
+def test_padded_crop_reaches_every_offset_of_the_widened_image(edge, mode):
+    image = F.pil_to_tensor(photograph(6, 6))
+    padded = F.pad(image, [1, 1, 1, 1], padding_mode=mode)
     windows = {padded[:, y : y + 6, x : x + 6].numpy().tobytes() for y in range(3) for x in range(3)}
-    found = {Views(kind="cifar", pad=1).crop(image, 6, draw).tobytes() for draw in draws(100)}
-    assert found == windows
+    views = Views(kind="cifar", pad=1, edge=edge)
+    assert {views.crop(image, 6, draw).numpy().tobytes() for draw in draws(100)} == windows
     assert Views(kind="cifar").crop(image, 32, draws(1)[0]).shape == (3, 32, 32)
+
+
+def test_batched_crops_equal_single_ones():
+    generator = np.random.default_rng(0)
+    images = torch.from_numpy(generator.integers(0, 256, (40, 3, 31, 45), np.uint8))
+    boxes = [random_box(45, 31, (0.02, 1.0), (0.5, 2.0), draw[:40]) for draw in draws(40)]
+    for size in (8, 32, 60):
+        found = resized_batch(images, torch.tensor(boxes), size).int()
+        expected = [resized(image, box, (size, size)) for image, box in zip(images, boxes, strict=True)]
+        difference = (found - torch.stack(expected).int()).abs()
+        assert difference.max() <= 2
+        assert (difference > 1).float().mean() < 1e-3
+
+
+def test_batched_shifts_equal_single_ones():
+    images = torch.arange(5 * 3 * 16, dtype=torch.uint8).view(5, 3, 4, 4)
+    boxes = torch.tensor([[x, 1 - x, x + 4, 5 - x] for x in range(-2, 3)])
+    for edge in ("reflect", "zeros"):
+        single = [shifted_batch(images[i : i + 1], boxes[i : i + 1], edge)[0] for i in range(5)]
+        assert torch.equal(shifted_batch(images, boxes, edge), torch.stack(single))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
 def test_decode_gives_rgb(mode):
     image = photograph(20, 10).convert("RGB").convert(mode)
     found = decode(encoded(image, "jpeg" if mode == "CMYK" else "png"))
-    assert (found.mode, found.size) == ("RGB", (20, 10))
+    assert (found.dtype, tuple(found.shape)) == (torch.uint8, (3, 10, 20))
     if mode == "L":
-        assert np.array_equal(np.asarray(found)[..., 1], np.asarray(image))
+        assert np.array_equal(found[1], np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30, "subsampling": 0}])
+def test_jpeg_decodes_as_pillow_decodes_it(mode, options):
+    buffer = io.BytesIO()
+    photograph(67, 45).convert(mode).save(buffer, "jpeg", **options)
+    expected = F.pil_to_tensor(Image.open(buffer).convert("RGB"))
+    assert torch.equal(decode(buffer.getvalue()), expected)
 
 
 def test_decode_refuses_what_is_no_8_bit_image():
     deep = Image.fromarray(np.full((4, 4), 30000, np.uint16))
     whole = encoded(photograph(64, 64), "jpeg")
-    for data, reason in ((b"", "no known"), (encoded(deep, "png"), "8 bits"), (whole[:700], "runcated")):
+    bad = ((b"", "empty"), (b"text", "no known"), (encoded(deep, "png"), "8 bits"), (whole[:700], "runcated"))
+    for data, reason in bad:
         with pytest.raises(BrokenImage, match=reason):
             decode(data)
 

@@ -50,23 +50,24 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by ``shift`` [N, 1, 1, 1] circles.
+    """Turn the hue by ``shift`` [N, 1, 1, 1] circles, each in [-1/2, 1/2].
 
-    A channel of a colour with hue h (in sixths of the circle) is max - chroma * clamp(min(k, 4 - k), 0, 1),
-    with k = (h + n) mod 6 and n = 5, 3, 1 for red, green, blue.
+    A channel of a colour with hue h (in circles) is min + chroma * clamp(|6 frac(h + n) - 3| - 1, 0, 1), with
+    n = 0, 2/3, 1/3 for red, green, blue.
     """
     red, green, blue = images.unbind(1)
-    top = images.amax(1)
-    chroma = top - images.amin(1)
-    divisor = torch.where(chroma == 0, 1, chroma)
-    sixths = torch.where(
-        top == red,
-        (green - blue) / divisor,
-        torch.where(top == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    top = torch.maximum(torch.maximum(red, green), blue)
+    least = torch.minimum(torch.minimum(red, green), blue)
+    chroma = top - least
+    others = torch.where(
+        top == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
     )
-    start = torch.tensor([5, 3, 1], dtype=images.dtype).to(images.device, non_blocking=True).view(3, 1, 1)
-    k = (sixths.unsqueeze(1) + 6 * shift + start) % 6
-    return top.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp_(0, 1)
+    h = torch.where(top == red, green - blue, others).div_((6 * chroma).clamp_min_(1e-12))
+    # 2 more circles keep ``frac`` from negative numbers, which it rounds towards 0.
+    start = torch.tensor([2, 8 / 3, 7 / 3], dtype=images.dtype).to(images.device, non_blocking=True)
+    turned = h.unsqueeze(1) + (shift + start.view(3, 1, 1))
+    share = turned.frac_().mul_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)
+    return share.mul_(chroma.unsqueeze(1)).add_(least.unsqueeze(1))
 
 
 def grey(images: Tensor) -> Tensor:
@@ -96,4 +97,4 @@ def blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
 
 
 def _blend(images: Tensor, base: Tensor, factor: Tensor) -> Tensor:
-    return (base + (images - base) * factor).clamp_(0, 1)
+    return torch.lerp(base.expand_as(images), images, factor).clamp_(0, 1)

@@ -1,49 +1,78 @@
-"""A folder of shards, opened at random through an index of where every image lies.
-
-The index is two files beside the shards: ``index.json`` (shards, their sizes, class names) and ``index.npz``
-(per sample: shard, offset, length, label). 1.28 million samples are 36 MB and load in a fraction of a second.
-"""
+"""A set of shards, read at random through an index of where every image lies."""
 
 from __future__ import annotations
 
 import filecmp
 import functools
 import hashlib
-import io
-import json
 import logging
 import os
-import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
-from uuid import uuid4
+from typing import Any, Protocol
 
 import numpy as np
 
+from framework.data.contents import ARRAYS, HEAD, Contents, file_sha256, parse_classes, tabulate
 from framework.data.scan import UNLABELLED, Sample, scan_shard
 from framework.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
-_REBUILD = "delete index.json to have the folder indexed anew"
 _OPEN_FILES = 256  # per process; the usual limit is 1024 for everything
 
 
-class Table(NamedTuple):
-    """One row per sample.
+class OpenFile:
+    """Closed when its last reader drops it, so that no cache pulls it from under another thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class Files(Protocol):
+    """Where shards come from. Safe to use from several threads, after a fork, and to pickle.
 
     Attributes:
-        shard: [N] int32, number of the shard.
-        offset: [N] int64, first byte of the image in its shard.
-        length: [N] int64, bytes of the image.
-        label: [N] int64, its class, -1 without labels.
+        location: folder or URL.
     """
 
-    shard: np.ndarray
-    offset: np.ndarray
-    length: np.ndarray
-    label: np.ndarray
+    location: Path | str
+
+    def open(self, name: str) -> OpenFile:
+        """A shard to read; raises ``OSError`` or ``UserError``."""
+        ...
+
+    def prefetch(self, names: list[str]) -> None:
+        """Say which shards will be opened next."""
+        ...
+
+    def close(self) -> None:
+        """Let go of open shards; they open again when needed."""
+        ...
+
+
+class Folder:
+    """Shards on a local disk."""
+
+    def __init__(self, location: Path) -> None:
+        self.location: Path | str = location
+        self._opened = functools.lru_cache(_OPEN_FILES)(OpenFile)
+
+    def open(self, name: str) -> OpenFile:
+        return self._opened(Path(self.location) / name)
+
+    def prefetch(self, names: list[str]) -> None:
+        """Nothing to do: the disk is near."""
+
+    def close(self) -> None:
+        self._opened.cache_clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Folder, (self.location,)
 
 
 class ShardSet:
@@ -52,16 +81,17 @@ class ShardSet:
     Safe to use from several threads, and after a fork.
 
     Attributes:
-        folder: where the shards lie.
+        folder: where the shards lie, a path or a URL.
+        shards: their sizes in bytes by name.
+        table: the samples.
         classes: names of the classes, from ``classes.json`` in the folder or its parent, or ``None``.
-        labels: [N] int64, -1 without labels.
     """
 
-    def __init__(self, folder: Path, shards: dict[str, int], table: Table, classes: list[str] | None) -> None:
-        """Use ``open``; ``shards`` maps names to sizes in bytes."""
-        self.folder, self.shards, self.table, self.classes = folder, shards, table, classes
-        self._names = list(shards)
-        self._opened = functools.lru_cache(_OPEN_FILES)(_OpenFile)
+    def __init__(self, files: Files, contents: Contents) -> None:
+        """Use ``open``, or ``remote.open_remote``."""
+        self.files, self.contents = files, contents
+        self.shards, self.table, self.classes = contents.shards, contents.table, contents.classes
+        self._names = list(self.shards)
 
     @classmethod
     def open(cls, folder: Path) -> ShardSet:
@@ -76,16 +106,24 @@ class ShardSet:
         folder = Path(folder)
         shards = _list_shards(folder)
         classes = read_classes(folder)
-        if not (folder / "index.json").exists():
-            return cls(folder, shards, _build(folder, shards, classes), classes)
-        indexed, table, names = _load(folder)
-        _check_unchanged(folder, indexed, shards)
-        if classes is not None and classes != names:
-            raise UserError(f"{folder}: classes.json is not the one that was indexed; {_REBUILD}")
-        return cls(folder, shards, table, names)
+        if not (folder / HEAD).exists():
+            return cls(Folder(folder), _build(folder, shards, classes))
+        try:
+            head, arrays = (folder / HEAD).read_bytes(), (folder / ARRAYS).read_bytes()
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        contents = Contents.parse(folder, head, arrays)
+        contents.check_unchanged(folder, shards)
+        contents.check_classes(folder, classes)
+        return cls(Folder(folder), contents)
+
+    @property
+    def folder(self) -> Path | str:
+        return self.files.location
 
     @property
     def labels(self) -> np.ndarray:
+        """[N] int64, -1 without labels."""
         return self.table.label
 
     @property
@@ -104,35 +142,25 @@ class ShardSet:
         """
         name, length = self._names[self.table.shard[i]], int(self.table.length[i])
         try:
-            data = os.pread(self._opened(self.folder / name).descriptor, length, int(self.table.offset[i]))
+            file = self.files.open(name)  # dropped, and perhaps closed, at the end of this call
+            data = os.pread(file.descriptor, length, int(self.table.offset[i]))
         except OSError as error:
-            raise UserError(f"{self.folder / name}: cannot be read: {error.strerror}") from error
+            raise UserError(f"{self.folder}/{name}: cannot be read: {error.strerror}") from error
         if len(data) != length:
-            raise UserError(f"{self.folder / name}: became shorter while in use")
+            raise UserError(f"{self.folder}/{name}: became shorter while in use")
         return data
 
     def where(self, i: int) -> str:
         """Where sample ``i`` lies, for people: "shard.tar @ offset"."""
         return f"{self._names[self.table.shard[i]]} @ {self.table.offset[i]}"
 
+    def prefetch(self, shards: tuple[int, ...]) -> None:
+        """Bring the shards of these numbers near, while others are read."""
+        self.files.prefetch([self._names[number] for number in shards])
+
     def close(self) -> None:
         """Close the shards; they open again when read."""
-        self._opened.cache_clear()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSet, (self.folder, self.shards, self.table, self.classes)
-
-
-class _OpenFile:
-    """Closed when its last reader drops it, so that the cache never pulls it from under another thread."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        self.files.close()
 
 
 def read_classes(folder: Path) -> list[str] | None:
@@ -144,109 +172,64 @@ def read_classes(folder: Path) -> list[str] | None:
     for path in (folder / "classes.json", folder.absolute().parent / "classes.json"):
         if path.exists():
             try:
-                names = json.loads(path.read_bytes())
-            except (ValueError, OSError) as error:
+                return parse_classes(path, path.read_bytes())
+            except OSError as error:
                 raise UserError(f"{path}: must be a JSON list of class names ({error})") from error
-            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-                raise UserError(f"{path}: must be a JSON list of class names")
-            return names
     return None
+
+
+def save_contents(folder: Path, sha256: dict[str, str] | None = None) -> None:
+    """Index a folder of shards that was just written.
+
+    Args:
+        folder: of the shards.
+        sha256: their checksums; computed unless given.
+
+    Raises:
+        UserError: as ``ShardSet.open``.
+        OSError: the index cannot be written.
+    """
+    shards = _list_shards(folder)
+    contents = _scan(folder, shards, read_classes(folder))
+    sha256 = sha256 or {name: file_sha256(folder / name) for name in shards}
+    contents._replace(sha256=sha256).save(folder)
 
 
 def _list_shards(folder: Path) -> dict[str, int]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; it must hold the shards (*.tar)")
-    names = sorted(path.name for path in folder.glob("*.tar") if not path.name.startswith("."))
-    if not names:
-        raise UserError(f"{folder}: holds no shards (*.tar)")
     try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and name[0] != ".")
+        if not names:
+            raise UserError(f"{folder}: holds no shards (*.tar)")
         return {name: (folder / name).stat().st_size for name in names}
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def _build(folder: Path, shards: dict[str, int], classes: list[str] | None) -> Table:
+def _build(folder: Path, shards: dict[str, int], classes: list[str] | None) -> Contents:
     logger.info("indexing %d shards in %s", len(shards), folder)
-    rows: list[tuple[int, int, int, int]] = []
-    contents: dict[bytes, str] = {}
-    for number, name in enumerate(shards):
-        samples = scan_shard(folder / name)
-        twin = contents.setdefault(_fingerprint(samples), name)
-        if twin != name and filecmp.cmp(folder / name, folder / twin, shallow=False):
-            raise UserError(f"{folder / name}: is a copy of {twin}; remove one")
-        rows += [(number, *sample[1:]) for sample in samples]
-    columns = np.array(rows, np.int64).T
-    table = Table(columns[0].astype(np.int32), *columns[1:].copy())
-    _check_labels(folder, list(shards), table, classes)
+    contents = _scan(folder, shards, classes)
     try:
-        _save(folder, shards, table, classes)
+        contents.save(folder)
     except OSError as error:
         logger.warning(
             "%s: the index cannot be saved (%s) and is built anew by every run", folder, error.strerror
         )
-    return table
+    return contents
+
+
+def _scan(folder: Path, shards: dict[str, int], classes: list[str] | None) -> Contents:
+    samples: dict[str, list[Sample]] = {}
+    twins: dict[bytes, str] = {}
+    for name in shards:
+        samples[name] = scan_shard(folder / name)
+        twin = twins.setdefault(_fingerprint(samples[name]), name)
+        if twin != name and filecmp.cmp(folder / name, folder / twin, shallow=False):
+            raise UserError(f"{folder / name}: is a copy of {twin}; remove one")
+    return Contents(shards, tabulate(folder, samples, classes), classes, sha256={})
 
 
 def _fingerprint(samples: list[Sample]) -> bytes:
     contents = [(sample.key, sample.length, sample.label) for sample in samples]
     return hashlib.sha256(repr(contents).encode()).digest()
-
-
-def _check_labels(folder: Path, names: list[str], table: Table, classes: list[str] | None) -> None:
-    unlabelled = table.label == UNLABELLED
-    if unlabelled.any() and not unlabelled.all():
-        shard = names[table.shard[unlabelled.argmax()]]
-        raise UserError(f"{folder / shard}: has samples without label; all samples must have one, or none")
-    if classes is not None and table.label.max() >= len(classes):
-        worst = table.label.argmax()
-        raise UserError(
-            f"{folder / names[table.shard[worst]]}: label {table.label[worst]} is outside "
-            f"the {len(classes)} classes of classes.json (0 to {len(classes) - 1})"
-        )
-
-
-def _check_unchanged(folder: Path, indexed: dict[str, int], shards: dict[str, int]) -> None:
-    for name in sorted(indexed.keys() | shards.keys()):
-        if name not in shards:
-            raise UserError(f"{folder / name}: missing, though indexed; restore it, or {_REBUILD}")
-        if name not in indexed:
-            raise UserError(f"{folder / name}: not in the index; {_REBUILD}")
-        if indexed[name] != shards[name]:
-            raise UserError(
-                f"{folder / name}: has {shards[name]} bytes and had {indexed[name]} when it was indexed; "
-                f"copy it again, or {_REBUILD}"
-            )
-
-
-def _save(folder: Path, shards: dict[str, int], table: Table, classes: list[str] | None) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **table._asdict())
-    arrays = buffer.getvalue()
-    head = {"format": _FORMAT, "crc32": zlib.crc32(arrays), "classes": classes, "shards": shards}
-    _replace(folder / "index.npz", arrays)
-    _replace(folder / "index.json", (json.dumps(head, indent=1) + "\n").encode())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write in one go: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _load(folder: Path) -> tuple[dict[str, int], Table, list[str] | None]:
-    try:
-        head = json.loads((folder / "index.json").read_bytes())
-        if head["format"] != _FORMAT:
-            raise ValueError(f"format {head['format']}, not {_FORMAT}")
-        arrays = (folder / "index.npz").read_bytes()
-        if zlib.crc32(arrays) != head["crc32"]:
-            raise ValueError("index.npz is not the one that index.json was written with")
-        with np.load(io.BytesIO(arrays), allow_pickle=False) as loaded:
-            table = Table(*(loaded[name] for name in Table._fields))
-        return dict(head["shards"]), table, head["classes"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'index.json'}: damaged ({error}); {_REBUILD}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch.utils.data import DataLoader
 
 from framework.batch import Batch
 from framework.data.index import ShardSet
+from framework.data.memory import Resident
 from framework.data.order import Job, TrainJobs, eval_jobs
+from framework.data.stream import finished
 from framework.data.views import Views
-from framework.data.worker import Crops, Decoder
+from framework.data.worker import Boxer, Decoder, Drawn
 from framework.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,8 @@ class TrainLoader:
         seed: int,
         workers: int,
         device: torch.device | str,
+        window: int = 0,
+        in_memory: bool = False,
         max_broken: float = 0.01,
     ) -> None:
         """
@@ -68,10 +73,14 @@ class TrainLoader:
             seed: of order and views, at least 0.
             workers: processes that decode; 0 decodes in this one.
             device: where batches are finished.
+            window: samples among which the order is mixed, so that few shards are in use at a time; 0 mixes
+                the whole epoch.
+            in_memory: decode every image now and keep it on the device.
             max_broken: share of the images drawn above which broken ones stop the run.
 
         Raises:
-            UserError: fewer samples than ``batch_size``; it is no multiple of ``world_size * accumulation``.
+            UserError: fewer samples than ``batch_size``; it is no multiple of ``world_size * accumulation``;
+                images that cannot be kept in memory (see ``Resident``).
         """
         if batch_size % (world_size * accumulation):
             raise UserError(
@@ -84,10 +93,13 @@ class TrainLoader:
             )
         self.steps_per_epoch = len(shards) // batch_size
         self._shards, self._views, self._device = shards, views, torch.device(device)
-        self._views_per_image, self._accumulation = views_per_image, accumulation
-        self._jobs = TrainJobs(len(shards), batch_size, accumulation, rank, world_size, seed)
-        decoder = Decoder(shards, views, image_size, views_per_image, seed)
-        self._loader = _data_loader(decoder, self._jobs, workers, self._device)
+        self._size, self._views_per_image, self._accumulation = image_size, views_per_image, accumulation
+        self._jobs = TrainJobs(shards.table.shard, batch_size, accumulation, rank, world_size, seed, window)
+        self._resident = Resident(shards, workers, self._device) if in_memory else None
+        draw = self._resident.boxer if self._resident else partial(Decoder, shards)
+        self._loader = _data_loader(
+            draw(views, image_size, views_per_image, seed), self._jobs, workers, self._device
+        )
         self._tally = _Tally(shards, max_broken)
 
     @property
@@ -104,14 +116,17 @@ class TrainLoader:
             UserError: too many broken images; a shard that vanished.
         """
         self._jobs.steps = range(start, stop)
-        crops = iter(self._loader)
+        batches = finished(map(_raised, self._loader), self._images, self._device)
         for _ in range(start, stop):
-            yield [self._batch(next(crops)) for _ in range(self._accumulation)]
+            yield [self._batch(*next(batches)) for _ in range(self._accumulation)]
 
-    def _batch(self, crops: Crops | UserError) -> Batch:
-        crops = self._tally.checked(crops)
-        images = self._views.finish(crops.pixels, crops.look, self._device)
-        return Batch(images, _labels(self._shards, crops.samples, self._device), self._views_per_image)
+    def _images(self, drawn: Drawn) -> Tensor:
+        crops = self._resident.crops(drawn, self._views, self._size) if self._resident else drawn.crops
+        return self._views.finish(crops, drawn.look, self._device)
+
+    def _batch(self, drawn: Drawn, images: Tensor) -> Batch:
+        self._tally.add(drawn)
+        return Batch(images, _labels(self._shards, drawn.samples, self._device), self._views_per_image)
 
 
 class EvalLoader:
@@ -156,7 +171,7 @@ class EvalLoader:
             )
         self._shards, self._device = shards, torch.device(device)
         self._views = dataclasses.replace(views, kind="none")
-        self._jobs = eval_jobs(len(shards), batch_size, rank, world_size)
+        self._jobs = eval_jobs(shards.table.shard, batch_size, rank, world_size)
         decoder = Decoder(shards, self._views, image_size, views_per_image=1, seed=0)
         self._loader = _data_loader(decoder, self._jobs, workers, self._device)
         self._tally = _Tally(shards, max_broken)
@@ -172,10 +187,12 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Sample numbers [B] int64 on the CPU; images [B, 3, S, S] and labels [B] (or ``None``) on the
         device."""
-        for crops in self._loader:
-            crops = self._tally.checked(crops)
-            images = self._views.finish(crops.pixels, crops.look, self._device)
-            yield crops.samples, images, _labels(self._shards, crops.samples, self._device)
+        for drawn, images in finished(map(_raised, self._loader), self._images, self._device):
+            self._tally.add(drawn)
+            yield drawn.samples, images, _labels(self._shards, drawn.samples, self._device)
+
+    def _images(self, drawn: Drawn) -> Tensor:
+        return self._views.finish(drawn.crops, drawn.look, self._device)
 
 
 class _Tally:
@@ -185,31 +202,26 @@ class _Tally:
         self.shards, self.max_broken = shards, max_broken
         self.drawn = self.broken = 0
 
-    def checked(self, crops: Crops | UserError) -> Crops:
+    def add(self, drawn: Drawn) -> None:
         """Raises:
-        UserError: the worker's, or broken images beyond ``max_broken``.
+        UserError: broken images beyond ``max_broken``.
         """
-        if isinstance(crops, UserError):
-            raise UserError(
-                str(crops)
-            )  # raising ``crops`` itself would tie its frame, and the workers, to it
-        self.drawn += len(crops.samples) + len(crops.broken)
-        self.broken += len(crops.broken)
-        for sample, reason in crops.broken.items():
+        self.drawn += len(drawn.samples) + len(drawn.broken)
+        self.broken += len(drawn.broken)
+        for sample, reason in drawn.broken.items():
             logger.warning("broken image skipped: %s (%s)", self.shards.where(sample), reason)
         if self.broken >= _FORGIVEN and self.broken > self.max_broken * self.drawn:
             raise UserError(
                 f"{self.shards.folder}: {self.broken} of {self.drawn} images are broken (named in the log), "
                 f"more than {self.max_broken:.1%}"
             )
-        return crops
 
 
 def _data_loader(
-    decoder: Decoder, jobs: Iterable[Job], workers: int, device: torch.device
-) -> DataLoader[Crops | UserError]:
+    drawer: Decoder | Boxer, jobs: Iterable[Job], workers: int, device: torch.device
+) -> DataLoader[Drawn | UserError]:
     return DataLoader(
-        decoder,
+        drawer,
         sampler=jobs,  # one job is one batch: nothing is left to collate
         batch_size=None,
         collate_fn=_as_it_is,
@@ -220,8 +232,14 @@ def _data_loader(
     )
 
 
-def _as_it_is(crops: Any) -> Any:
-    return crops
+def _as_it_is(drawn: Any) -> Any:
+    return drawn
+
+
+def _raised(drawn: Drawn | UserError) -> Drawn:
+    if isinstance(drawn, UserError):
+        raise UserError(str(drawn))  # raising ``drawn`` itself would tie its frame, and the workers, to it
+    return drawn
 
 
 def _labels(shards: ShardSet, samples: Tensor, device: torch.device) -> Tensor | None:

@@ -16,7 +16,7 @@ UNLABELLED = -1
 # Key and extension; cut at the first dot of the base name.
 _NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
 _LABEL = re.compile(rb"\s*(\d{1,9})\s*")
-_PARSE_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
+PARSE_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
 _ZEROS = bytes(tarfile.BLOCKSIZE)
 
 
@@ -49,10 +49,10 @@ def scan_shard(path: Path) -> list[Sample]:
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             found = [_sample(path, file, key, members) for key, members in _groups(path, tar)]
-            _check_end(path, file, tar.offset)
+            check_end(path, file, tar.offset)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except _PARSE_ERRORS as error:
+    except PARSE_ERRORS as error:
         raise UserError(f"{path}: not a whole tar file ({error}); copy or write it again") from error
     samples = [sample for sample in found if sample is not None]
     if not samples:
@@ -63,31 +63,32 @@ def scan_shard(path: Path) -> list[Sample]:
 def _groups(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Neighbouring members of equal key, as (key, {lower-case extension: member})."""
     seen: set[str] = set()
-    key, members = None, dict[str, tarfile.TarInfo]()
-    for member in _members(path, tar):
+    key, group = None, dict[str, tarfile.TarInfo]()
+    for member in members(path, tar):
         match = _NAME.fullmatch(member.name)
         if member.isdir() or match is None:
             continue
         name, extension = match[1], match[2].lower()
         if name != key:
             if key is not None:
-                yield key, members
+                yield key, group
             if name in seen:
                 raise UserError(
                     f"{path}: key {name!r} comes twice; a sample's members must lie together, once"
                 )
             seen.add(name)
-            key, members = name, {}
-        if extension in members:
+            key, group = name, {}
+        if extension in group:
             raise UserError(f"{path}: member {member.name!r} comes twice")
         if not member.isreg() or member.issparse():
             raise UserError(f"{path}: member {member.name!r} is a link or sparse; it must be a plain file")
-        members[extension] = member
+        group[extension] = member
     if key is not None:
-        yield key, members
+        yield key, group
 
 
-def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Members of an open archive, none of which is kept; raises ``UserError`` at a damaged header."""
     end = 0
     while (member := tar.next()) is not None:
         if member.size < 0 or member.offset < end:  # a crafted header would send tarfile round in circles
@@ -118,7 +119,7 @@ def _sample(path: Path, file: BinaryIO, key: str, members: dict[str, tarfile.Tar
     return Sample(key, members[images[0]].offset_data, members[images[0]].size, label)
 
 
-def _check_end(path: Path, file: BinaryIO, offset: int) -> None:
+def check_end(path: Path, file: BinaryIO, offset: int) -> None:
     """A whole archive ends in zeros; ``tarfile`` stops without a word at anything that is not a header."""
     file.seek(offset)
     if file.read(tarfile.BLOCKSIZE) != _ZEROS:

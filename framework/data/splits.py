@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from framework import distributed
-from framework.config import Recipe
+from framework.config import Data, Recipe
 from framework.data.digits import prepare_digits
 from framework.data.index import ShardSet
 from framework.data.loader import EvalLoader, TrainLoader
+from framework.data.order import AHEAD
+from framework.data.remote import open_remote
+from framework.data.store import is_url
 from framework.errors import UserError
 
 
@@ -35,12 +38,19 @@ class Splits:
         Raises:
             UserError: shards missing or broken, or ``data.num_classes`` does not fit the labels.
         """
-        data, folder = recipe.data, Path(recipe.data.path)
+        data = recipe.data
+        if data.source == "digits" and is_url(data.path):
+            raise UserError(f"data.path={data.path}: the digits are packed into a local folder")
         with distributed.same_outcome():
-            if data.source == "digits" and distributed.is_main():
-                prepare_digits(folder)
+            if distributed.is_main():  # packs and indexes; the others find that done
+                if data.source == "digits":
+                    prepare_digits(Path(data.path))
+                for split in (data.train, data.test):
+                    _open(data, split)
         with distributed.same_outcome():
-            train, test = ShardSet.open(folder / data.train), ShardSet.open(folder / data.test)
+            train, test = _open(data, data.train), _open(data, data.test)
+            if is_url(data.path):
+                _check_window(train, data)
             return cls(recipe, train, test, _classes(data.num_classes, train, test))
 
     def train_loader(self, views_per_image: int) -> TrainLoader:
@@ -57,6 +67,8 @@ class Splits:
             seed=self.recipe.seed,
             workers=self.recipe.data.workers,
             device=distributed.device(),
+            window=self.recipe.data.window,
+            in_memory=self.recipe.data.cache == "memory",
         )
 
     def eval_loader(self, shards: ShardSet) -> EvalLoader:
@@ -73,12 +85,32 @@ class Splits:
         )
 
 
+def _open(data: Data, split: str) -> ShardSet:
+    if is_url(data.path):
+        url = f"{data.path.rstrip('/')}/{split}"
+        return open_remote(url, Path(data.cache_dir), round(data.cache_gb * 1e9))
+    return ShardSet.open(Path(data.path) / split)
+
+
+def _check_window(train: ShardSet, data: Data) -> None:
+    """Refuse a cache that would have to fetch shards again and again."""
+    total, largest = sum(train.shards.values()), max(train.shards.values())
+    share = min(1.0, data.window / len(train)) if data.window else 1.0
+    needed = min(total, share * total + (AHEAD + 1) * largest) / 1e9
+    if needed > data.cache_gb:
+        raise UserError(
+            f"data.cache_gb={data.cache_gb:g}: data.window={data.window} needs {needed:.2g} GB of "
+            f"{train.folder} at a time; raise data.cache_gb, or set a smaller data.window above 0 (0 is all)"
+        )
+
+
 def _classes(wanted: int | None, train: ShardSet, test: ShardSet) -> int:
     for shards in (train, test):
         highest = int(shards.labels.max())
         if wanted is not None and highest >= wanted:
             raise UserError(
-                f"data.num_classes={wanted}: {shards.folder} has labels up to {highest}, so at least {highest + 1}"
+                f"data.num_classes={wanted}: {shards.folder} has labels up to {highest}, "
+                f"so at least {highest + 1}"
             )
     names = max((len(shards.classes) for shards in (train, test) if shards.classes), default=0)
     found = max(names, int(train.labels.max()) + 1, int(test.labels.max()) + 1)

@@ -7,32 +7,27 @@ view is a pure function of (seed, epoch, position, view), whoever computes it.
 
 from __future__ import annotations
 
-import io
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from framework.data import colour
+from framework.data import colour, crops
+from framework.data.crops import Box
 from framework.schema import NonNegative, NonNegativeInt, Positive, Rule
 
 Probability = Annotated[float, Rule("between 0 and 1", lambda value: 0 <= value <= 1)]
 
 _VIEW_STREAM = 1  # second word of the Philox key; the order of an epoch uses 0
-_ATTEMPTS = 10  # at a random crop, before the central one is taken
 # Which numbers of ``chances`` decide what: fixed, so that no field of ``Views`` shifts another's.
-_CROP = slice(0, 4 * _ATTEMPTS)
+_CROP = slice(0, 4 * crops.ATTEMPTS)
 _FLIP, _JITTER, _GREYSCALE, _BLUR, _SIGMA = range(40, 45)
 _ORDER, _FACTORS = slice(45, 49), slice(49, 53)
 CHANCES = 53
-
-
-class BrokenImage(Exception):
-    """Bytes that are no image, or none of 8 bits per channel."""
+_BLOCKS = 14  # of Philox's counter for one position, each of 4 numbers
+_IN_CACHE = 4  # images that a CPU finishes together: 224 x 224 floats of more leave its second-level cache
 
 
 class Look(NamedTuple):
@@ -59,8 +54,8 @@ class Views:
 
     Attributes:
         kind: "simclr": random resized crop, flip, colour jitter, greyscale, blur. "supervised": random
-            resized crop, flip. "cifar": crop from the image with reflected edges, flip. "none": central crop,
-            for evaluation.
+            resized crop, flip. "cifar": crop from the image with wider edges, flip. "none": central crop, for
+            evaluation.
         area: of the random resized crop, smallest and largest share of the image.
         aspect: of the random resized crop, smallest and largest width / height.
         flip: probability of a mirror image.
@@ -71,7 +66,8 @@ class Views:
         blur: probability.
         blur_sigma: smallest and largest, in pixels.
         blur_kernel: taps of the blur as share of the side of a view.
-        pad: pixels of reflected edge, "cifar" only.
+        pad: pixels of added edge, "cifar" only.
+        edge: what is added: "reflect" the image mirrored at its outermost pixels, "zeros" black.
         centre: share of the shorter side that the central crop keeps, "none" only.
         mean: of the channels, subtracted.
         std: of the channels, divided by.
@@ -89,6 +85,7 @@ class Views:
     blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
     blur_kernel: Probability = 0.1
     pad: NonNegativeInt = 4
+    edge: Literal["reflect", "zeros"] = "reflect"
     centre: Probability = 0.875
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
@@ -105,17 +102,25 @@ class Views:
         if self.centre == 0:
             raise ValueError("centre must be above 0")
 
-    def crop(self, image: Image.Image, size: int, chance: np.ndarray) -> np.ndarray:
-        """The worker's half: cut and resize (bicubic) an RGB image of any size to uint8 [3, size, size].
+    def crop(self, image: Tensor, size: int, chance: np.ndarray) -> Tensor:
+        """The worker's half: cut and resize a uint8 image [3, H, W] to [3, size, size].
 
         ``chance`` is what ``chances`` gave for this view.
         """
-        if self.kind == "cifar":
-            return _padded_crop(image, size, self.pad, chance[_CROP])
         if self.kind == "none":
-            return _central_crop(image, size, self.centre)
-        box = crop_box(image.width, image.height, self.area, self.aspect, chance[_CROP])
-        return _channels_first(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+            return crops.central(image, size, self.centre)
+        height, width = image.shape[1:]
+        if self.kind != "cifar":
+            return crops.resized(image, self.box(height, width, size, chance), (size, size))
+        whole = crops.resized(image, (0, 0, width, height), (size, size))
+        box = torch.tensor([self.box(size, size, size, chance)])
+        return crops.shifted_batch(whole[None], box, self.edge)[0]
+
+    def box(self, height: int, width: int, size: int, chance: np.ndarray) -> Box:
+        """What a random view sees of an image of that height and width; "cifar" sees ``size`` pixels."""
+        if self.kind == "cifar":
+            return crops.shifted_box(size, self.pad, chance[_CROP])
+        return crops.random_box(width, height, self.area, self.aspect, chance[_CROP])
 
     def look(self, chance: np.ndarray) -> Look:
         """The parameters of the device half from ``chances`` [N, ...] of N views."""
@@ -153,6 +158,15 @@ class Views:
             [N, 3, S, S] of ``dtype`` on ``device``; computed in float32.
         """
         pixels = pixels.to(device, non_blocking=True)
+        together = max(1, len(pixels)) if device.type == "cuda" else _IN_CACHE
+        parts = zip(pixels.split(together), *(field.split(together) for field in look), strict=True)
+        out = torch.empty(pixels.shape, dtype=dtype, device=device)
+        for images, (part, *fields) in zip(out.split(together), parts, strict=True):
+            images.copy_(self._finish(part, Look(*fields)))
+        return out
+
+    def _finish(self, pixels: Tensor, look: Look) -> Tensor:
+        device = pixels.device
         flipped = _rows(look.flip, device)
         images = pixels.index_copy(0, flipped, pixels[flipped].flip(-1)).float().div_(255)
         images = colour.jitter(images, look.order, look.factors)
@@ -163,75 +177,24 @@ class Views:
         sigma = look.sigma.to(device, non_blocking=True)[blurred]
         images[blurred] = colour.blur(images[blurred], sigma, kernel)
         statistics = torch.tensor([self.mean, self.std]).to(device, non_blocking=True).view(2, 3, 1, 1)
-        return images.sub_(statistics[0]).div_(statistics[1]).to(dtype)
+        return images.sub_(statistics[0]).div_(statistics[1])
 
 
-def chances(seed: int, epoch: int, position: int, view: int) -> np.ndarray:
-    """All the randomness of one view: [CHANCES] float64 in [0, 1), the same on every machine and version of
-    numpy."""
-    bits = np.random.Philox(key=[seed, _VIEW_STREAM], counter=[0, position, epoch, view]).random_raw(CHANCES)
-    return (bits >> np.uint64(11)) * 2.0**-53
+def chances(seed: int, epoch: int, view: int, first: int, count: int) -> np.ndarray:
+    """All the randomness of one view of ``count`` positions from ``first`` on.
 
-
-def decode(data: bytes) -> Image.Image:
-    """An RGB image from the bytes of an image file.
-
-    Raises:
-        BrokenImage: whatever keeps it from being one.
+    Returns:
+        [count, CHANCES] float64 in [0, 1); a row depends on its position, not on where the call began, and is
+        the same on every machine and version of numpy.
     """
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.mode.startswith(("I", "F")):  # conversion to RGB would clip 16 bits to white
-            raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
-        return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise BrokenImage("no known image format") from error
-    except Exception as error:  # Pillow's decoders raise nearly everything, SyntaxError included
-        raise BrokenImage(f"{type(error).__name__}: {error}") from error
-
-
-def crop_box(
-    width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], chance: np.ndarray
-) -> tuple[int, int, int, int]:
-    """Random resized crop (left, upper, right, lower) as torchvision draws it, from 40 numbers in [0, 1)."""
-    for for_area, for_aspect, for_x, for_y in chance.reshape(_ATTEMPTS, 4):
-        pixels = width * height * (area[0] + for_area * (area[1] - area[0]))
-        ratio = aspect[0] * (aspect[1] / aspect[0]) ** for_aspect
-        w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, upper = int(for_x * (width - w + 1)), int(for_y * (height - h + 1))
-            return left, upper, left + w, upper + h
-    w, h = min(width, round(height * aspect[1])), min(height, round(width / aspect[0]))
-    left, upper = (width - w) // 2, (height - h) // 2
-    return left, upper, left + w, upper + h
+    philox = np.random.Philox(key=[seed, _VIEW_STREAM], counter=[_BLOCKS * first, 0, epoch, view])
+    bits = philox.random_raw(4 * _BLOCKS * count).reshape(count, -1)[:, :CHANCES]
+    return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def blur_taps(share: float, size: int) -> int:
     """Odd number of taps of a blur kernel that spans ``share`` of ``size`` pixels, as SimCLR rounds it."""
     return 2 * (int(size * share) // 2) + 1
-
-
-def _padded_crop(image: Image.Image, size: int, pad: int, chance: np.ndarray) -> np.ndarray:
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    padded = np.pad(_channels_first(image), ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
-    left, upper = (int(number * (2 * pad + 1)) for number in chance[:2])
-    return padded[:, upper : upper + size, left : left + size]
-
-
-def _central_crop(image: Image.Image, size: int, centre: float) -> np.ndarray:
-    shorter = round(size / centre)
-    if image.width <= image.height:
-        whole = (shorter, int(shorter * image.height / image.width))
-    else:
-        whole = (int(shorter * image.width / image.height), shorter)
-    left, upper = round((whole[0] - size) / 2), round((whole[1] - size) / 2)
-    resized = image if image.size == whole else image.resize(whole, Image.Resampling.BICUBIC)
-    return _channels_first(resized.crop((left, upper, left + size, upper + size)))
-
-
-def _channels_first(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _rows(mask: Tensor, device: torch.device) -> Tensor:

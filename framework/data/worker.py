@@ -1,82 +1,148 @@
-"""The workers' half of loading: from a job to uint8 crops."""
+"""The workers' half of loading: from a job to uint8 crops, or to boxes where images lie decoded in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from framework.data.decode import BrokenImage, decode
 from framework.data.index import ShardSet
 from framework.data.order import Job
-from framework.data.views import CHANCES, BrokenImage, Look, Views, chances, decode
+from framework.data.views import CHANCES, Look, Views, chances
 from framework.errors import UserError
 
+T = TypeVar("T")
 
-class Crops(NamedTuple):
+
+class Drawn(NamedTuple):
     """What a worker makes of a job.
 
     Attributes:
-        pixels: [V*B, 3, S, S] uint8, view-major.
+        crops: [V*B, 3, S, S] uint8, view-major; of ``Boxer`` [V*B, 4] int64, the boxes to cut.
         look: parameters of the device half, for V*B images.
         samples: [B] int64, the sample numbers used.
         broken: sample number and reason of every image that was passed over.
     """
 
-    pixels: Tensor
+    crops: Tensor
     look: Look
     samples: Tensor
     broken: dict[int, str]
 
 
-class Decoder(Dataset[Crops | UserError]):
-    """Maps a job to its crops; keeps nothing between jobs."""
+class Decoder(Dataset[Drawn | UserError]):
+    """Maps a job to its crops; keeps nothing between jobs.
+
+    A ``UserError`` is returned: raised in a worker it would arrive with a traceback for its text.
+    """
 
     def __init__(self, shards: ShardSet, views: Views, size: int, views_per_image: int, seed: int) -> None:
         self.shards, self.views, self.size = shards, views, size
         self.views_per_image, self.seed = views_per_image, seed
 
-    def __getitem__(self, job: Job) -> Crops | UserError:
-        """A ``UserError`` is returned: raised in a worker it would arrive with a traceback for its text."""
+    def __getitem__(self, job: Job) -> Drawn | UserError:
+        self.shards.prefetch(job.ahead)
+        draws: Draws[Tensor] = Draws(job, self.views_per_image, self.seed)
+        crops = np.empty((self.views_per_image, job.size, 3, self.size, self.size), np.uint8)
         try:
-            return self._crops(job)
+            for row, image in draws.images(lambda sample: decode(self.shards.read(sample)), self.shards):
+                for view, chance in enumerate(draws.chance[:, row]):
+                    crops[view, row] = self.views.crop(image, self.size, chance).numpy()
         except UserError as error:
             return error
+        return draws.done(self.views, crops)
 
-    def _crops(self, job: Job) -> Crops:
-        broken: dict[int, str] = {}
-        pixels = np.empty((self.views_per_image, job.size, 3, self.size, self.size), np.uint8)
-        chance = np.empty((self.views_per_image, job.size, CHANCES))
-        used: list[int] = []
-        for position, sample, image in self._images(job, broken):
-            for view in range(self.views_per_image):
-                chance[view, len(used)] = chances(self.seed, job.epoch, position, view)
-                pixels[view, len(used)] = self.views.crop(image, self.size, chance[view, len(used)])
-            used.append(sample)
-        whole = slice(len(used))
-        look = self.views.look(chance[:, whole].reshape(-1, CHANCES))
-        flat = torch.from_numpy(pixels[:, whole].reshape(-1, 3, self.size, self.size))
-        return Crops(flat, look, torch.tensor(used, dtype=torch.int64), broken)
 
-    def _images(self, job: Job, broken: dict[int, str]) -> Iterator[tuple[int, int, Image.Image]]:
-        """Position, sample number and image of every sample; what gave way is added to ``broken``."""
-        spares = len(job.samples) - job.size
-        for row in range(job.size):
-            for sample in job.samples[row : row + 1 + spares].tolist():
+class Boxer(Dataset[Drawn | UserError]):
+    """Maps a job to boxes in images that all have one size and lie decoded elsewhere; else like ``Decoder``.
+
+    Args:
+        shards: where they came from.
+        broken: sample number and reason of those that could not be decoded.
+        height: of the images.
+        width: of the images.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        views: Views,
+        size: int,
+        views_per_image: int,
+        seed: int,
+        broken: dict[int, str],
+        height: int,
+        width: int,
+    ) -> None:
+        self.shards, self.views, self.size = shards, views, size
+        self.views_per_image, self.seed = views_per_image, seed
+        self.broken, self.height, self.width = broken, height, width
+
+    def __getitem__(self, job: Job) -> Drawn | UserError:
+        draws: Draws[None] = Draws(job, self.views_per_image, self.seed)
+        boxes = np.empty((self.views_per_image, job.size, 4), np.int64)
+        try:
+            for row, _ in draws.images(self._present, self.shards):
+                for view, chance in enumerate(draws.chance[:, row]):
+                    boxes[view, row] = self.views.box(self.height, self.width, self.size, chance)
+        except UserError as error:
+            return error
+        return draws.done(self.views, boxes)
+
+    def _present(self, sample: int) -> None:
+        if sample in self.broken:
+            raise BrokenImage(self.broken[sample])
+
+
+class Draws(Generic[T]):
+    """The rows of one job as they fill: which sample each took, its chances, what was passed over."""
+
+    def __init__(self, job: Job, views_per_image: int, seed: int) -> None:
+        self.job = job
+        # By place in the job, moved up to the row where places before it are left out.
+        self.chance = np.stack(
+            [chances(seed, job.epoch, view, job.first, job.size) for view in range(views_per_image)]
+        )
+        self.samples: list[int] = []
+        self.broken: dict[int, str] = {}
+
+    def images(self, fetch: Callable[[int], T], shards: ShardSet) -> Iterator[tuple[int, T]]:
+        """Row and ``fetch(sample)`` of every position of the job.
+
+        A position whose image is broken takes the next that is whole; where a job has no spare samples
+        (evaluation) it is left out.
+
+        Raises:
+            UserError: all spares broken.
+        """
+        spares = len(self.job.samples) - self.job.size
+        for place in range(self.job.size):
+            for sample in self.job.samples[place : place + 1 + spares].tolist():
                 try:
-                    image = decode(self.shards.read(sample))
+                    image = fetch(sample)
                 except BrokenImage as error:
-                    broken[sample] = str(error)
-                else:
-                    yield job.first + row, sample, image
-                    break
+                    self.broken[sample] = str(error)
+                    continue
+                row = len(self.samples)
+                self.chance[:, row] = self.chance[:, place]
+                self.samples.append(sample)
+                yield row, image
+                break
             else:
                 if spares:
-                    where, reason = self.shards.where(sample), broken[sample]
+                    where, reason = shards.where(sample), self.broken[sample]
                     raise UserError(
-                        f"{self.shards.folder}: {spares} broken images in a row, last {where} ({reason})"
+                        f"{shards.folder}: {spares} broken images in a row, last {where} ({reason})"
                     )
+
+    def done(self, views: Views, crops: np.ndarray) -> Drawn:
+        """What the job came to; of ``crops`` [V, B, ...] the rows that were filled count."""
+        whole = slice(len(self.samples))
+        look = views.look(self.chance[:, whole].reshape(-1, CHANCES))
+        flat = torch.from_numpy(crops[:, whole].reshape(-1, *crops.shape[2:]))
+        return Drawn(flat, look, torch.tensor(self.samples, dtype=torch.int64), self.broken)

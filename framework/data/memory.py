@@ -1,0 +1,121 @@
+"""Small sets, decoded once and kept on the device as bytes (``data.cache=memory``)."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from framework.data import crops
+from framework.data.decode import BrokenImage, decode
+from framework.data.index import ShardSet
+from framework.data.views import Views
+from framework.data.worker import Boxer, Drawn
+from framework.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Resident:
+    """Every image of a set as uint8 on the device, [N, 3, H, W]; 50,000 of CIFAR's are 154 MB.
+
+    The order, the boxes and all other chance are those of the images on disk. Crops of "cifar" views are
+    equal to the bit, resized ones to one grey level (two where the filter clips).
+
+    Attributes:
+        images: black where broken.
+        broken: sample number and reason.
+    """
+
+    def __init__(self, shards: ShardSet, workers: int, device: torch.device) -> None:
+        """Decode all; ``workers`` processes share the work.
+
+        Raises:
+            UserError: images of different sizes, no whole image, or more than the device holds.
+        """
+        self.shards, self.device = shards, device
+        self.broken: dict[int, str] = {}
+        whole: Tensor | None = None
+        for sample, image in enumerate(_decoded(shards, workers)):
+            if isinstance(image, UserError):
+                raise UserError(str(image))
+            if isinstance(image, str):
+                self.broken[sample] = image
+                continue
+            if whole is None:
+                whole = self._room(image)
+            if image.shape != whole.shape[1:]:
+                raise UserError(
+                    f"data.cache=memory: {shards.folder}: {shards.where(sample)} is {_size(image)} and "
+                    f"others are {_size(whole)}; resize them, or set data.cache=none"
+                )
+            whole[sample] = image
+        if whole is None:
+            raise UserError(f"{shards.folder}: all {len(shards)} images are broken")
+        self.images = whole.to(device)
+
+    def boxer(self, views: Views, size: int, views_per_image: int, seed: int) -> Boxer:
+        """The workers' half for these images.
+
+        Raises:
+            UserError: "cifar" views of another size than the images, or "none" views.
+        """
+        height, width = self.images.shape[2:]
+        if views.kind == "none" or (views.kind == "cifar" and (height, width) != (size, size)):
+            raise UserError(
+                f"data.cache=memory: {views.kind} views of {size} pixels need images of that size, and "
+                f"{self.shards.folder} has {_size(self.images)}; set data.cache=none"
+            )
+        return Boxer(self.shards, views, size, views_per_image, seed, self.broken, height, width)
+
+    def crops(self, drawn: Drawn, views: Views, size: int) -> Tensor:
+        """[V*B, 3, size, size] uint8 on the device."""
+        boxes = drawn.crops.to(self.device, non_blocking=True)
+        samples = drawn.samples.to(self.device, non_blocking=True)
+        images = self.images[samples.repeat(len(boxes) // max(1, len(samples)))]
+        if views.kind == "cifar":
+            return crops.shifted_batch(images, boxes, views.edge)
+        return crops.resized_batch(images, boxes, size)
+
+    def _room(self, image: Tensor) -> Tensor:
+        try:
+            return torch.zeros(len(self.shards), *image.shape, dtype=torch.uint8)
+        except RuntimeError as error:
+            size = len(self.shards) * image.numel() / 2**30
+            raise UserError(
+                f"data.cache=memory: {self.shards.folder} needs {size:.1f} GiB decoded; set data.cache=none"
+            ) from error
+
+
+class _Whole(Dataset[Tensor | str | UserError]):
+    """Sample number to pixels, or to what is wrong with the image."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, sample: int) -> Tensor | str | UserError:
+        try:
+            return decode(self.shards.read(sample))
+        except BrokenImage as error:
+            return str(error)
+        except UserError as error:
+            return error
+
+
+def _decoded(shards: ShardSet, workers: int) -> DataLoader[Tensor | str | UserError]:
+    return DataLoader(
+        _Whole(shards),
+        batch_size=None,
+        collate_fn=lambda image: image,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+
+
+def _size(images: Tensor) -> str:
+    return f"{images.shape[-1]}x{images.shape[-2]}"

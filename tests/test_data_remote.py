@@ -1,0 +1,339 @@
+"""Shards behind a URL: a web server on loopback that drops connections, an object store, a bounded cache."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from http_store import serve
+from PIL import Image
+
+from framework.config import Data, Recipe, Train
+from framework.data.index import ShardSet
+from framework.data.loader import EvalLoader, TrainLoader
+from framework.data.remote import open_remote
+from framework.data.shards import write_shards
+from framework.data.splits import Splits
+from framework.data.store import Store
+from framework.data.views import Views
+from framework.errors import UserError
+
+PLAIN = Views(kind="none", centre=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+GB = 10**9
+
+
+def write(folder: Path, n: int = 24, per_shard: int = 4) -> ShardSet:
+    """Noise of 40 x 40 pixels, about 5 kB an image."""
+    images = np.random.default_rng(0).integers(0, 256, (n, 40, 40, 3), np.uint8)
+
+    def png(i: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(images[i]).save(buffer, "png")
+        return buffer.getvalue()
+
+    write_shards(((f"{i}", png(i), "png", i % 3) for i in range(n)), folder, ["a", "b", "c"], per_shard)
+    return ShardSet.open(folder)
+
+
+def cached(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.tar"))
+
+
+def train_loader(shards: ShardSet, **changes: object) -> TrainLoader:
+    settings = {
+        "image_size": 8,
+        "batch_size": 4,
+        "views_per_image": 1,
+        "accumulation": 1,
+        "rank": 0,
+        "world_size": 1,
+        "seed": 0,
+        "workers": 0,
+        "device": "cpu",
+        "window": 6,
+    }
+    return TrainLoader(shards, PLAIN, **{**settings, **changes})
+
+
+@pytest.fixture
+def local(tmp_path) -> ShardSet:
+    return write(tmp_path / "www" / "train")
+
+
+def test_a_server_that_drops_connections_gives_every_byte(tmp_path, local, monkeypatch):
+    monkeypatch.setattr("framework.data.store._RANGE", 7000)  # several parts to a shard
+    with serve(tmp_path / "www", drops=1) as server:
+        shards = open_remote(f"{server.url}/train", tmp_path / "cache", GB)
+        assert [shards.read(i) for i in range(24)] == [local.read(i) for i in range(24)]
+        first = server.seen["GET /train/shard-000000.tar"]
+        assert first == 2 * -(-local.shards["shard-000000.tar"] // 7000)
+        assert shards.read(0) == local.read(0)
+        assert server.seen["GET /train/shard-000000.tar"] == first
+    assert (shards.labels == local.labels).all()
+    assert shards.classes == local.classes
+    again = pickle.loads(pickle.dumps(shards))  # the server is gone, the cache is not
+    assert again.read(5) == local.read(5)
+
+
+def test_a_connection_that_never_holds_is_given_up(tmp_path, local, monkeypatch):
+    monkeypatch.setattr("framework.data.store._LONGEST_WAIT", 0.0)
+    with serve(tmp_path / "www") as server:
+        shards = open_remote(f"{server.url}/train", tmp_path / "cache", GB)
+        server.drops = 1000
+        with pytest.raises(UserError, match=r"shard-000000\.tar: cannot be read, 8 times in a row"):
+            shards.read(0)
+    assert cached(tmp_path / "cache") == []
+
+
+def test_checksums_are_checked(tmp_path, local):
+    with serve(tmp_path / "www", spoiled={"shard-000001.tar"}) as server:
+        shards = open_remote(f"{server.url}/train", tmp_path / "cache", GB)
+        assert shards.read(0) == local.read(0)
+        with pytest.raises(UserError, match=r"shard-000001\.tar: arrived 3 times with another checksum"):
+            shards.read(4)
+    assert [path.name[17:] for path in cached(tmp_path / "cache")] == ["shard-000000.tar"]
+
+
+def test_the_cache_is_bounded_and_drops_the_longest_unused(tmp_path, local):
+    size = max(local.shards.values())
+    with serve(tmp_path / "www") as server:
+        shards = open_remote(f"{server.url}/train", tmp_path / "cache", 2 * size + 1000)
+        for sample in (0, 4, 0, 8):
+            assert shards.read(sample) == local.read(sample)
+            time.sleep(0.01)
+        kept = {path.name[17:] for path in cached(tmp_path / "cache")}
+        assert kept == {"shard-000000.tar", "shard-000002.tar"}
+        for sample in range(24):
+            shards.read(sample)
+            assert sum(path.stat().st_size for path in cached(tmp_path / "cache")) <= 2 * size + 1000
+        with pytest.raises(UserError, match="alone has"):
+            open_remote(f"{server.url}/train", tmp_path / "cache", size - 1000)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_equal_those_of_the_local_folder(tmp_path, local, workers):
+    limit = 5 * max(local.shards.values())
+    with serve(tmp_path / "www", drops=1) as server:
+        shards = open_remote(f"{server.url}/train", tmp_path / "cache", limit)
+        found = list(train_loader(shards, workers=workers).steps(2, 9))
+        expected = list(train_loader(local).steps(2, 9))
+        for (batch,), (other,) in zip(found, expected, strict=True):
+            assert torch.equal(batch.images, other.images)
+            assert torch.equal(batch.labels, other.labels)
+        settings = {"image_size": 8, "batch_size": 5, "rank": 0, "world_size": 1, "device": "cpu"}
+        for one, other in zip(
+            EvalLoader(shards, PLAIN, workers=workers, **settings),
+            EvalLoader(local, PLAIN, workers=0, **settings),
+            strict=True,
+        ):
+            assert torch.equal(one[0], other[0])
+            assert torch.equal(one[1], other[1])
+    assert sum(path.stat().st_size for path in cached(tmp_path / "cache")) <= limit
+
+
+def test_each_shard_is_fetched_once_an_epoch(tmp_path, local):
+    limit = 6 * max(local.shards.values())
+    with serve(tmp_path / "www") as server:
+        shards = open_remote(f"{server.url}/train", tmp_path / "cache", limit)
+        list(train_loader(shards, workers=2).steps(0, 6))
+        assert [server.seen[f"GET /train/{name}"] for name in shards.shards] == [1] * 6
+
+
+def test_shards_of_others_are_indexed_into_the_cache(tmp_path, local):
+    (local.folder / "index.json").unlink()
+    with serve(tmp_path / "www") as server:
+        for _ in range(2):
+            shards = open_remote(f"{server.url}/train", tmp_path / "cache", GB)
+            assert [shards.read(i) for i in range(24)] == [local.read(i) for i in range(24)]
+            assert shards.classes == ["a", "b", "c"]
+        assert server.seen["GET /train/shard-000003.tar"] == 1
+        assert shards.contents.sha256 == local.contents.sha256
+        shutil.copy(local.folder / "shard-000000.tar", local.folder / "shard-000006.tar")
+        assert len(open_remote(f"{server.url}/train", tmp_path / "cache", GB)) == 28
+
+
+def test_what_is_missing_is_named(tmp_path, local):
+    with serve(tmp_path / "www") as server:
+        with pytest.raises(UserError, match="none: not found"):
+            open_remote(f"{server.url}/none", tmp_path / "cache", GB)
+        (tmp_path / "www" / "empty").mkdir()
+        with pytest.raises(UserError, match="empty: holds no shards"):
+            open_remote(f"{server.url}/empty", tmp_path / "cache", GB)
+        (local.folder / "shard-000003.tar").rename(tmp_path / "kept")
+        with pytest.raises(UserError, match=r"not found .*shard-000003\.tar"):
+            open_remote(f"{server.url}/train", tmp_path / "cache", GB)
+        (local.folder / "shard-000003.tar").write_bytes(b"short")
+        with pytest.raises(UserError, match=r"shard-000003\.tar: has 5 bytes and had"):
+            open_remote(f"{server.url}/train", tmp_path / "cache", GB)
+        (local.folder / "index.json").write_bytes(b"{")
+        with pytest.raises(UserError, match=r"index\.json: damaged"):
+            open_remote(f"{server.url}/train", tmp_path / "cache", GB)
+        (local.folder / "index.json").unlink()
+        with pytest.raises(UserError, match=r"train/shard-000003\.tar: not a whole tar file"):
+            open_remote(f"{server.url}/train", tmp_path / "cache", GB)
+
+
+def test_a_server_without_ranges_is_refused(tmp_path, local, monkeypatch):
+    monkeypatch.setattr("framework.data.store._RANGE", 7000)
+    with serve(tmp_path / "www", ranges=False) as server:
+        shards = open_remote(f"{server.url}/train", tmp_path / "cache", GB)
+        with pytest.raises(UserError, match="does not send parts of files"):
+            shards.read(0)
+
+
+def test_unusable_urls_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere://x"):
+        open_remote("nowhere://x/y", tmp_path, GB)
+
+
+def test_a_full_or_foreign_disk_is_named(tmp_path, local):
+    with serve(tmp_path / "www") as server, pytest.raises(UserError, match=r"data\.cache_dir"):
+        (tmp_path / "file").write_text("")
+        open_remote(f"{server.url}/train", tmp_path / "file", GB)
+
+
+def recipe(**data: object) -> Recipe:
+    return Recipe(
+        name="test", data=Data(image_size=8, workers=0, **data), views=PLAIN, train=Train(batch_size=4)
+    )
+
+
+def test_recipes_name_urls(tmp_path, local):
+    shutil.copytree(local.folder, tmp_path / "www" / "test")
+    with serve(tmp_path / "www") as server:
+        remote = {"path": server.url, "cache_dir": str(tmp_path / "cache")}
+        splits = Splits.open(recipe(**remote, window=6))
+        assert (splits.num_classes, len(splits.test)) == (3, 24)
+        found = [batch.images for (batch,) in splits.train_loader(1).steps(0, 6)]
+        expected = [batch.images for (batch,) in train_loader(local).steps(0, 6)]
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        small = 3 * max(local.shards.values()) / 1e9
+        with pytest.raises(UserError, match=r"data\.cache_gb=.*set a smaller data\.window above 0"):
+            Splits.open(recipe(**remote, cache_gb=small))
+        with pytest.raises(UserError, match="packed into a local folder"):
+            Splits.open(recipe(**remote, source="digits"))
+
+
+def test_recipes_keep_images_in_memory(tmp_path, local):
+    shutil.copytree(local.folder, tmp_path / "www" / "test")
+    settings = recipe(path=str(tmp_path / "www"), cache="memory")
+    settings.views = Views(kind="supervised")
+    ((batch,),) = Splits.open(settings).train_loader(2).steps(0, 1)
+    assert batch.images.shape == (8, 3, 8, 8)
+
+
+def indexed_folders(settings: Recipe) -> int:
+    """How many folders this rank had to index."""
+    messages: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = messages.append
+    log = logging.getLogger("framework.data.index")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    Splits.open(settings)
+    log.removeHandler(handler)
+    return len(messages)
+
+
+def test_the_main_rank_indexes_before_the_others(tmp_path, local, pool):
+    shutil.copytree(local.folder, tmp_path / "www" / "test")
+    for folder in (tmp_path / "www").iterdir():
+        (folder / "index.json").unlink()
+    assert pool(2).run(indexed_folders, recipe(path=str(tmp_path / "www"))) == [2, 0]
+
+
+TRAIN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_data_remote import open_remote, train_loader
+shards = open_remote(sys.argv[1], Path(sys.argv[2]), 10**9)
+for step, _ in enumerate(train_loader(shards, workers=2, window=0).steps(0, 10**6)):
+    print(step, flush=True)
+"""
+
+
+def test_nothing_is_left_after_a_kill(tmp_path, local):
+    def shared_memory() -> set[str]:
+        return set(os.listdir("/dev/shm"))
+
+    before = shared_memory()
+    with serve(tmp_path / "www") as server:
+        arguments = [f"{server.url}/train", str(tmp_path / "cache"), str(Path(__file__).parent)]
+        run = subprocess.Popen([sys.executable, "-c", TRAIN, *arguments], stdout=subprocess.PIPE, text=True)
+        assert run.stdout is not None
+        for line in run.stdout:
+            if int(line) == 3:
+                break
+        workers = children(run.pid)
+        assert len(workers) == 2
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        deadline = time.monotonic() + 60
+        while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not any(alive(pid) for pid in workers)
+    assert shared_memory() - before == set()
+    kept = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    pattern = re.compile(r"[0-9a-f]{16}-shard-\d{6}\.tar|lock")
+    assert kept
+    assert all(pattern.fullmatch(name) for name in kept)
+    for path in cached(tmp_path / "cache"):
+        assert path.stat().st_size == local.shards[path.name[17:]]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The name of an empty bucket in an object store on loopback."""
+    moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    yield client
+    server.stop()
+
+
+def test_s3(tmp_path, local, bucket, monkeypatch):
+    monkeypatch.setattr("framework.data.store._RANGE", 7000)
+    for path in local.folder.iterdir():
+        bucket.upload_file(str(path), "bucket", f"sets/train/{path.name}")
+    url = "s3://bucket/sets/train"
+    shards = open_remote(url, tmp_path / "cache", GB)
+    assert [shards.read(i) for i in range(24)] == [local.read(i) for i in range(24)]
+    assert Store(url).sizes() == local.shards
+    bucket.delete_object(Bucket="bucket", Key="sets/train/shard-000002.tar")
+    with pytest.raises(UserError, match=r"s3://bucket/sets/train/shard-000002\.tar: missing, though indexed"):
+        open_remote(url, tmp_path / "cache", GB)
+    with pytest.raises(UserError, match="s3://bucket/none: not found"):
+        open_remote("s3://bucket/none", tmp_path / "cache", GB)

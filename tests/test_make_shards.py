@@ -1,0 +1,398 @@
+"""Packing: every kind of source, the same bytes each time, going on after a kill, images that are none."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import resource
+import runpy
+import signal
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision.datasets
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.io import savemat
+
+from framework.data.decode import decode
+from framework.data.index import ShardSet
+from framework.data.packing import Packing, encoded, pack
+from framework.data.sources import open_sources
+from framework.errors import UserError
+
+
+def image(number: int, size: tuple[int, int] = (12, 8), form: str = "png", mode: str = "RGB") -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, form)
+    return buffer.getvalue()
+
+
+def tree(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def photographs(splits: tuple[str, ...] = ("train/", "val/")) -> dict[str, bytes]:
+    return {
+        f"{split}{name}/{number}.png": image(number)
+        for split in splits
+        for name in ("cat", "dog")
+        for number in range(6)
+    }
+
+
+def packed(source: str | Path, dest: Path, workers: int = 0, **options: object) -> dict[str, ShardSet]:
+    packing = Packing(**{"samples_per_shard": 5, **options})
+    dest.parent.mkdir(exist_ok=True)
+    sources = open_sources(str(source), dest.parent, dest.parent / "cache", 10**9)
+    for split, content in sources.items():
+        list(pack(content, dest / split, packing, workers))
+    return {split: ShardSet.open(dest / split) for split in sources}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_splits_and_classes_are_folders(tmp_path):
+    files = photographs() | {
+        "train/cat/notes.txt": b"",
+        "train/cat/._0.png": b"",
+        "train/dog/x.y.JPEG": image(9),
+    }
+    found = packed(tree(tmp_path / "src", files), tmp_path / "out")
+    assert {split: len(shards) for split, shards in found.items()} == {"train": 13, "val": 12}
+    assert found["val"].classes == ["cat", "dog"]
+    stored = sorted((int(found["val"].labels[i]), found["val"].read(i)) for i in range(12))
+    assert stored == sorted((label, image(number)) for label in range(2) for number in range(6))
+    first_shard = found["val"].labels[found["val"].table.shard == 0]
+    assert set(first_shard.tolist()) == {0, 1}  # classes are spread
+    assert sorted(contents(tmp_path / "out" / "val")) == [
+        "classes.json",
+        "index.json",
+        "index.npz",
+        *(f"shard-{number:06d}.tar" for number in range(3)),
+    ]
+
+
+def test_folders_without_splits_or_classes(tmp_path):
+    classes = packed(tree(tmp_path / "a", photographs(("",))), tmp_path / "out_a")[""]
+    assert (len(classes), classes.classes) == (12, ["cat", "dog"])
+    flat = packed(tree(tmp_path / "b", {"0.png": image(0), "1.png": image(1)}), tmp_path / "out_b")[""]
+    assert (len(flat), flat.labelled, flat.classes) == (2, False, None)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_archives_give_the_bytes_of_the_folder(tmp_path, zipped):
+    source = tree(tmp_path / "src", photographs())
+    archive = tmp_path / "images.tar"
+    with tarfile.open(archive, "w:gz" if zipped else "w") as tar:
+        tar.add(source, ".")
+    packed(source, tmp_path / "out")
+    packed(archive, tmp_path / "other", workers=2)
+    assert contents(tmp_path / "out" / "train") == contents(tmp_path / "other" / "train")
+
+
+def test_webdataset_decodes_what_was_packed(tmp_path):
+    packed(tree(tmp_path / "src", photographs(("",))), tmp_path / "out")
+    shards = ShardSet.open(tmp_path / "out")
+    urls = [str(tmp_path / "out" / name) for name in shards.shards]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert len(found) == 12
+    for i, sample in enumerate(found):
+        assert sample["cls"] == shards.labels[i]
+        assert np.array_equal(sample["png"].transpose(2, 0, 1), decode(shards.read(i)).numpy())
+
+
+def test_shards_are_packed_anew(tmp_path):
+    packed(tree(tmp_path / "src", photographs()), tmp_path / "out")
+    small = packed(tmp_path / "out", tmp_path / "small", shorter_side=4, encode="jpg", samples_per_shard=100)
+    for split in ("train", "val"):
+        assert list(small[split].shards) == ["shard-000000.tar"]
+        assert small[split].classes == ["cat", "dog"]
+        assert sorted(small[split].labels) == [0] * 6 + [1] * 6
+        assert decode(small[split].read(0)).shape == (3, 4, 6)
+        assert small[split].read(0).startswith(b"\xff\xd8")
+    one = packed(tmp_path / "out" / "train", tmp_path / "one")[""]
+    assert len(one) == 12
+
+
+def test_any_number_of_workers_gives_equal_bytes(tmp_path):
+    source = tree(tmp_path / "src", photographs(("",)))
+    packed(source, tmp_path / "a")
+    packed(source, tmp_path / "b", workers=2)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def in_child(body: Callable[[], None]) -> int:
+    """Exit status of a fork that runs ``body``, or minus the signal that killed it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            body()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_killed_run_goes_on_with_what_is_whole(tmp_path):
+    source = tree(tmp_path / "src", photographs(("",)))
+    packed(source, tmp_path / "whole")
+
+    def killed() -> None:
+        shards = pack(open_sources(str(source), tmp_path, tmp_path, 1)[""], tmp_path / "out", Packing(5), 0)
+        next(shards), next(shards)
+        for name in (".shard-000002.tar", ".shard-000002.tar.done.0f"):
+            (tmp_path / ".out.partial" / name).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    first = (tmp_path / ".out.partial" / "shard-000000.tar").stat().st_mtime_ns
+    packed(source, tmp_path / "out")
+    assert (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns == first
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_another_plan_starts_afresh(tmp_path):
+    source = tree(tmp_path / "src", photographs(("",)))
+    half = pack(open_sources(str(source), tmp_path, tmp_path, 1)[""], tmp_path / "out", Packing(5), 0)
+    next(half)
+    half.close()
+    found = packed(source, tmp_path / "out", encode="webp")[""]
+    assert all(found.read(i)[8:12] == b"WEBP" for i in range(12))
+    with pytest.raises(UserError, match="is not empty"):
+        packed(source, tmp_path / "out")
+
+
+def test_images_that_are_none_are_left_out_by_name(tmp_path):
+    deep = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 30000, np.uint16)).save(deep, "png")
+    files = {
+        "a/empty.jpg": b"",
+        "a/deep.jpg": deep.getvalue(),
+        "a/text.jpg": b"text",
+        "a/cut.jpg": image(0, (64, 64), "jpeg")[:700],
+        "a/cmyk.jpg": image(1, form="jpeg", mode="CMYK"),
+        "a/gif.jpg": image(2, form="gif", mode="P"),
+        "a/good.jpg": image(3, form="jpeg"),
+    }
+    found = packed(tree(tmp_path / "src", files), tmp_path / "out")[""]
+    lines = (tmp_path / "out" / "left_out.txt").read_text().splitlines()
+    assert sorted(line.partition(":")[0] for line in lines) == [
+        "a/cut.jpg",
+        "a/deep.jpg",
+        "a/empty.jpg",
+        "a/text.jpg",
+    ]
+    assert "a/empty.jpg: empty" in lines
+    stored = {found.read(i) for i in range(3)}
+    assert {files["a/cmyk.jpg"], files["a/good.jpg"]} < stored
+    assert any(data.startswith(b"\x89PNG") for data in stored)
+    with pytest.raises(UserError, match="none of the 2 images is whole"):
+        packed(tree(tmp_path / "bad", {"a/0.jpg": b"", "a/1.jpg": b"x"}), tmp_path / "none")
+
+
+def test_shrinking_keeps_small_images_and_the_aspect(tmp_path):
+    large, small = image(0, (300, 100), "jpeg"), image(1, (30, 60), "jpeg")
+    packing = Packing(shorter_side=50)
+    assert encoded(small, packing) == (small, "jpg")
+    data, extension = encoded(large, packing)
+    assert (decode(data).shape, extension) == ((3, 50, 150), "jpg")
+    assert encoded(image(2, form="bmp"), Packing())[1] == "png"
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+    assert np.array_equal(decode(encoded(pixels, Packing())[0]).permute(1, 2, 0), pixels)
+
+
+def registered(monkeypatch, kind: type, lists: dict[str, list[str]], folder: Path, meta: str = "") -> None:
+    """Give a data set of torchvision the checksums of the files made here."""
+
+    def md5(name: str) -> str:
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for field, names in lists.items():
+        monkeypatch.setattr(kind, field, [[name, md5(name)] for name in names])
+    if meta:
+        monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5(meta)})
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar(tmp_path, monkeypatch, classes):
+    kind = torchvision.datasets.CIFAR10 if classes == 10 else torchvision.datasets.CIFAR100
+    folder = tmp_path / "src" / kind.base_folder
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3072), np.uint8)
+    labels = {"labels" if classes == 10 else "fine_labels": [0, 1, 2, 3, 4, 5]}
+    for name in ("train", "test"):
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, **labels}))
+    names = [f"class {i}" for i in range(classes)]
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: names}))
+    lists = {"train_list": ["train"], "test_list": ["test"]}
+    registered(monkeypatch, kind, lists, folder, kind.meta["filename"])
+    found = packed(tmp_path / "src", tmp_path / "out")
+    assert set(found) == {"train", "test"}
+    assert found["test"].classes == names
+    for i in range(6):
+        expected = pixels[found["train"].labels[i]].reshape(3, 32, 32)
+        assert np.array_equal(decode(found["train"].read(i)), expected)
+    monkeypatch.setattr(kind, "train_list", [["train", "0" * 32]])
+    with pytest.raises(UserError, match="not found or corrupted"):
+        packed(tmp_path / "src", tmp_path / "again")
+
+
+def test_stl10(tmp_path, monkeypatch):
+    kind = torchvision.datasets.STL10
+    folder = tmp_path / "src" / kind.base_folder
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 96, 96), np.uint8)
+    for name in ("train", "test", "unlabeled"):
+        (folder / f"{name}_X.bin").write_bytes(pixels.tobytes())
+    for name in ("train", "test"):
+        (folder / f"{name}_y.bin").write_bytes(bytes([1, 2, 3, 10]))
+    (folder / "class_names.txt").write_text("\n".join(f"class {i}" for i in range(10)))
+    lists = {
+        "train_list": ["train_X.bin", "train_y.bin", "unlabeled_X.bin"],
+        "test_list": ["test_X.bin", "test_y.bin"],
+    }
+    registered(monkeypatch, kind, lists, folder)
+    found = packed(tmp_path / "src", tmp_path / "out")
+    assert not found["unlabeled"].labelled
+    assert sorted(found["train"].labels) == [0, 1, 2, 9]
+    row = {0: 0, 1: 1, 2: 2, 9: 3}[int(found["train"].labels[0])]
+    assert np.array_equal(decode(found["train"].read(0)), pixels[row].transpose(0, 2, 1))  # stored by column
+
+
+def test_svhn(tmp_path, monkeypatch):
+    kind = torchvision.datasets.SVHN
+    (tmp_path / "src").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), np.uint8)
+    for name in ("train", "test"):
+        savemat(tmp_path / "src" / f"{name}_32x32.mat", {"X": pixels, "y": np.array([[1], [5], [9], [10]])})
+    digest = {
+        name: hashlib.md5((tmp_path / "src" / f"{name}_32x32.mat").read_bytes()).hexdigest()
+        for name in ("train", "test")
+    }
+    monkeypatch.setattr(
+        kind, "split_list", {n: [*kind.split_list[n][:2], digest[n]] for n in ("train", "test")}
+    )
+    found = packed(tmp_path / "src", tmp_path / "out")
+    assert sorted(found["test"].labels) == [0, 1, 5, 9]  # the digit 0 is stored as 10
+    row = {1: 0, 5: 1, 9: 2, 0: 3}[int(found["test"].labels[0])]
+    assert np.array_equal(decode(found["test"].read(0)).permute(1, 2, 0), pixels[..., row])
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({}, "holds no images"),
+        ({"readme.txt": b""}, "holds no images"),
+        ({"a/0.png": b"", "1.png": b""}, "all alike"),
+        ({"a/b/c/0.png": b""}, "all alike"),
+    ],
+)
+def test_unusable_folders_are_named(tmp_path, files, problem):
+    (tmp_path / "src").mkdir()
+    with pytest.raises(UserError, match=problem):
+        packed(tree(tmp_path / "src", files), tmp_path / "out")
+
+
+def test_unusable_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        packed(tmp_path / "none", tmp_path / "out")
+    source = tree(tmp_path / "src", photographs(("",)))
+    packed(source, tmp_path / "out")
+    with pytest.raises(UserError, match="is a shard; name the folder"):
+        packed(tmp_path / "out" / "shard-000000.tar", tmp_path / "other")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> bytes:
+    folder = tmp_path_factory.mktemp("archive")
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        tar.add(tree(folder / "src", photographs(("",))), ".")
+    return (folder / "a.tar").read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cut=st.none() | st.integers(0, 12000),
+    flips=st.lists(st.tuples(st.integers(0, 12000), st.integers(0, 255)), max_size=3),
+    zipped=st.booleans(),
+)
+def test_damaged_archives_give_user_errors_only(archive, cut, flips, zipped):
+    damaged = bytearray(gzip.compress(archive, 1) if zipped else archive)
+    for position, value in flips:
+        damaged[position % len(damaged)] = value
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "a.tar").write_bytes(damaged[:cut])
+        try:
+            found = packed(Path(folder) / "a.tar", Path(folder) / "out")
+        except UserError:
+            return
+        assert sum(len(shards) for shards in found.values()) <= 12
+        assert all(
+            decode(shards.read(i)).shape[0] == 3 for shards in found.values() for i in range(len(shards))
+        )
+
+
+def test_a_full_disk_is_named_and_nothing_is_taken_for_whole(tmp_path):
+    source = tree(tmp_path / "src", photographs(("",)))
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may be longer
+        with pytest.raises(UserError, match="File too large"):
+            packed(source, tmp_path / "out")
+
+    assert in_child(limited) == 0
+    assert not (tmp_path / "out").exists()
+    assert len(packed(source, tmp_path / "out")[""]) == 12
+
+
+def test_missing_permission_is_named(tmp_path):
+    source = tree(tmp_path / "src", photographs(("",)))
+    packed(source, tmp_path / "out")
+    for path in (source / "cat", tmp_path / "out" / "shard-000000.tar"):
+        path.chmod(0)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o555)
+
+    def as_somebody() -> None:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setegid(65534)
+            os.seteuid(65534)
+        with pytest.raises(UserError, match="cat: cannot be read: Permission denied"):
+            open_sources(str(source), tmp_path, tmp_path, 1)
+        with pytest.raises(UserError, match=r"shard-000000\.tar: cannot be read: Permission denied"):
+            shards = ShardSet.open(tmp_path / "out")
+            [shards.read(i) for i in range(12)]
+
+    assert in_child(as_somebody) == 0
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    tree(tmp_path / "src", {**photographs(), "train/cat/bad.jpg": b"x"})
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "make_shards.py"))
+    command = ["make_shards.py", str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "2"]
+    monkeypatch.setattr("sys.argv", command)
+    assert tool["main"]() == 0
+    printed = capsys.readouterr()
+    assert f"{tmp_path / 'out' / 'train'}: 12 images, 1 left out" in printed.out
+    assert "left out: train/cat/bad.jpg: no known image format" in printed.err
+    assert tool["main"]() == 1
+    assert "is not empty; remove it or name another folder" in capsys.readouterr().err

@@ -1,0 +1,251 @@
+"""Images per second that one core loads, beside other loaders on the same images.
+
+    python tools/bench_loader.py --shards data/imagenet/train [--made-up 1281167] [--json rows.json]
+
+Everything runs in this process on one thread, so that a rate is that of one core. The loaders take turns,
+round after round; a row has the median. ``bare`` is a loop over images in memory that does nothing else.
+``--made-up`` also times opening an index of that many samples, and going on at 90 % of an epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from other_loaders import Pass, imagefolder_passes, litdata_passes, webdataset_passes
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from framework.data.contents import Contents
+from framework.data.contents import Table as Samples
+from framework.data.crops import random_box, resized
+from framework.data.decode import decode
+from framework.data.index import ShardSet
+from framework.data.loader import TrainLoader
+from framework.data.order import TrainJobs
+from framework.data.shards import write_shards
+from framework.data.views import Views
+from framework.data.worker import Decoder
+from framework.errors import UserError
+
+
+def our_passes(shards: ShardSet, size: int, batch: int) -> dict[str, Pass]:
+    """Whole batches through our loader."""
+
+    def decoded() -> int:
+        return sum(1 for i in range(len(shards)) if decode(shards.read(i)) is not None)
+
+    def crops() -> int:
+        jobs = TrainJobs(shards.table.shard, batch, 1, 0, 1, seed=0)
+        jobs.steps = range(len(shards) // batch)
+        decoder = Decoder(shards, Views(), size, views_per_image=2, seed=0)
+        loader = DataLoader(decoder, sampler=jobs, batch_size=None, collate_fn=lambda drawn: drawn)
+        return sum(len(drawn.samples) for drawn in loader)
+
+    def trained(kind: Any, views: int) -> Pass:
+        loader = TrainLoader(
+            shards,
+            Views(kind=kind),
+            image_size=size,
+            batch_size=batch,
+            views_per_image=views,
+            accumulation=1,
+            rank=0,
+            world_size=1,
+            seed=0,
+            workers=0,
+            device="cpu",
+        )
+
+        def run() -> int:
+            steps = loader.steps(0, loader.steps_per_epoch)
+            return sum(len(batch.images) // views for (batch,) in steps)
+
+        return run
+
+    return {
+        "decode": decoded,
+        "crops": crops,
+        "supervised": trained("supervised", 1),
+        "simclr": trained("simclr", 2),
+    }
+
+
+def bare_passes(shards: ShardSet, size: int) -> dict[str, Pass]:
+    """The same work in a plain loop over bytes in memory."""
+    images = [shards.read(i) for i in range(len(shards))]
+    generator = np.random.default_rng(0)
+    views = Views()
+
+    def decoded() -> int:
+        return sum(1 for data in images if decode(data) is not None)
+
+    def crops() -> int:
+        for data in images:
+            image = decode(data)
+            height, width = image.shape[1:]
+            for _ in range(2):
+                box = random_box(width, height, views.area, views.aspect, generator.random(40))
+                resized(image, box, (size, size))
+        return len(images)
+
+    return {"decode": decoded, "crops": crops}
+
+
+def measure(passes: dict[str, Pass], rounds: int) -> dict[str, float]:
+    """Median images per second of each; they take turns, after one round to warm up."""
+    rates: dict[str, list[float]] = {name: [] for name in passes}
+    for round_ in range(rounds + 1):
+        for name, run in passes.items():
+            start = time.perf_counter()
+            images = run()
+            if round_:
+                rates[name].append(images / (time.perf_counter() - start))
+    return {name: statistics.median(rate) for name, rate in rates.items()}
+
+
+def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per view and loader."""
+    shards = ShardSet.open(arguments.shards)
+    size, batch = arguments.image_size, arguments.batch
+    if len(shards) % batch:
+        batch = next(b for b in range(batch, 0, -1) if len(shards) % b == 0)  # the same images for everyone
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch, name) for name in ("files", "litdata")]
+        for folder in folders:
+            folder.mkdir()
+        loaders = {
+            "ours": our_passes(shards, size, batch),
+            "bare": bare_passes(shards, size),
+            "webdataset": webdataset_passes(shards, size, batch),
+            "imagefolder": imagefolder_passes(shards, size, batch, folders[0]),
+        }
+        if find_spec("litdata"):
+            loaders["litdata"] = litdata_passes(shards, size, batch, folders[1])
+        for view in loaders["ours"]:
+            passes = {name: offered[view] for name, offered in loaders.items() if view in offered}
+            for name, rate in measure(passes, arguments.rounds).items():
+                rows.append({"view": view, "loader": name, "images_per_second_per_core": round(rate, 1)})
+    return rows
+
+
+def made_up(samples: int) -> list[dict[str, Any]]:
+    """Start-up and going on at 90 % of an epoch, on an index of so many samples, in a fresh process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _make_up(Path(scratch), samples)
+        rows = []
+        for name, share in (("start-up", 0.0), ("resume", 0.9)):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                seconds, megabytes = pool.apply(_first_batch, (Path(scratch), share))
+            rows.append(
+                {
+                    "view": name,
+                    "loader": "ours",
+                    "samples": samples,
+                    "seconds": seconds,
+                    "megabytes": megabytes,
+                }
+            )
+    return rows
+
+
+def _make_up(folder: Path, samples: int) -> None:
+    """Shards of 1000 samples, all of which are the one image that a shard really has."""
+    one = folder / "one"
+    write_shards([("0", _png(), "png", 0)], one, None)
+    first = ShardSet.open(one)
+    shards = -(-samples // 1000)
+    names = [f"shard-{number:06d}.tar" for number in range(shards)]
+    for name in names:
+        (folder / name).hardlink_to(one / "shard-000000.tar")
+    rows = [np.full(samples, column[0], column.dtype) for column in first.table[1:]]
+    table = Samples(np.arange(samples, dtype=np.int32) // 1000, *rows)
+    Contents(dict.fromkeys(names, first.shards["shard-000000.tar"]), table, None, {}).save(folder)
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _first_batch(folder: Path, share: float) -> tuple[float, float]:
+    """Seconds from nothing but imports to the first batch of 256, and the memory that took in MB."""
+    before, start = _memory("VmRSS"), time.perf_counter()
+    loader = TrainLoader(
+        ShardSet.open(folder),
+        Views(kind="none"),
+        image_size=32,
+        batch_size=256,
+        views_per_image=1,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        workers=0,
+        device="cpu",
+        window=100_000 if share else 0,
+    )
+    step = int(share * loader.steps_per_epoch)
+    next(loader.steps(step, step + 1))
+    seconds = time.perf_counter() - start
+    return round(seconds, 3), round(_memory("VmHWM") - before, 1)
+
+
+def _memory(field: str) -> float:
+    """MB of this process now (VmRSS) or at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) / 1000
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table."""
+    table = Table("view", "loader", "images / s / core", "seconds", "MB")
+    for row in rows:
+        cells = [str(row.get(key, "")) for key in ("images_per_second_per_core", "seconds", "megabytes")]
+        table.add_row(row["view"], row["loader"], *cells)
+    Console(width=100).print(table)
+
+
+def main() -> int:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shards", type=Path, required=True, help="folder of shards, as make_shards.py packs"
+    )
+    parser.add_argument("--image-size", type=int, default=224, help="side of a view; default: 224")
+    parser.add_argument("--batch", type=int, default=50, help="largest batch; default: 50")
+    parser.add_argument("--rounds", type=int, default=5, help="measured passes over the images; default: 5")
+    parser.add_argument("--made-up", type=int, metavar="N", help="also open a made-up index of N samples")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    try:
+        rows = rates(arguments) + (made_up(arguments.made_up) if arguments.made_up else [])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    show(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
