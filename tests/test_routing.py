@@ -256,7 +256,7 @@ def test_bfloat16_gradients_are_float32_and_close() -> None:
     data = data._replace(images=data.images.float())
     low = LocalNetwork(net.backbone, net.segments, net.plan, "bf16").train()
     reference, ours = networks.routed(net, data), networks.routed(low, data)
-    for name, gradient in ours.items():
+    for gradient in ours.values():
         assert gradient.dtype == torch.float32
     both = [torch.cat([g[n].flatten() for n in reference]) for g in (ours, reference)]
     assert relative_error(*both) < 0.1
