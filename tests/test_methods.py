@@ -16,7 +16,7 @@ from framework.batch import Batch
 from framework.errors import UserError
 from framework.execution import LocalNetwork
 from framework.local import Plan, Task, lam_tables
-from framework.local.blocks import residual_blocks
+from framework.local.blocks import blocks_of
 from framework.local.heads import Classifier, Projection
 from framework.local.lam import LamBuilder
 from framework.local.methods import auglocal, dgl, infopro, loco, mlaan
@@ -221,12 +221,32 @@ def test_every_published_list_names_blocks_that_exist(
 
 
 def test_the_rule_gives_the_authors_commonest_lists() -> None:
-    blocks = residual_blocks(cut(create("resnet32"), "block"))
+    blocks = blocks_of(cut(create("resnet32"), "block"))
     lists = {b.name: [c.name for c in lam_tables.by_rule(blocks, b)] for b in blocks[:-1]}
     assert lists["layer1.0"] == ["layer2.0", "layer3.0", "layer3.2", "layer3.4"]
     assert lists["layer2.4"] == ["layer3.0", "layer3.2", "layer3.3", "layer3.4"]
     assert lists["layer3.3"] == ["layer3.4"]
     assert all(names[-1] == "layer3.4" and len(set(names)) == len(names) for names in lists.values())
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "regnetx_002", "efficientnet_b0"])
+def test_lams_of_networks_that_nobody_published(name: str) -> None:
+    """The rule reaches the network's last width, through blocks that begin with a downsampling of their own."""
+    net = local_network(name, "mlaan", image_size=64, num_classes=CLASSES, cut="block")
+    lam = net.plan.units[1].head.lam
+    for copied, live in zip(lam.aug[0].parameters(), _first_copied(net).parameters(), strict=True):
+        assert torch.equal(copied, live)
+    last = lam(torch.zeros(2, *output_shapes(list(net.segments), 64)[1]))
+    assert last.shape[1] == lam_width(net) and last.shape[2] == 2
+
+
+def _first_copied(net: LocalNetwork) -> nn.Module:
+    return net.plan.units[1].head.lam.followed.module(net.segments)
+
+
+def lam_width(net: LocalNetwork) -> int:
+    """Channels at the end of the last block (a tail may follow it)."""
+    return blocks_of(net.segments)[-1].channels(net.segments)
 
 
 def by_hand_loco(net: LocalNetwork, images: Tensor, upper_only: bool) -> Tensor:
@@ -237,7 +257,7 @@ def by_hand_loco(net: LocalNetwork, images: Tensor, upper_only: bool) -> Tensor:
     first = stages[0](images)
     shared = stages[1]
     if upper_only:
-        frozen = copy.deepcopy(shared.modules()[0])
+        frozen = nn.Sequential(*copy.deepcopy(shared.modules()))
         loss = lower(frozen(first), data)
     else:
         loss = lower(shared(first), data)
@@ -388,6 +408,10 @@ class Nosy(ReadingHead):
 
 
 BAD = [
+    (
+        lambda: local_network("vit_tiny_patch16_224", "mlaan", image_size=224, num_classes=2, cut="block"),
+        "no head can copy blocks of VisionTransformer: they do not work on maps",
+    ),
     (
         lambda: Plan((LocalUnit("u", 0, 5, Nosy()),), 6),
         "its head reads segment 6, and the network has segments 0..5",

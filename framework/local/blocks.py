@@ -1,4 +1,4 @@
-"""The residual blocks of a network, and copies of them in heads."""
+"""The blocks of a network, and copies of them in heads."""
 
 from __future__ import annotations
 
@@ -9,44 +9,66 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from framework.errors import UserError
 from framework.network import Segment
+from framework.network.structure import is_map, structure
 
 
 class Block(NamedTuple):
-    """A residual block of the backbone.
+    """A block of the backbone, and where it is.
 
     Attributes:
         name: dotted, in the backbone (``"layer2.0"``).
+        steps: names of the modules that it runs in order.
         segment: number of the segment that it belongs to.
         stage: counted from 1.
         number: within the stage, from 0.
     """
 
     name: str
+    steps: tuple[str, ...]
     segment: int
     stage: int
     number: int
 
     def module(self, segments: Sequence[Segment]) -> nn.Module:
         """The block as it is now."""
-        return segments[self.segment].backbone.get_submodule(self.name)
+        backbone = segments[self.segment].backbone
+        first, *others = (backbone.get_submodule(step) for step in self.steps)
+        return nn.Sequential(first, *others) if others else first
 
     def channels(self, segments: Sequence[Segment]) -> int:
         """Of the block's output: those of its last convolution."""
         return [m for m in self.module(segments).modules() if isinstance(m, nn.Conv2d)][-1].out_channels
 
 
-def residual_blocks(segments: Sequence[Segment]) -> tuple[Block, ...]:
-    """All blocks in order: the children called by a number (``layer2.0``); stages are their parents."""
-    blocks: list[Block] = []
-    stages: list[str] = []
-    for s, segment in enumerate(segments):
-        for path in segment.paths:
-            stage, _, number = path.rpartition(".")
-            if stage and number.isdigit():
-                stages += [stage] if stage not in stages else []
-                blocks.append(Block(path, s, len(stages), int(number)))
-    return tuple(blocks)
+def blocks_of(segments: Sequence[Segment]) -> tuple[Block, ...]:
+    """All blocks of the network, in order."""
+    owner = {path: s for s, segment in enumerate(segments) for path in segment.paths}
+    return tuple(
+        Block(block.name, block.steps, owner[block.steps[-1]], stage, number)
+        for stage, blocks in enumerate((s.blocks for s in structure(segments[0].backbone).stages), start=1)
+        for number, block in enumerate(blocks)
+    )
+
+
+def own_copy(segment: Segment) -> nn.Sequential:
+    """A copy of what a segment runs.
+
+    Raises:
+        UserError: the segment takes no maps, as heads do.
+    """
+    check_maps(segment)
+    return nn.Sequential(*(copy.deepcopy(module) for module in segment.modules()))
+
+
+def check_maps(segment: Segment) -> None:
+    """Raises:
+    UserError: the segment does not work on maps (N, C, H, W), so that no head can run a copy of it.
+    """
+    if segment.to_map is not is_map:
+        network = type(segment.backbone).__name__
+        raise UserError(f"no head can copy blocks of {network}: they do not work on maps (N, C, H, W)")
 
 
 class EmaCopy(nn.Module):

@@ -5,7 +5,6 @@ A head is a trunk and an objective, exchangeable independently of each other.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from framework.batch import Batch
 from framework.errors import UserError
+from framework.local.blocks import own_copy
 from framework.local.objectives import BarlowTwins, CrossEntropy, InfoNCE, SupCon, VICReg
 from framework.local.trunks import TRUNKS, mlp, residual_block
 from framework.local.units import Task
@@ -146,7 +146,7 @@ class Projection:
         """What comes before the pooling, and the channels that enter it."""
         reach = {"none": 0, "next_stage": 1, "full_network": len(task)}[self.dec_trunk]
         copied = range(segment + 1, min(segment + 1 + reach, len(task)))
-        blocks = [copy.deepcopy(module) for s in copied for module in task.segments[s].modules()]
+        blocks = [module for s in copied for module in own_copy(task.segments[s])]
         channels = task.shapes[copied[-1] if copied else segment].channels
         top = segment == len(task) - 1
         for i in range(self.conv_blocks if self.dec_on_top or not top else 0):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from framework.batch import Batch
 from framework.errors import UserError
 from framework.local import lam_tables
-from framework.local.blocks import Block, EmaCopy, residual_blocks
+from framework.local.blocks import Block, EmaCopy, blocks_of, check_maps
 from framework.local.units import ReadingHead, Task
 from framework.network import Segment, Shape
 
@@ -134,12 +134,14 @@ class LamBuilder:
         except RuntimeError as error:
             copied = ", ".join(b.name for b in blocks)
             name = self.task.names[segment]
-            raise UserError(f"method.lam_blocks.{name}: {copied} can't follow each other: {error}") from error
+            raise UserError(
+                f"method.lam_blocks.{name}: {copied} can't follow each other: {str(error).splitlines()[0]}"
+            ) from error
 
     def blocks(self, segment: int) -> list[Block]:
         """What the LAM of a segment copies."""
         later = self._later_blocks(segment)
-        name, blocks = self.task.names[segment], residual_blocks(self.task.segments)
+        name, blocks = self.task.names[segment], blocks_of(self.task.segments)
         if name in self.lists:
             by_name = {b.name: b for b in later}
             if wrong := [wanted for wanted in self.lists[name] if wanted not in by_name]:
@@ -147,14 +149,21 @@ class LamBuilder:
                     f"method.lam_blocks.{name}: {wrong[0]} is no later block; {', '.join(by_name)} are"
                 )
             return [by_name[wanted] for wanted in self.lists[name]]
-        end = [b for b in blocks if b.segment <= segment][-1:] or blocks[:1]
-        channels = {b.stage: b.channels(self.task.segments) for b in blocks}
+        end = max(
+            0, sum(b.segment <= segment for b in blocks) - 1
+        )  # a stem of its own is like the first block
+        widths = [b.channels(self.task.segments) for b in blocks]
+        of_stages = tuple({b.stage: width for b, width in zip(blocks, widths, strict=True)}.values())
         modules = len({b.segment for b in blocks})
-        listed = lam_tables.published(tuple(channels.values()), blocks, modules, end[0])
-        return listed or lam_tables.by_rule(blocks, end[0])
+        listed = lam_tables.published(of_stages, blocks, modules, blocks[end])
+        if listed is not None:
+            return listed
+        by_width = lam_tables.stages_by_width(blocks, widths)
+        return lam_tables.by_rule(by_width, by_width[end])
 
     def _later_blocks(self, segment: int) -> list[Block]:
-        later = [b for b in residual_blocks(self.task.segments) if b.segment > segment]
+        check_maps(self.task.segments[segment])
+        later = [b for b in blocks_of(self.task.segments) if b.segment > segment]
         if not later:
             name = self.task.names[segment]
             raise UserError(

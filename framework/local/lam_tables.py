@@ -101,6 +101,21 @@ def published(
     return None
 
 
+def stages_by_width(blocks: tuple[Block, ...], widths: list[int]) -> tuple[Block, ...]:
+    """The blocks, counted anew so that a stage ends where the width changes, too (EfficientNet).
+
+    Args:
+        blocks: of the network, in order.
+        widths: their output channels.
+    """
+    counted: list[Block] = []
+    for i, block in enumerate(blocks):
+        new = i == 0 or (block.stage, widths[i]) != (blocks[i - 1].stage, widths[i - 1])
+        stage = counted[-1].stage + new if counted else 1
+        counted.append(block._replace(stage=stage, number=0 if new else counted[-1].number + 1))
+    return tuple(counted)
+
+
 def by_rule(blocks: tuple[Block, ...], end: Block) -> list[Block]:
     """The first block of each later stage, then blocks of the last up to four in all, the very last included.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from framework.batch import Batch
 from framework.errors import UserError
-from framework.local.blocks import residual_blocks
+from framework.local.blocks import blocks_of
 from framework.local.heads import WeightedHeads
 from framework.local.resizing import ResizedConv
 from framework.local.trunks import conv_bn_relu
@@ -108,7 +108,7 @@ class Reconstruction:
         first, last = self._ends(task)
         depth, span = segment, len(task) - 2
         if self.lambda_index == "stage":
-            depth = max((b.stage for b in residual_blocks(task.segments) if b.segment <= segment), default=1)
+            depth = max((b.stage for b in blocks_of(task.segments) if b.segment <= segment), default=1)
         share = min(1.0, depth / span) if span > 0 else 0.0
         lambda1, lambda2 = (a * (1 - share) + b * share for a, b in zip(first, last, strict=True))
         return lambda1, lambda2
@@ -123,7 +123,7 @@ class Reconstruction:
         if self.lambdas not in LAMBDAS:
             known = ", ".join((*LAMBDAS, "mlaan"))
             raise UserError(f"lambdas={self.lambdas}: must be one of {known}")
-        blocks = residual_blocks(task.segments)
+        blocks = blocks_of(task.segments)
         counts = tuple(sum(b.stage == s for b in blocks) for s in sorted({b.stage for b in blocks}))
         rows = LAMBDAS[self.lambdas].get(counts, {})
         modules = len(task) + (len(task) == len(blocks))  # the papers count the stem (FACTS D6)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from framework.batch import Batch
+from framework.local.blocks import own_copy
 from framework.local.units import ReadingHead, Task
 from framework.network import Segment
 
@@ -28,7 +28,7 @@ class SoftSharedHead(ReadingHead):
 
     def __init__(self, task: Task, segment: int, head: nn.Module, coefficient: float) -> None:
         super().__init__()
-        self.copy = nn.Sequential(*(copy.deepcopy(module) for module in task.segments[segment].modules()))
+        self.copy = own_copy(task.segments[segment])
         self.head, self.coefficient = head, coefficient
         self.reads = (segment,)
 

@@ -8,7 +8,7 @@ from timm.models.resnet import Bottleneck
 from torch import nn
 
 from framework.errors import UserError
-from framework.local.blocks import residual_blocks
+from framework.local.blocks import blocks_of
 from framework.local.heads import Head
 from framework.local.objectives import CrossEntropy
 from framework.local.trunks import residual_block
@@ -58,7 +58,7 @@ def auxiliary_depth(segment: int, segments: int, options: Options) -> int:
 
 def _sampled_blocks(task: Task, segment: int, depth: int) -> tuple[list[nn.Module], Shape]:
     """New blocks as wide as ``depth`` evenly spaced later ones; each doubling of the width halves the map."""
-    blocks = residual_blocks(task.segments)
+    blocks = blocks_of(task.segments)
     later = [b for b in blocks if b.segment > segment]
     if depth and not later:
         raise UserError(

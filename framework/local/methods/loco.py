@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from framework.errors import UserError
-from framework.local.blocks import residual_blocks
+from framework.local.blocks import blocks_of
 from framework.local.heads import Projection
 from framework.local.soft_sharing import SoftSharedHead
 from framework.local.units import LocalUnit, Plan, Task, Window, sliding_windows
@@ -67,7 +67,7 @@ def plan(task: Task, options: Options) -> Plan:
 
 
 def _partly_shared(task: Task, shared: int) -> list[Window]:
-    blocks = residual_blocks(task.segments)
+    blocks = blocks_of(task.segments)
     if [b.segment for b in blocks] != list(range(len(task))) or shared < 1:
         raise UserError(
             f"method.share_blocks={shared}: must be at least 1, on a network with network.cut=block"
