@@ -60,6 +60,7 @@ def load_error(case: Case, folder: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -78,6 +79,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(pool: PoolOf, tmp_path: Pat
     assert state["step"] == 2 and {key: state[key] for key in STATE} == STATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
 def test_it_goes_on_under_another_engine_and_number_of_ranks(
     pool: PoolOf, tmp_path: Path, optimizer: str

@@ -24,6 +24,7 @@ def cost(recipe: str, images: int = 2, *overrides: str) -> PlanCost:
     return plan_cost(loaded, loaded.data.num_classes or 10, images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "least", "paper"),
     [
@@ -61,6 +62,7 @@ def test_flops_of_resnet_50_are_the_published_ones() -> None:
     assert per_image / 1e9 == pytest.approx(4.089 - 0.002, abs=0.001)
 
 
+@pytest.mark.slow
 def test_show_plan(tmp_path: Path) -> None:
     command = [sys.executable, "tools/show_plan.py", "recipes/quickstart.yaml", "method.window=3"]
     outputs = ["--json", str(tmp_path / "plan.json"), "--png", str(tmp_path / "plan.png")]

@@ -97,6 +97,7 @@ def test_mlaan_on_resnet_152_has_50_modules_in_windows_of_three() -> None:
 ROWS = list(rows())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "row", "overrides"), ROWS, ids=[f"{n}-{r}" for n, r, _ in ROWS])
 def test_a_table_row_trains_a_step(name: str, row: str, overrides: str) -> None:
     """At small size: the CIFAR networks as they are, ResNet-50 by ResNet-34."""
@@ -116,6 +117,7 @@ def test_every_row_of_the_ablation_tables_is_listed() -> None:
     assert {f"MLAAN Table 4 row {i}" for i in range(1, 5)} | {"MLAAN Table 5"} <= listed
 
 
+@pytest.mark.slow
 def test_locos_ablations_differ_as_the_tables_say() -> None:
     """Windows and heads of Table 4 and 5 rows, on ResNet-34, which has ResNet-50's blocks."""
     plans = {}

@@ -66,6 +66,7 @@ def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
         assert torch.equal(value, model[f"backbone.{name}"]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("engine", ["deepspeed", "ddp", "fsdp"])
 def test_a_resumed_run_is_bitwise_that_of_an_undisturbed_one(
@@ -88,6 +89,7 @@ def test_a_resumed_run_is_bitwise_that_of_an_undisturbed_one(
     assert steps(broken / "run" / "metrics.jsonl") == steps(straight / "run" / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_engines_and_numbers_of_ranks(tmp_path: Path, pool: PoolOf) -> None:
     """The numbers stay those of one process, to float32's rounding."""
     common = ["train.epochs=1", "optim.warmup_epochs=0.2", "network.sync_bn=true"]
@@ -149,6 +151,7 @@ def test_bad_input_is_named_and_damages_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_resume_never_does_not_mix_two_runs(tmp_path: Path, pool: PoolOf) -> None:
     assert pool(1).run(run, arguments(tmp_path, "train.max_steps=1")) == [""]
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -167,6 +170,7 @@ def launch(*argv: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow
 def test_the_launcher_prints_an_error_once_and_fails(tmp_path: Path) -> None:
     done = launch(*arguments(tmp_path, "method.windw=2"), ranks=2)
     assert done.returncode != 0
