@@ -10,6 +10,7 @@ from pool import Pool
 from torch import Tensor
 
 from framework.distributed import is_main
+from framework.execution import LocalNetwork
 from tests import training
 from tests.training import Case
 
@@ -23,24 +24,30 @@ def copies(model: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: v for name, v in model.items() if ".ema." in name and name.endswith((".weight", ".bias"))}
 
 
+def apart(case: Case) -> LocalNetwork:
+    """The network, its copies well away from the blocks that they follow."""
+    net = training.network(case)
+    with torch.no_grad():
+        for parameter in net.backbone.parameters():
+            parameter.add_(0.1)
+    return net
+
+
+def train_apart(case: Case) -> training.Run | None:
+    return training.train(case, apart(case))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_copies_move_once_a_step_as_in_one_process(
-    pool: Callable[[int], Pool], engine: str, accumulation: int
-) -> None:
+def test_copies_move_once_a_step(pool: Callable[[int], Pool], engine: str, accumulation: int) -> None:
+    """By 0.5 % of the way each: weights hardly change in three steps at these rates."""
     case = Case("mlaan", "block", "sgd", engine, accumulation=accumulation)
-    reference = training.plain(case)
-    run = pool(2).run(training.train, case)[0]
-    start = copies(training.network(case).state_dict())
-    ours, theirs = copies(run.model), copies(reference.model)
-    assert (
-        len(start) == 9 and ours.keys() == theirs.keys() == start.keys()
-    )  # two convolutions, three norms ...
-    moved = max(float((theirs[name] - start[name]).abs().max()) for name in start)
-    assert moved > 0
+    run = pool(2).run(train_apart, case)[0]
+    start, now = copies(apart(case).state_dict()), copies(run.model)
+    assert len(start) == 9 and now.keys() == start.keys()
     for name in start:
-        # Copies move by less than a thousandth of themselves, of which float32 leaves two digits; moved twice is 100 %.
-        assert float((ours[name] - theirs[name]).abs().max()) < 0.05 * moved, name
+        moved = (now[name] - start[name]).median()
+        assert moved.item() == pytest.approx(0.1 * (1 - 0.995**3), rel=0.1), name
     assert not any(".ema." in name for name in run.optimizer)
 
 
