@@ -2,10 +2,10 @@
 
     python tools/bench_loader.py --shards data/imagenet/train [--made-up 1281167] [--json rows.json]
 
-Everything runs in this process on one thread, with its files in the page cache; a rate is images per second of
-processor time, which is what one core gives and what other jobs on the machine leave alone. The loaders take
-turns, round after round; a row has the median. ``bare`` is a loop over images in memory that does nothing else.
-``--made-up`` also times opening an index of that many samples, and going on at 90 % of an epoch.
+Everything runs in this process on one thread, with its files in the page cache. A rate is images per second
+of processor time: what one core gives, whatever other jobs leave of it. The loaders take turns, round after
+round; a row has the median. ``bare`` is a loop over images in memory that does nothing else. ``--made-up``
+also times (by the clock) opening an index of that many samples, and going on at 90 % of an epoch.
 """
 
 from __future__ import annotations
