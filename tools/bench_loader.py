@@ -2,9 +2,10 @@
 
     python tools/bench_loader.py --shards data/imagenet/train [--made-up 1281167] [--json rows.json]
 
-Everything runs in this process on one thread, so that a rate is that of one core. The loaders take turns,
-round after round; a row has the median. ``bare`` is a loop over images in memory that does nothing else.
-``--made-up`` also times opening an index of that many samples, and going on at 90 % of an epoch.
+Everything runs in this process on one thread, with its files in the page cache. A rate is images per second
+of processor time: what one core gives, whatever other jobs leave of it. The loaders take turns, round after
+round; a row has the median. ``bare`` is a loop over images in memory that does nothing else. ``--made-up``
+also times (by the clock) opening an index of that many samples, and going on at 90 % of an epoch.
 """
 
 from __future__ import annotations
@@ -106,14 +107,14 @@ def bare_passes(shards: ShardSet, size: int) -> dict[str, Pass]:
 
 
 def measure(passes: dict[str, Pass], rounds: int) -> dict[str, float]:
-    """Median images per second of each; they take turns, after one round to warm up."""
+    """Median images per second of processor time of each; they take turns, after one round to warm up."""
     rates: dict[str, list[float]] = {name: [] for name in passes}
     for round_ in range(rounds + 1):
         for name, run in passes.items():
-            start = time.perf_counter()
+            start = time.process_time()
             images = run()
             if round_:
-                rates[name].append(images / (time.perf_counter() - start))
+                rates[name].append(images / (time.process_time() - start))
     return {name: statistics.median(rate) for name, rate in rates.items()}
 
 
