@@ -87,6 +87,7 @@ def test_a_server_that_drops_connections_gives_every_byte(tmp_path, local, monke
     assert again.read(5) == local.read(5)
 
 
+@pytest.mark.slow
 def test_a_connection_that_never_holds_is_given_up(tmp_path, local, monkeypatch):
     monkeypatch.setattr("framework.data.store._LONGEST_WAIT", 0.0)
     with serve(tmp_path / "www") as server:
@@ -122,6 +123,7 @@ def test_the_cache_is_bounded_and_drops_the_longest_unused(tmp_path, local):
             open_remote(f"{server.url}/train", tmp_path / "cache", size - 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_equal_those_of_the_local_folder(tmp_path, local, workers):
     limit = 5 * max(local.shards.values())
@@ -143,6 +145,7 @@ def test_batches_equal_those_of_the_local_folder(tmp_path, local, workers):
     assert sum(path.stat().st_size for path in cached(tmp_path / "cache")) <= limit
 
 
+@pytest.mark.slow
 def test_each_shard_is_fetched_once_an_epoch(tmp_path, local):
     limit = 6 * max(local.shards.values())
     with serve(tmp_path / "www") as server:
@@ -210,6 +213,7 @@ def recipe(**data: object) -> Recipe:
     )
 
 
+@pytest.mark.slow
 def test_recipes_name_urls(tmp_path, local):
     shutil.copytree(local.folder, tmp_path / "www" / "test")
     with serve(tmp_path / "www") as server:
@@ -226,6 +230,7 @@ def test_recipes_name_urls(tmp_path, local):
             Splits.open(recipe(**remote, source="digits"))
 
 
+@pytest.mark.slow
 def test_recipes_keep_images_in_memory(tmp_path, local):
     shutil.copytree(local.folder, tmp_path / "www" / "test")
     settings = recipe(path=str(tmp_path / "www"), cache="memory")
@@ -265,6 +270,7 @@ for step, _ in enumerate(train_loader(shards, workers=2, window=0).steps(0, 10**
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_left_after_a_kill(tmp_path, local):
     def shared_memory() -> set[str]:
         return set(os.listdir("/dev/shm"))
@@ -324,6 +330,7 @@ def bucket(monkeypatch):
     server.stop()
 
 
+@pytest.mark.slow
 def test_s3(tmp_path, local, bucket, monkeypatch):
     monkeypatch.setattr("framework.data.store._RANGE", 7000)
     for path in local.folder.iterdir():

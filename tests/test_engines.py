@@ -63,6 +63,7 @@ def test_every_engine_is_the_plain_loop_to_the_last_bit(pool: PoolOf, case: Case
     assert differences(pool(ranks).run(train, case)[0], expected(case)) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_lars_finds_its_parameters_in_every_layout_of_zero(pool: PoolOf, case: Case) -> None:
     case = replace(case, accumulation=2)
@@ -78,6 +79,7 @@ def test_full_grid(pool: PoolOf, case: Case, ranks: int) -> None:
         assert differences(pool(ranks).run(train, one)[0], expected(one)) == {}, one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*ENGINES[:2], *ENGINES[3:4], *ENGINES[5:]], ids=str)
 def test_clipping_is_by_the_global_norm(pool: PoolOf, case: Case) -> None:
     case = replace(case, clip=0.05, optimizer="sgd")
@@ -87,6 +89,7 @@ def test_clipping_is_by_the_global_norm(pool: PoolOf, case: Case) -> None:
     assert any(error > 0.1 for name, error in differences(run, unclipped).items() if "momentum" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "engine", "ranks"),
     [("loco", "ddp", 2), ("loco", "fsdp", 4), ("mlaan", "fsdp", 2), ("bp", "ddp", 4)],
@@ -98,6 +101,7 @@ def test_local_networks_equal_one_process(pool: PoolOf, method: str, engine: str
     assert max(errors.values()) < 1e-11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ENGINES[:5], ids=str)
 def test_local_networks_under_zero_equal_ddp(pool: PoolOf, case: Case) -> None:
     """DeepSpeed is float32 only; two addends have one sum, so two ranks agree with DDP to the last bit."""
@@ -135,6 +139,7 @@ def overflow_in_the_middle(case: Case) -> tuple[list[bool], training.Run]:
     return [skipped, same], run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("case", [*ENGINES[:2], *ENGINES[4:]], ids=str)
 def test_an_overflow_skips_the_step_on_every_rank(pool: PoolOf, case: Case, accumulation: int) -> None:
@@ -180,6 +185,7 @@ def moved(first: Case, state: training.Run | None, steps: range) -> training.Run
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_states_move_between_engines_and_numbers_of_ranks(pool: PoolOf, optimizer: str) -> None:
     """Every step of one training under another engine equals the plain loop that never stopped."""

@@ -19,20 +19,25 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
 def synchronise(network: nn.Module) -> nn.Module:
     """Let every BatchNorm of ``network`` use the statistics of all ranks; parameter names are kept.
 
-    GPUs get PyTorch's own SyncBatchNorm (through timm, whose BatchNorm may hold an activation); it refuses
-    CPU tensors, so there ``SyncBatchNorm`` below serves.
+    GPUs get PyTorch's own SyncBatchNorm (through timm, whose BatchNorm may hold an activation). It refuses CPU
+    tensors, and weights that are no parameters, as those of EMA copies; there ``SyncBatchNorm`` below serves.
     """
-    if torch.cuda.is_available():  # where the network will be, wherever it is now
-        return convert_sync_batchnorm(network)
+    native = torch.cuda.is_available()  # where the network will be, wherever it is now
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in _PLAIN:
-                setattr(module, name, SyncBatchNorm.like(child))
-            elif isinstance(child, BatchNormAct2d):
-                setattr(module, name, SyncBatchNormAct.like(child))
-            elif isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
-                raise UserError(f"network.sync_bn=true can't synchronise {type(child).__name__} on the CPU")
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
+                setattr(module, name, _synchronised(child, native))
     return network
+
+
+def _synchronised(norm: nn.modules.batchnorm._BatchNorm, native: bool) -> nn.Module:
+    if native and isinstance(norm.weight, nn.Parameter | None):
+        return convert_sync_batchnorm(norm)
+    if type(norm) in _PLAIN:
+        return SyncBatchNorm.like(norm)
+    if isinstance(norm, BatchNormAct2d):
+        return SyncBatchNormAct.like(norm)
+    raise UserError(f"network.sync_bn=true can't synchronise {type(norm).__name__} on the CPU")
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
