@@ -101,6 +101,18 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     return state
 
 
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State and model tensors of a checkpoint, for one process that has no engine.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    if damage := _damage(folder):
+        raise UserError(f"{folder}: {damage}")
+    state, model, _ = _read(folder)
+    return state, model
+
+
 def export_backbone(engine: Engine, path: Path) -> None:
     """Write the backbone alone, under timm's names; all ranks must call it.
 
