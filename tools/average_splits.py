@@ -56,7 +56,9 @@ def read(run: Path) -> dict[str, dict[str, Any]]:
         try:
             results[folder.name] = json.loads(path.read_text())
         except OSError as error:
-            raise UserError(f"{path}: can't be read ({error.strerror}): has this split been evaluated?") from error
+            raise UserError(
+                f"{path}: can't be read ({error.strerror}): has this split been evaluated?"
+            ) from error
         except ValueError as error:
             raise UserError(f"{path}: damaged") from error
     if not results:
@@ -74,7 +76,10 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for task, key in COLUMNS:
         values = [result.get(task, {}).get(key) for result in results.values()]
         if None not in values:
-            summary.setdefault(task, {})[key] = {"mean": float(np.mean(values)), "spread": float(np.ptp(values))}
+            summary.setdefault(task, {})[key] = {
+                "mean": float(np.mean(values)),
+                "spread": float(np.ptp(values)),
+            }
     return summary
 
 

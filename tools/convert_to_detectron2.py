@@ -35,7 +35,9 @@ def main() -> int:
         match = conversion.match(source)
         names = layout(arguments.to, match.network)
         if names is None:
-            raise UserError(f"--to {arguments.to}: {arguments.to} has no {match.network}; --to detectron2 has")
+            raise UserError(
+                f"--to {arguments.to}: {arguments.to} has no {match.network}; --to detectron2 has"
+            )
         files.write(arguments.output, arguments.to, match.network, match.renamed(names))
         _report(source.where, match, arguments.output)
         if arguments.verify:
@@ -58,7 +60,9 @@ def _verify(match: Match, output: Path) -> None:
     try:
         from framework.detection import verification
     except ModuleNotFoundError as error:
-        raise UserError(f"--verify needs Detectron2 ({error}); README, Detection, says how to install it") from error
+        raise UserError(
+            f"--verify needs Detectron2 ({error}); README, Detection, says how to install it"
+        ) from error
     levels = verification.compare(match, output)
     table = Table("level", "shape", "largest feature", "largest difference", title=match.network)
     for level in levels:
@@ -73,11 +77,15 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("source", nargs="?", type=Path, help="run folder, checkpoint, .safetensors or .pth file")
+    source.add_argument(
+        "source", nargs="?", type=Path, help="run folder, checkpoint, .safetensors or .pth file"
+    )
     source.add_argument("--timm", metavar="ARCH", help=f"random weights of {', '.join(NETWORKS)}")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights instead (downloads them)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--to", choices=list(files.SUFFIXES), default="detectron2", help="whose names and format")
+    parser.add_argument(
+        "--to", choices=list(files.SUFFIXES), default="detectron2", help="whose names and format"
+    )
     parser.add_argument("--verify", action="store_true", help="compare features; needs Detectron2")
     arguments = parser.parse_args()
     if arguments.verify and arguments.to != "detectron2":

@@ -29,7 +29,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", nargs="+", type=Path, help="images to look at")
-    parser.add_argument("--config", required=True, type=Path, help="configuration that the detector was trained with")
+    parser.add_argument(
+        "--config", required=True, type=Path, help="configuration that the detector was trained with"
+    )
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder for IMAGE.png")
     parser.add_argument("--score", type=float, default=0.5, help="least score of what is drawn")
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE ..., MODEL.WEIGHTS at least")

@@ -72,7 +72,9 @@ def subset(content: dict[str, Any], images: int, split: int) -> dict[str, Any]:
     """
     numbers = [image["id"] for image in content["images"]]
     if not 1 <= images <= len(numbers):
-        raise UserError(f"--images {images}: the training set has {len(numbers)} images; must be from 1 to that")
+        raise UserError(
+            f"--images {images}: the training set has {len(numbers)} images; must be from 1 to that"
+        )
     chosen = set(sorted(numbers, key=lambda number: sha256(f"{split}/{number}".encode()).digest())[:images])
     kept = {
         "images": [image for image in content["images"] if image["id"] in chosen],

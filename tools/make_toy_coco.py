@@ -2,8 +2,8 @@
 
     python tools/make_toy_coco.py datasets [--images 24]
 
-Detectron2 finds them as it finds the real sets: below ./datasets, or below $DETECTRON2_DATASETS. Every image holds a few
-shapes that don't overlap, each with its polygon; a shape is always of the same class.
+Detectron2 finds them as it finds the real sets: below ./datasets, or below $DETECTRON2_DATASETS. Every image
+holds a few shapes that don't overlap, each with its polygon; a shape is always of the same class.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dest", type=Path, help="folder to put coco/ and cityscapes/ into")
-    parser.add_argument("--images", type=int, default=24, help="of each training split; validation has a third")
+    parser.add_argument(
+        "--images", type=int, default=24, help="of each training split; validation has a third"
+    )
     arguments = parser.parse_args()
     try:
         for make in (make_coco, make_cityscapes):
@@ -165,7 +167,11 @@ def _outline(corners: list[tuple[int, int]]) -> dict[str, Any]:
     x, y = np.array(corners, dtype=float).T
     area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
     box = [x.min(), y.min(), x.max() - x.min(), y.max() - y.min()]
-    return {"segmentation": [[float(v) for point in corners for v in point]], "bbox": box, "area": float(area)}
+    return {
+        "segmentation": [[float(v) for point in corners for v in point]],
+        "bbox": box,
+        "area": float(area),
+    }
 
 
 def _city_maps(scene: Scene) -> tuple[Image.Image, Image.Image]:
@@ -180,7 +186,9 @@ def _city_maps(scene: Scene) -> tuple[Image.Image, Image.Image]:
 def _city_polygons(scene: Scene) -> dict[str, Any]:
     width, height = SIZE
     ground = {"label": "road", "polygon": [[0, 0], [width, 0], [width, height], [0, height]]}
-    things = [{"label": shape.city[0], "polygon": [list(c) for c in corners]} for shape, corners in scene.objects]
+    things = [
+        {"label": shape.city[0], "polygon": [list(c) for c in corners]} for shape, corners in scene.objects
+    ]
     return {"imgWidth": width, "imgHeight": height, "objects": [ground, *things]}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,8 @@ def match(source: Source) -> Match:
     return Match(best, {name: tensors[name] for name in shapes}, unused)
 
 
-def expected(name: str) -> dict[str, torch.Size]:
+@cache
+def expected(name: str) -> Mapping[str, torch.Size]:
     """Shapes of a network's tensors by timm's names, step counters left out; nothing is computed."""
     with torch.device("meta"):
         state = network.create(name).state_dict()

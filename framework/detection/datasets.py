@@ -45,7 +45,7 @@ def prepare(names: Iterable[str]) -> None:
             images = root() / "coco/train2017"
             register_coco_instances(name, _get_builtin_metadata("coco"), str(annotations), str(images))
         if name not in DatasetCatalog.list():
-            raise UserError(f"DATASETS: {name} is unknown; coco_2017_train and cityscapes_fine_instance_seg_train are not")
+            raise UserError(f"DATASETS: {name}: unknown; {SUBSET.pattern} is what a subset of COCO is called")
         _check_files(name)
         if name.startswith("cityscapes"):
             _provide_cityscapes_scripts()
@@ -64,7 +64,11 @@ def _check_files(name: str) -> None:
     for key in ("json_file", "image_root", "image_dir", "gt_dir"):
         path = metadata.get(key, None)
         if path and not Path(path).exists():
-            how = " (tools/make_coco_splits.py writes it)" if SUBSET.fullmatch(name) and key == "json_file" else ""
+            how = (
+                " (tools/make_coco_splits.py writes it)"
+                if SUBSET.fullmatch(name) and key == "json_file"
+                else ""
+            )
             raise UserError(
                 f"{path}: missing{how}; DETECTRON2_DATASETS={root()} must hold the set {name}, see README, Detection"
             )
@@ -79,5 +83,13 @@ def _provide_cityscapes_scripts() -> None:
     parts = inside.split(".")
     for length in range(1, len(parts) + 1):
         sys.modules.setdefault(".".join(parts[:length]), ModuleType(parts[length - 1]))
-    for module in ("", ".helpers", ".helpers.labels", ".evaluation", ".evaluation.evalInstanceLevelSemanticLabeling"):
-        sys.modules[f"{inside}.cityscapesscripts{module}"] = importlib.import_module(f"cityscapesscripts{module}")
+    for module in (
+        "",
+        ".helpers",
+        ".helpers.labels",
+        ".evaluation",
+        ".evaluation.evalInstanceLevelSemanticLabeling",
+    ):
+        sys.modules[f"{inside}.cityscapesscripts{module}"] = importlib.import_module(
+            f"cityscapesscripts{module}"
+        )

@@ -32,7 +32,11 @@ class Detector:
 
     @torch.no_grad()
     def find(self, image: Tensor, score: float) -> tuple[Tensor, Tensor, Tensor, list[str], Tensor]:
-        """The image (3, H, W) uint8 RGB, and boxes (N, 4), masks (N, H, W), classes and scores of at least ``score``."""
+        """What is seen with at least ``score`` on an image (3, H, W) uint8, RGB.
+
+        Returns:
+            The image, boxes (N, 4) as x0, y0, x1, y1 in pixels, masks (N, H, W) bool, class names, scores (N,).
+        """
         pixels = image.permute(1, 2, 0).numpy()
         resized = self.resize.get_transform(pixels).apply_image(pixels)
         x = torch.as_tensor(resized.astype("float32")).permute(2, 0, 1)

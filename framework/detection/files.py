@@ -19,8 +19,8 @@ _ARRAY_PARTS = {
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("_codecs", "encode"),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "_reconstruct"),
 }
 
 
@@ -65,7 +65,11 @@ def read_pickle(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
     except Exception as error:  # a damaged pickle raises whatever its broken bytes happen to mean
         raise UserError(f"{path}: damaged, or no pickle") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or "__author__" not in content:
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("model"), dict)
+        or "__author__" not in content
+    ):
         raise UserError(f"{path}: not written for Detectron2: convert with tools/convert_to_detectron2.py")
     return content
 

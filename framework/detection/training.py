@@ -47,7 +47,9 @@ def configuration(file: Path, overrides: list[str], split: int | None = None) ->
         cfg.merge_from_file(str(file), allow_unsafe=False)
         cfg.merge_from_list(overrides)
     except (AssertionError, KeyError, ValueError, YAMLError) as error:
-        raise UserError(f"{file} {' '.join(overrides)}: {str(error).strip() or type(error).__name__}") from error
+        raise UserError(
+            f"{file} {' '.join(overrides)}: {str(error).strip() or type(error).__name__}"
+        ) from error
     if split is not None:
         _choose_split(cfg, split)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():

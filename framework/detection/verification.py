@@ -89,7 +89,9 @@ def read(path: Path) -> dict[str, Any]:
     if path.suffix == ".pkl":
         return files.read_pickle(path)
     if path.suffix != ".pth":
-        raise UserError(f"MODEL.WEIGHTS={path}: convert it first: tools/convert_to_detectron2.py {path} -o X.pkl")
+        raise UserError(
+            f"MODEL.WEIGHTS={path}: convert it first: tools/convert_to_detectron2.py {path} -o X.pkl"
+        )
     return {"model": conversion.torch_file(path)}
 
 
