@@ -244,7 +244,7 @@ MISTAKES = {
     "other network": (
         "toy_coco",
         "MODEL.WEIGHTS resnet18.pkl OUTPUT_DIR out",
-        "its 100 tensors of resnet18 fill 70 of the 265",
+        "its 100 tensors of resnet18 fill 77 of the 265",
     ),
     "key": ("toy_coco", "MODEL.WEIGHT x", "Non-existent key: MODEL.WEIGHT"),
     "value": ("toy_coco", "SOLVER.MAX_ITER many", "Type mismatch"),

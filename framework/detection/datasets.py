@@ -82,7 +82,8 @@ def _provide_cityscapes_scripts() -> None:
     inside = "deeplearning.projects.cityscapesApi"
     parts = inside.split(".")
     for length in range(1, len(parts) + 1):
-        sys.modules.setdefault(".".join(parts[:length]), ModuleType(parts[length - 1]))
+        name = ".".join(parts[:length])
+        sys.modules.setdefault(name, ModuleType(name))
     for module in (
         "",
         ".helpers",
