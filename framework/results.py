@@ -56,20 +56,23 @@ def leave_results(
 def score(recipe: Recipe, net: LocalNetwork, untrained: LocalNetwork, splits: Splits) -> dict[str, float]:
     """Accuracies in per cent, on rank 0; elsewhere only those that every rank knows."""
     scores: dict[str, float] = {}
+    test = splits.test
+    if test is None:
+        return scores
     if net.plan.supervised:
-        scores["test_top1"] = evaluate.test_top1(net, splits.eval_loader(splits.test))
+        scores["test_top1"] = evaluate.test_top1(net, splits.eval_loader(test))
     if splits.num_classes and recipe.evaluate.knn:
         for suffix, encode in (
             ("", lambda loader: evaluate.features(net, loader)),
             ("_untrained", lambda loader: evaluate.features(untrained, loader)),
             ("_pixels", evaluate.pixels),
         ):
-            train, test = (encode(splits.eval_loader(shards)) for shards in (splits.train, splits.test))
+            known, asked = (encode(splits.eval_loader(shards)) for shards in (splits.train, test))
             with distributed.same_outcome():
                 if distributed.is_main():
-                    scores[f"knn_top1{suffix}"] = evaluate.knn_top1(*train, *test, recipe.evaluate.neighbours)
+                    scores[f"knn_top1{suffix}"] = evaluate.knn_top1(*known, *asked, recipe.evaluate.neighbours)
                     if recipe.evaluate.linear and suffix != "_pixels":
-                        scores[f"linear_top1{suffix}"] = evaluate.linear_top1(*train, *test)
+                        scores[f"linear_top1{suffix}"] = evaluate.linear_top1(*known, *asked)
     return scores
 
 

@@ -71,6 +71,7 @@ def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
         momentum=optim.momentum,
         nesterov=optim.nesterov,
         weight_decay=optim.weight_decay,
+        decay=optim.decay,
         trust=optim.trust,
     )
     return engines.build(
