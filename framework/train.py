@@ -50,7 +50,6 @@ def train(recipe: Recipe) -> None:
     splits = Splits.open(recipe)
     with distributed.same_outcome():
         net = recipe_network(recipe, splits.num_classes)
-        untrained = recipe_network(recipe, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
         if net.plan.supervised and not splits.train.labelled:
             raise UserError(f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them")
@@ -58,7 +57,7 @@ def train(recipe: Recipe) -> None:
     position = restore(recipe, engine)
     loop = Loop(recipe, engine, loader, position)
     loop.run()
-    leave_results(recipe, engine, untrained, splits, loop.summary())
+    leave_results(recipe, engine, splits, loop.summary())
     engine.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -49,16 +50,18 @@ class ReadingHead(nn.Module):
 
     Attributes:
         reads: the segments whose weights it looks at.
+        when: its copies follow with the weights before the optimizer step, or after it.
     """
 
     reads: tuple[int, ...] = ()
+    when: Literal["before", "after"] = "before"
 
     def penalty(self, segments: Sequence[Segment]) -> Tensor | None:
         """Scalar that is added to the loss as it is: a function of weights, which all get its gradient."""
         return None
 
     def update_copies(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
-        """Move copies towards the segments' weights, once an optimizer step and before it.
+        """Move copies towards the segments' weights, once an optimizer step.
 
         Args:
             segments: all of the network's.
