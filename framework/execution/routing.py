@@ -60,11 +60,14 @@ class LocalNetwork(nn.Module):
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.scales = LossScales(self._call_weights()) if precision == "fp16" else None
         self._overflowed: Tensor | None = None
+        self._between_steps = True
+        self._taken: Tensor | float = 1.0
 
     def forward(self, batch: Batch) -> StepOutput:
         """Losses of all units on a batch; in training mode their gradients too."""
         batch = batch._replace(images=self._laid_out(batch.images))
         if self.training and torch.is_grad_enabled():
+            self.begin_step()
             output = self._train(batch)
             self.update_copies(batch, output.overflow)
             return output
@@ -75,6 +78,12 @@ class LocalNetwork(nn.Module):
         """What heads add to the loss for the weights alone (scalar); ``None`` if none does."""
         penalties = [p for head in self._readers() if (p := head.penalty(self.segments)) is not None]
         return torch.stack(penalties).sum() if penalties else None
+
+    def begin_step(self) -> None:
+        """Let the copies that follow after a step do so, before the first micro-batch of the next."""
+        if self._between_steps:
+            self._move_copies("after", self._taken)
+        self._between_steps = False
 
     def update_copies(self, batch: Batch, overflow: Tensor | None = None) -> None:
         """Let the copies in heads follow the segments, if an optimizer step comes next and is not skipped.
@@ -87,10 +96,9 @@ class LocalNetwork(nn.Module):
             self._overflowed = overflow if self._overflowed is None else self._overflowed | overflow
         if not batch.last:
             return
-        amount = 1.0 if self._overflowed is None else (~self._overflowed).float()
-        self._overflowed = None
-        for head in self._readers():
-            head.update_copies(self.segments, amount)
+        self._taken = 1.0 if self._overflowed is None else (~self._overflowed).float()
+        self._overflowed, self._between_steps = None, True
+        self._move_copies("before", self._taken)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -147,6 +155,11 @@ class LocalNetwork(nn.Module):
                     loss = self.plan.units[call.units[0]].head(segment.to_map(x), batch)
                     losses.update(dict.fromkeys(call.units, loss))
         return _output(self.plan, losses, self.penalty())
+
+    def _move_copies(self, when: str, amount: Tensor | float) -> None:
+        for head in self._readers():
+            if head.when == when:
+                head.update_copies(self.segments, amount)
 
     def _readers(self) -> list[ReadingHead]:
         return [head for head in self.heads.values() if isinstance(head, ReadingHead)]

@@ -149,7 +149,8 @@ def _move(
     moved: list[Tensor], now: list[Tensor], block: nn.Module, names: tuple[str, ...], share: Tensor | float
 ) -> None:
     """Add to ``moved`` a share of the way from ``now`` to what ``block`` calls ``names``."""
-    live = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    live: dict[str, Tensor] = dict(block.named_buffers())
+    live.update(block.named_parameters())
     steps = torch._foreach_sub([live[name] for name in names], now)
     torch._foreach_mul_(steps, share)
     torch._foreach_add_(moved, steps)

@@ -58,6 +58,7 @@ class Lam(nn.Module):
         modules = [block.module(segments) for block in blocks]
         self.followed = tuple(blocks if copies.form == "ema_chain" else blocks[:1])
         following, others = modules[: len(self.followed)], modules[len(self.followed) :]
+        self.aug: nn.ModuleList
         self.ema: nn.ModuleList
         if copies.weights == "single_pulled":
             self.aug = nn.ModuleList(PulledCopy(module, copies.momentum) for module in following)
@@ -80,6 +81,7 @@ class Lam(nn.Module):
     def follow(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
         """Move the copies that follow towards their blocks, ``amount`` (0 or 1) times."""
         for copied, block in zip(self.ema or self.aug, self.followed, strict=False):
+            assert isinstance(copied, EmaCopy | PulledCopy)
             copied.follow(block.module(segments), amount)
 
     @torch.no_grad()

@@ -41,11 +41,22 @@ def residual_block(
         return BasicBlock(channels, out, stride=stride, downsample=shortcut)
     planes, inside = out // 4, width or out // 4
     if out % 4 or inside % groups:
-        wrong = f"{out} channels are no multiple of 4" if out % 4 else f"{inside} inside can't have {groups} groups"
+        wrong = (
+            f"{out} channels are no multiple of 4"
+            if out % 4
+            else f"{inside} inside can't have {groups} groups"
+        )
         raise UserError(f"a bottleneck is impossible here: {wrong}; dec_block=basic is possible")
-    base = 64 * (inside // groups + 0.5) / planes  # timm's unit for the width of a group, which it rounds down
+    base = (
+        64 * (inside // groups + 0.5) / planes
+    )  # timm's unit for the width of a group, which it rounds down
     return Bottleneck(
-        channels, planes, stride=stride, downsample=shortcut, cardinality=groups, base_width=base
+        channels,
+        planes,
+        stride=stride,
+        downsample=shortcut,
+        cardinality=groups,
+        base_width=base,  # type: ignore[arg-type]  # a float serves
     )
 
 

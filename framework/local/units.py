@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -156,3 +156,21 @@ def sliding_windows(segments: int, window: int) -> list[Window]:
             f"method.window={window}: the network has {segments} segments, so 1 to {segments} are possible"
         )
     return [(last - window + 1, last) for last in range(window - 1, segments)]
+
+
+def weigh(
+    units: Sequence[LocalUnit], weights: Sequence[float], reduce: Literal["sum", "mean"]
+) -> tuple[LocalUnit, ...]:
+    """The units with these weights, all 1 where none are given; for "mean" over their number (FACTS L8).
+
+    Raises:
+        UserError: not as many weights as units.
+    """
+    if weights and len(weights) != len(units):
+        raise UserError(
+            f"method.unit_loss_weights: {len(weights)} weights for the {len(units)} units "
+            f"{', '.join(unit.name for unit in units)}"
+        )
+    scale = 1 / len(units) if reduce == "mean" else 1.0
+    each = weights or [1.0] * len(units)
+    return tuple(replace(unit, weight=w * scale) for unit, w in zip(units, each, strict=True))

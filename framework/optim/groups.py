@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import nn
@@ -32,6 +33,7 @@ def _named_by_timm(net: nn.Module) -> list[nn.Parameter]:
     """What timm's networks say takes no decay: position embeddings, class tokens, tables of relative positions."""
     named = []
     for module in net.modules():
-        names = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()
+        without: Callable[[], set[str]] | None = getattr(module, "no_weight_decay", None)
+        names = without() if without is not None else ()
         named += [p for name, p in module.named_parameters() if name in names]
     return named
