@@ -72,7 +72,9 @@ def score(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]
             known, asked = (encode(splits.eval_loader(shards)) for shards in (splits.train, test))
             with distributed.same_outcome():
                 if distributed.is_main():
-                    scores[f"knn_top1{suffix}"] = evaluate.knn_top1(*known, *asked, recipe.evaluate.neighbours)
+                    scores[f"knn_top1{suffix}"] = evaluate.knn_top1(
+                        *known, *asked, recipe.evaluate.neighbours
+                    )
                     if recipe.evaluate.linear and suffix != "_pixels":
                         scores[f"linear_top1{suffix}"] = evaluate.linear_top1(*known, *asked)
     return scores

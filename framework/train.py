@@ -21,7 +21,7 @@ from framework.engines import Engine
 from framework.errors import LocalError, UserError
 from framework.execution import LocalNetwork
 from framework.loop import Loop, Position
-from framework.model import recipe_network
+from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
 from framework.results import leave_results
 
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = config.load(sys.argv[1:] if argv is None else argv)
         distributed.start()
-        train(recipe)
+        for part in parts(recipe):
+            train(part)
     except UserError as error:
         if distributed.launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -52,7 +53,9 @@ def train(recipe: Recipe) -> None:
         net = recipe_network(recipe, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
         if net.plan.supervised and not splits.train.labelled:
-            raise UserError(f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them")
+            raise UserError(
+                f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
+            )
     engine = build_engine(recipe, net)
     position = restore(recipe, engine)
     loop = Loop(recipe, engine, loader, position)

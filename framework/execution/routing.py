@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from framework.errors import UserError
 from framework.execution.order import moments
 from framework.execution.precision import LossScales, autocast_type
 from framework.execution.step import RoutedStep
+from framework.execution.turns import Turns
 from framework.local.units import Plan, ReadingHead
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
@@ -38,6 +40,7 @@ class LocalNetwork(nn.Module):
         plan: the local units.
         precision: ``"fp32"`` (the parameters' own type), ``"bf16"`` or ``"fp16"`` (autocast).
         channels_last: lay images out so; what follows in the network keeps their layout.
+        frozen: segments that run first, in evaluation mode, and stay as they are.
     """
 
     def __init__(
@@ -47,11 +50,12 @@ class LocalNetwork(nn.Module):
         plan: Plan,
         precision: str = "fp32",
         channels_last: bool = False,
+        frozen: Sequence[Segment] = (),
     ) -> None:
         super().__init__()
         if len(segments) != plan.segments:
             raise UserError(f"the plan is for {plan.segments} segments, the network has {len(segments)}")
-        self.backbone, self.segments, self.plan = backbone, tuple(segments), plan
+        self.backbone, self.segments, self.plan, self.frozen = backbone, tuple(segments), plan, tuple(frozen)
         heads = {unit.head: unit.name for unit in reversed(plan.units)}
         self.heads = nn.ModuleDict({heads[u.head].replace(".", "_"): u.head for u in plan.units})
         self.moments = moments(plan)
@@ -59,9 +63,22 @@ class LocalNetwork(nn.Module):
         self.low_precision = autocast_type(precision)
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.scales = LossScales(self._call_weights()) if precision == "fp16" else None
+        rings = plan.asynchronous
+        self.turns = (
+            Turns(plan.segments, rings.buffer_size, rings.buffer_order)
+            if rings.async_mode == "buffer"
+            else None
+        )
         self._overflowed: Tensor | None = None
         self._between_steps = True
         self._taken: Tensor | float = 1.0
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode of everything but the frozen segments."""
+        super().train(mode)
+        for module in (module for segment in self.frozen for module in segment.modules()):
+            module.eval()
+        return self
 
     def forward(self, batch: Batch) -> StepOutput:
         """Losses of all units on a batch; in training mode their gradients too."""
@@ -123,20 +140,31 @@ class LocalNetwork(nn.Module):
         return images.to(memory_format=self.layout)
 
     def _last_map(self, images: Tensor) -> Tensor:
-        images = self._laid_out(images)
-        with self.autocast(images):
+        x = self._entering(self._laid_out(images))
+        with self.autocast(x):
             for segment in self.segments:
+                x = segment(x)
+        return self.segments[-1].to_map(x)
+
+    @torch.no_grad()
+    def _entering(self, images: Tensor) -> Tensor:
+        """The input of the first segment that is not frozen."""
+        with self.autocast(images):
+            for segment in self.frozen:
                 images = segment(images)
-        return self.segments[-1].to_map(images)
+        return images
 
     def _train(self, batch: Batch) -> StepOutput:
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step = RoutedStep(self, batch, scales=self.scales.current() if self.scales is not None else None)
-        x = batch.images
-        for s in range(self.plan.segments):
-            x = step.forward(s, x)
-            step.run_heads(s)
-            step.walk(s)
+        if self.turns is not None:
+            self.turns.take(step)
+        else:
+            x = self._entering(batch.images)
+            for s in range(self.plan.segments):
+                x = step.forward(s, x)
+                step.run_heads(s)
+                step.walk(s)
         penalty = self.penalty()
         if penalty is not None:
             add_gradients(penalty, step.gradients)
@@ -147,7 +175,7 @@ class LocalNetwork(nn.Module):
 
     def _evaluate(self, batch: Batch) -> StepOutput:
         losses: dict[int, Tensor] = {}
-        x = batch.images
+        x = self._entering(batch.images)
         with self.autocast(x):
             for segment, moment in zip(self.segments, self.moments, strict=True):
                 x = segment(x)

@@ -92,10 +92,8 @@ class EmaCopy(nn.Module):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
                 module.register_buffer(name, parameter.detach())
-        followed = dict(block.named_parameters())
-        if statistics:
-            followed |= {n: b for n, b in block.named_buffers() if b.is_floating_point()}
-        self.names = tuple(followed)
+        moving = [n for n, b in block.named_buffers() if b.is_floating_point()] if statistics else []
+        self.names = (*(name for name, _ in block.named_parameters()), *moving)
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output; the gradient flows to ``x``."""
