@@ -94,7 +94,8 @@ class Optim:
         lr: highest learning rate, for the whole batch: nothing scales it.
         momentum: lars and sgd.
         nesterov: sgd only.
-        weight_decay: not applied to BatchNorm and biases.
+        weight_decay: coefficient.
+        decay: what it applies to, and the adaptation of lars: weights, or BatchNorm and biases too.
         trust: trust coefficient of lars.
         warmup_epochs: length of the warm-up; may be a fraction.
         clip: largest norm of the whole gradient; 0 clips nothing.
@@ -105,6 +106,7 @@ class Optim:
     momentum: Fraction = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 1e-6
+    decay: Literal["weights", "all"] = "weights"
     trust: Positive = 0.001
     warmup_epochs: NonNegative = 10.0
     clip: NonNegative = 0.0

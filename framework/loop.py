@@ -81,6 +81,8 @@ class Loop:
         self.position.broken = distributed.sum_over_ranks(self.loader.skipped)
         state = {"position": asdict(self.position), "recipe": config.to_yaml(self.recipe)}
         checkpoint.save(self.run_dir, self.engine, self.position.step, state, self.recipe.checkpoint.keep)
+        if self.engine.net.turns is not None:
+            self.engine.net.turns.empty()
 
     def summary(self) -> dict[str, Any]:
         """What the loop knows about the run."""

@@ -14,24 +14,22 @@ from framework.data.splits import Splits
 from framework.display import loss_curves
 from framework.engines import Engine
 from framework.execution import LocalNetwork
+from framework.model import recipe_network
 
 
-def leave_results(
-    recipe: Recipe, engine: Engine, untrained: LocalNetwork, splits: Splits, run: dict[str, Any]
-) -> dict[str, Any]:
+def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str, Any]) -> dict[str, Any]:
     """Evaluate, print the scores and write ``result.json``, ``loss_curves.png`` and ``backbone.safetensors``.
 
     Args:
         recipe: of the run.
         engine: holds the trained network.
-        untrained: the network as it was at the start, to compare with.
         splits: images to score on.
         run: what the training loop measured.
 
     Returns:
         What ``result.json`` holds.
     """
-    scores = score(recipe, engine.net, untrained, splits)
+    scores = score(recipe, engine.net, splits)
     result = {
         "name": recipe.name,
         "method": recipe.method.name,
@@ -53,23 +51,32 @@ def leave_results(
     return result
 
 
-def score(recipe: Recipe, net: LocalNetwork, untrained: LocalNetwork, splits: Splits) -> dict[str, float]:
-    """Accuracies in per cent, on rank 0; elsewhere only those that every rank knows."""
+def score(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]:
+    """Accuracies in per cent, on rank 0; elsewhere only those that every rank knows.
+
+    *Untrained* is the network as the recipe's seed makes it.
+    """
     scores: dict[str, float] = {}
+    test = splits.test
+    if test is None:
+        return scores
     if net.plan.supervised:
-        scores["test_top1"] = evaluate.test_top1(net, splits.eval_loader(splits.test))
+        scores["test_top1"] = evaluate.test_top1(net, splits.eval_loader(test))
     if splits.num_classes and recipe.evaluate.knn:
+        untrained = recipe_network(recipe, splits.num_classes).to(distributed.device())
         for suffix, encode in (
             ("", lambda loader: evaluate.features(net, loader)),
             ("_untrained", lambda loader: evaluate.features(untrained, loader)),
             ("_pixels", evaluate.pixels),
         ):
-            train, test = (encode(splits.eval_loader(shards)) for shards in (splits.train, splits.test))
+            known, asked = (encode(splits.eval_loader(shards)) for shards in (splits.train, test))
             with distributed.same_outcome():
                 if distributed.is_main():
-                    scores[f"knn_top1{suffix}"] = evaluate.knn_top1(*train, *test, recipe.evaluate.neighbours)
+                    scores[f"knn_top1{suffix}"] = evaluate.knn_top1(
+                        *known, *asked, recipe.evaluate.neighbours
+                    )
                     if recipe.evaluate.linear and suffix != "_pixels":
-                        scores[f"linear_top1{suffix}"] = evaluate.linear_top1(*train, *test)
+                        scores[f"linear_top1{suffix}"] = evaluate.linear_top1(*known, *asked)
     return scores
 
 

@@ -21,7 +21,7 @@ from framework.engines import Engine
 from framework.errors import LocalError, UserError
 from framework.execution import LocalNetwork
 from framework.loop import Loop, Position
-from framework.model import recipe_network
+from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
 from framework.results import leave_results
 
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = config.load(sys.argv[1:] if argv is None else argv)
         distributed.start()
-        train(recipe)
+        for part in parts(recipe):
+            train(part)
     except UserError as error:
         if distributed.launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -50,15 +51,16 @@ def train(recipe: Recipe) -> None:
     splits = Splits.open(recipe)
     with distributed.same_outcome():
         net = recipe_network(recipe, splits.num_classes)
-        untrained = recipe_network(recipe, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
         if net.plan.supervised and not splits.train.labelled:
-            raise UserError(f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them")
+            raise UserError(
+                f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
+            )
     engine = build_engine(recipe, net)
     position = restore(recipe, engine)
     loop = Loop(recipe, engine, loader, position)
     loop.run()
-    leave_results(recipe, engine, untrained, splits, loop.summary())
+    leave_results(recipe, engine, splits, loop.summary())
     engine.close()
 
 
@@ -71,6 +73,7 @@ def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
         momentum=optim.momentum,
         nesterov=optim.nesterov,
         weight_decay=optim.weight_decay,
+        decay=optim.decay,
         trust=optim.trust,
     )
     return engines.build(

@@ -62,6 +62,11 @@ CASES: dict[str, tuple[str, Any, str]] = {
         ),
         "block",
     ),
+    "mlaan-pulled": (
+        "mlaan",
+        mlaan.Options(lam_form="ema_chain", lam_weights="single_pulled", ema_when="after", ema_buffers=True),
+        "block",
+    ),
     "auglocal": ("auglocal", None, "block"),
     "hpff": ("hpff", None, "block"),
     "man": ("man", None, "block"),
