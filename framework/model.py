@@ -30,6 +30,7 @@ def local_network(
     precision: str = "fp32",
     sync_bn: bool = False,
     channels_last: bool = False,
+    skip_nonfinite: bool = False,
 ) -> LocalNetwork:
     """A network cut into segments, with the local units of a method on it.
 
@@ -45,6 +46,7 @@ def local_network(
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         sync_bn: BatchNorm over all ranks.
         channels_last: keep images and activations in channels-last order.
+        skip_nonfinite: let a step pass whose losses or gradients are infinite or NaN.
 
     Raises:
         UserError: a name is unknown, or the network can't be cut or planned that way.
@@ -55,7 +57,7 @@ def local_network(
     shapes = networks.output_shapes(segments, image_size)
     task = Task(tuple(segments), shapes, Shape(3, image_size, image_size), mean, std, num_classes)
     plan = module.plan(task, options or module.Options())
-    net = LocalNetwork(backbone, segments, plan, precision, channels_last)
+    net = LocalNetwork(backbone, segments, plan, precision, channels_last, skip_nonfinite)
     if sync_bn:
         synchronise(net)
     return net
@@ -81,4 +83,5 @@ def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         precision=recipe.train.precision,
         sync_bn=recipe.network.sync_bn,
         channels_last=recipe.network.channels_last,
+        skip_nonfinite=recipe.faults.nonfinite == "skip",
     ).train()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.batch import Batch, StepOutput
+from framework.distributed import any_over_ranks
 from framework.errors import UserError
 from framework.execution.order import HeadCall, Moment, Route, moments
 from framework.execution.precision import LossScales, autocast_type, unscale_
@@ -37,6 +38,8 @@ class LocalNetwork(nn.Module):
         plan: the local units.
         precision: ``"fp32"`` (the parameters' own type), ``"bf16"`` or ``"fp16"`` (autocast).
         channels_last: lay images out so; what follows in the network keeps their layout.
+        skip_nonfinite: report losses and gradients that are infinite or NaN as ``overflow``; costs a pass over the
+            gradients and one collective a micro-batch. float16 reports them anyway.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class LocalNetwork(nn.Module):
         plan: Plan,
         precision: str = "fp32",
         channels_last: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__()
         if len(segments) != plan.segments:
@@ -57,6 +61,7 @@ class LocalNetwork(nn.Module):
         self.low_precision = autocast_type(precision)
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.scales = LossScales(self._call_weights()) if precision == "fp16" else None
+        self.skip_nonfinite = skip_nonfinite
         self._overflowed: Tensor | None = None
 
     def forward(self, batch: Batch) -> StepOutput:
@@ -276,7 +281,7 @@ class _RoutedStep:
         """Move the loss scales; a segment that overflowed is blamed on every head above whose window it is in."""
         scales = self.network.scales
         if scales is None:
-            return None
+            return self._nonfinite() if self.network.skip_nonfinite else None
         flags = torch.stack(self.overflows)
         calls = [call for moment in self.network.moments for call in moment.heads]
         for overflow, s in self.blame:
@@ -285,6 +290,11 @@ class _RoutedStep:
             ]
             flags = flags | (overflow & torch.tensor(covering, device=flags.device))
         return scales.update(flags)
+
+    def _nonfinite(self) -> Tensor:
+        """Whether any loss or gradient on any rank is infinite or NaN."""
+        seen = [*self.losses.values(), *torch._foreach_norm(list(self.gradients.values()))]
+        return any_over_ranks(~torch.isfinite(torch.stack([x.float() for x in seen])).all())
 
 
 class _HandOver(torch.autograd.Function):
