@@ -156,11 +156,48 @@ class Checkpoint:
         every_epochs: interval in epochs.
         every_steps: interval in steps, on top of that in epochs.
         keep: how many of the newest stay.
+        keep_every_epochs: those at multiples of so many epochs stay too.
+        keep_best: so does the one with the lowest mean loss since the one before it.
     """
 
     every_epochs: PositiveInt = 1
     every_steps: PositiveInt | None = None
     keep: PositiveInt = 2
+    keep_every_epochs: PositiveInt | None = None
+    keep_best: bool = False
+
+
+@dataclass
+class Faults:
+    """What a run does when something goes wrong.
+
+    Attributes:
+        nonfinite: a loss or gradient that is infinite or NaN stops the run, or the step is skipped: weights,
+            optimizer and BatchNorm's statistics stay as they were.
+        nonfinite_limit: steps that may be skipped in the whole run.
+        hang_seconds: a rank that makes no step for so long reports its stack and ends, to be started anew.
+    """
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: PositiveInt = 100
+    hang_seconds: Positive = 600.0
+
+
+@dataclass
+class Logging:
+    """Where the numbers of a run go, besides ``metrics.jsonl``.
+
+    Attributes:
+        every_steps: steps between two entries, in all of them.
+        tensorboard: write events to ``run_dir/tensorboard``; needs ``stagewise[tensorboard]``.
+        wandb: send to Weights & Biases, or keep in ``run_dir/wandb`` for ``wandb sync``; needs ``stagewise[wandb]``.
+        project: of Weights & Biases.
+    """
+
+    every_steps: PositiveInt = 1
+    tensorboard: bool = False
+    wandb: Literal["none", "online", "offline"] = "none"
+    project: str = "stagewise"
 
 
 @dataclass
@@ -173,7 +210,7 @@ class Recipe:
         seed: of weights, order of samples and augmentation.
         engine: what averages gradients over ranks and steps the optimizer.
         resume: "auto" goes on from the newest whole checkpoint of ``run_dir``, "never" starts afresh,
-            anything else is the path of a checkpoint.
+            anything else is the path of a checkpoint. A job that Slurm started again goes on from the newest.
         zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer, 2 also the gradients.
         deepspeed: handed to DeepSpeed as it is.
     """
@@ -193,6 +230,8 @@ class Recipe:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    faults: Faults = field(default_factory=Faults)
+    logging: Logging = field(default_factory=Logging)
 
 
 def load(argv: Sequence[str]) -> Recipe:
