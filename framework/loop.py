@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,19 @@ class Loop:
         engine: steps the network.
         loader: this rank's batches.
         position: where to go on.
+        score: measures the network during training: accuracies in per cent, on rank 0.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, loader: TrainLoader, position: Position) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        loader: TrainLoader,
+        position: Position,
+        score: Callable[[], dict[str, float]],
+    ) -> None:
         self.recipe, self.engine, self.loader, self.position = recipe, engine, loader, position
+        self.score = score
         self.run_dir = Path(recipe.run_dir)
         self.per_epoch = loader.steps_per_epoch
         self.total = recipe.train.epochs * self.per_epoch
@@ -71,6 +80,8 @@ class Loop:
                 self.position.step += 1
                 self.position.updates += not result.skipped
                 self._report(step, lr, result, log, progress)
+                if self._score_due():
+                    self._measure(step, log, progress)
                 if self._checkpoint_due():
                     self.save()
         if log:
@@ -121,6 +132,17 @@ class Loop:
                     f"the loss of unit {unit} is {loss} at step {step}: lower optim.lr={self.recipe.optim.lr}, or "
                     f"look at the data; the last checkpoint is as it was"
                 )
+
+    def _score_due(self) -> bool:
+        """At every interval but the end, which ``leave_results`` measures."""
+        every, step = self.recipe.evaluate.every_epochs, self.position.step
+        return every is not None and step % (every * self.per_epoch) == 0 and step < self.stop
+
+    def _measure(self, step: int, log: metrics.MetricLog | None, progress: Progress) -> None:
+        scores, epoch = self.score(), (step + 1) / self.per_epoch
+        if log:
+            log.write_scores(step, epoch=epoch, scores=scores)
+            progress.note(f"epoch {epoch:g}: " + ", ".join(f"{k} {v:.1f} %" for k, v in scores.items()))
 
     def _checkpoint_due(self) -> bool:
         step, every = self.position.step, self.recipe.checkpoint

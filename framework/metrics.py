@@ -51,8 +51,15 @@ class MetricLog:
 
         Numbers that are not finite become ``null``, which every JSON reader accepts.
         """
+        self._append({"step": step, "epoch": epoch, "lr": lr, "losses": losses, **more})
+
+    def write_scores(self, step: int, *, epoch: float, scores: Mapping[str, float]) -> None:
+        """Append accuracies in per cent, measured after ``step``."""
+        self._append({"step": step, "epoch": epoch, "scores": scores})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
         try:
-            self._file.write(_line({"step": step, "epoch": epoch, "lr": lr, "losses": losses, **more}))
+            self._file.write(_line(entry))
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self.path}: can't be written: {error.strerror}") from error

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from framework import checkpoint, distributed, evaluate, metrics
+from framework.analysis.curves import loss_curves
 from framework.config import Recipe
 from framework.data.splits import Splits
-from framework.display import loss_curves
 from framework.engines import Engine
 from framework.execution import LocalNetwork
+
+Encode = Callable[[evaluate.EvalBatches], tuple[Tensor, Tensor]]
 
 
 def leave_results(
@@ -59,17 +64,36 @@ def score(recipe: Recipe, net: LocalNetwork, untrained: LocalNetwork, splits: Sp
     if net.plan.supervised:
         scores["test_top1"] = evaluate.test_top1(net, splits.eval_loader(splits.test))
     if splits.num_classes and recipe.evaluate.knn:
-        for suffix, encode in (
-            ("", lambda loader: evaluate.features(net, loader)),
-            ("_untrained", lambda loader: evaluate.features(untrained, loader)),
-            ("_pixels", evaluate.pixels),
-        ):
-            train, test = (encode(splits.eval_loader(shards)) for shards in (splits.train, splits.test))
-            with distributed.same_outcome():
-                if distributed.is_main():
-                    scores[f"knn_top1{suffix}"] = evaluate.knn_top1(*train, *test, recipe.evaluate.neighbours)
-                    if recipe.evaluate.linear and suffix != "_pixels":
-                        scores[f"linear_top1{suffix}"] = evaluate.linear_top1(*train, *test)
+        linear = recipe.evaluate.linear
+        scores |= _probe(recipe, splits, lambda loader: evaluate.features(net, loader), linear)
+        untrained_scores = _probe(recipe, splits, lambda loader: evaluate.features(untrained, loader), linear)
+        scores |= {f"{key}_untrained": value for key, value in untrained_scores.items()}
+        pixel_scores = _probe(recipe, splits, evaluate.pixels, linear=False)
+        scores |= {f"{key}_pixels": value for key, value in pixel_scores.items()}
+    return scores
+
+
+def score_now(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]:
+    """What is measured during training, on ``evaluate.images`` of each split; as ``score``."""
+    images = recipe.evaluate.images
+    some = replace(splits, train=splits.train.thinned(images), test=splits.test.thinned(images))
+    scores: dict[str, float] = {}
+    if net.plan.supervised:
+        scores["test_top1"] = evaluate.test_top1(net, some.eval_loader(some.test))
+    if splits.num_classes and recipe.evaluate.knn:
+        scores |= _probe(recipe, some, lambda loader: evaluate.features(net, loader), recipe.evaluate.linear)
+    return scores
+
+
+def _probe(recipe: Recipe, splits: Splits, encode: Encode, linear: bool) -> dict[str, float]:
+    """k-NN and linear probe of one kind of features, on rank 0."""
+    scores: dict[str, float] = {}
+    train, test = (encode(splits.eval_loader(shards)) for shards in (splits.train, splits.test))
+    with distributed.same_outcome():
+        if distributed.is_main():
+            scores["knn_top1"] = evaluate.knn_top1(*train, *test, recipe.evaluate.neighbours)
+            if linear:
+                scores["linear_top1"] = evaluate.linear_top1(*train, *test)
     return scores
 
 

@@ -23,7 +23,7 @@ from framework.execution import LocalNetwork
 from framework.loop import Loop, Position
 from framework.model import recipe_network
 from framework.optim import build_optimizer
-from framework.results import leave_results
+from framework.results import leave_results, score_now
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,10 +53,12 @@ def train(recipe: Recipe) -> None:
         untrained = recipe_network(recipe, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
         if net.plan.supervised and not splits.train.labelled:
-            raise UserError(f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them")
+            raise UserError(
+                f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
+            )
     engine = build_engine(recipe, net)
     position = restore(recipe, engine)
-    loop = Loop(recipe, engine, loader, position)
+    loop = Loop(recipe, engine, loader, position, lambda: score_now(recipe, engine.net, splits))
     loop.run()
     leave_results(recipe, engine, untrained, splits, loop.summary())
     engine.close()

@@ -10,7 +10,7 @@ from framework.config import Data, Recipe
 from framework.data.digits import prepare_digits
 from framework.data.index import ShardSet
 from framework.data.loader import EvalLoader, TrainLoader
-from framework.data.order import AHEAD
+from framework.data.order import AHEAD, balanced
 from framework.data.remote import open_remote
 from framework.data.store import is_url
 from framework.errors import UserError
@@ -51,7 +51,10 @@ class Splits:
             train, test = _open(data, data.train), _open(data, data.test)
             if is_url(data.path):
                 _check_window(train, data)
-            return cls(recipe, train, test, _classes(data.num_classes, train, test))
+            classes = _classes(data.num_classes, train, test)
+            if data.share < 1:
+                train = train.take(balanced(train.labels, data.share, recipe.seed))
+            return cls(recipe, train, test, classes)
 
     def train_loader(self, views_per_image: int) -> TrainLoader:
         """This rank's share of the training batches."""
