@@ -20,7 +20,17 @@ from framework.composition import merge, origin, parse_overrides, recipe_files
 from framework.data.views import Views
 from framework.errors import UserError
 from framework.local import methods
-from framework.schema import Fault, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, build, keys
+from framework.schema import (
+    Fault,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Share,
+    build,
+    keys,
+)
 
 
 @dataclass
@@ -64,6 +74,8 @@ class Data:
         test: folder of the held-out split, below ``path``.
         image_size: side of a view in pixels.
         num_classes: check against the labels; ``None`` takes the count from the shards.
+        share: of every class's training images, drawn by the seed, that are used at all: 0.01 and 0.1 in
+            SimCLR's semi-supervised protocol.
         workers: processes per rank that decode; 0 decodes in the training process.
         window: samples among which the order is mixed, so that only the shards of about so many are in use at
             a time; 0 mixes the whole epoch. Behind a URL the shards of a window must fit the cache.
@@ -78,6 +90,7 @@ class Data:
     test: str = "test"
     image_size: PositiveInt = 224
     num_classes: PositiveInt | None = None
+    share: Share = 1.0
     workers: NonNegativeInt = 8
     window: NonNegativeInt = 0
     cache: Literal["none", "memory"] = "none"
@@ -133,19 +146,23 @@ class Train:
 
 @dataclass
 class Evaluate:
-    """What is measured at the end.
+    """What is measured at the end, and during training.
 
     Attributes:
         knn: classify by the nearest neighbours in feature space, and in raw pixels beside it.
         neighbours: k of the k-NN classifier.
         linear: fit a linear probe on the frozen features.
         batch_size: images per rank and forward.
+        every_epochs: measure during training too, at this interval; ``None`` only at the end.
+        images: of each split, evenly spaced, that are used during training; ``None`` all.
     """
 
     knn: bool = True
     neighbours: PositiveInt = 20
     linear: bool = True
     batch_size: PositiveInt = 256
+    every_epochs: PositiveInt | None = None
+    images: PositiveInt | None = None
 
 
 @dataclass

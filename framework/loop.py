@@ -54,10 +54,19 @@ class Loop:
         engine: steps the network.
         loader: this rank's batches.
         position: where to go on.
+        score: measures the network during training: accuracies in per cent, on rank 0.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, loader: TrainLoader, position: Position) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        loader: TrainLoader,
+        position: Position,
+        score: Callable[[], dict[str, float]],
+    ) -> None:
         self.recipe, self.engine, self.loader, self.position = recipe, engine, loader, position
+        self.score = score
         self.run_dir = Path(recipe.run_dir)
         self.per_epoch = loader.steps_per_epoch
         self.total = recipe.train.epochs * self.per_epoch
@@ -91,6 +100,9 @@ class Loop:
             for step, batches in enumerate(self._batches(start), start):
                 self._step(step, batches, logs, progress)
                 alive(self.position.step)
+                if self._score_due():
+                    self._measure(step, logs, progress)
+                    alive(self.position.step)
                 request = requests.agreed()
                 if request or self._checkpoint_due():
                     self.save()
@@ -184,6 +196,17 @@ class Loop:
         optim = self.recipe.optim
         warmup = round(optim.warmup_epochs * self.per_epoch)
         return learning_rate(self.position.updates, self.total, warmup, optim.lr)
+
+    def _score_due(self) -> bool:
+        """At every interval but the end, which ``leave_results`` measures."""
+        every, step = self.recipe.evaluate.every_epochs, self.position.step
+        return every is not None and step % (every * self.per_epoch) == 0 and step < self.stop
+
+    def _measure(self, step: int, logs: Logs | None, progress: Progress) -> None:
+        scores, epoch = self.score(), (step + 1) / self.per_epoch
+        if logs:
+            logs.write_scores(step, epoch=epoch, scores=scores)
+            progress.note(f"epoch {epoch:g}: " + ", ".join(f"{k} {v:.1f} %" for k, v in scores.items()))
 
     def _checkpoint_due(self) -> bool:
         step, every = self.position.step, self.recipe.checkpoint

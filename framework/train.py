@@ -26,7 +26,7 @@ from framework.hangs import Watchdog
 from framework.loop import Loop
 from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
-from framework.results import leave_results
+from framework.results import leave_results, score_now
 from framework.resume import restore
 
 MEND_FIRST = 2  # exit status: starting the same command again would not help
@@ -72,7 +72,8 @@ def train(recipe: Recipe) -> Request:
             )
     with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
         engine = build_engine(recipe, net)
-        loop = Loop(recipe, engine, loader, restore(recipe, engine))
+        position = restore(recipe, engine)
+        loop = Loop(recipe, engine, loader, position, lambda: score_now(recipe, engine.net, splits))
         request = loop.run(watchdog.step)
     if request >= Request.STOP:
         if distributed.is_main():
