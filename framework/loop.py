@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,15 +64,18 @@ class Loop:
         """
         start = self.position.step
         log = self._open_log(start)
+        unread: deque[tuple[int, float, StepResult]] = deque()
         with Progress(self.stop, start, enabled=distributed.is_main()) as progress:
             for step, batches in enumerate(self._batches(start), start):
                 _seed(self.recipe.seed, step)
                 lr = self._learning_rate()
-                result = self.engine.step(batches, lr)
+                unread.append((step, lr, self.engine.step(batches, lr)))
                 self.position.step += 1
-                self.position.updates += not result.skipped
-                self._report(step, lr, result, log, progress)
-                if self._checkpoint_due():
+                self.position.updates += not unread[-1][-1].skipped
+                due = self._checkpoint_due()
+                while len(unread) > (0 if due else self.engine.lag):
+                    self._report(*unread.popleft(), log, progress)
+                if due:
                     self.save()
         if log:
             log.close()
@@ -93,6 +97,9 @@ class Loop:
 
     def _batches(self, start: int) -> Iterator[list[Batch]]:
         """This rank's batches; an error in the data is this rank's alone to tell."""
+        if not self.engine.loads:
+            yield from ([] for _ in range(start, self.stop))
+            return
         try:
             yield from self.loader.steps(start, self.stop)
         except UserError as error:
@@ -107,7 +114,7 @@ class Loop:
     def _report(
         self, step: int, lr: float, result: StepResult, log: metrics.MetricLog | None, progress: Progress
     ) -> None:
-        losses = dict(zip(self.units, result.unit_losses.tolist(), strict=True))  # waits for the GPU
+        losses = dict(zip(self.units, result.losses(), strict=True))
         speed = self.speed.step(self.recipe.train.batch_size)
         epoch = (step + 1) / self.per_epoch
         if log:

@@ -31,7 +31,7 @@ def leave_results(
     Returns:
         What ``result.json`` holds.
     """
-    scores = score(recipe, engine.net, untrained, splits)
+    scores = score(recipe, engine.whole_net(), untrained, splits)
     result = {
         "name": recipe.name,
         "method": recipe.method.name,

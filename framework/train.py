@@ -20,9 +20,11 @@ from framework.data.splits import Splits
 from framework.engines import Engine
 from framework.errors import LocalError, UserError
 from framework.execution import LocalNetwork
+from framework.execution.placement import Placement
 from framework.loop import Loop, Position
 from framework.model import recipe_network
 from framework.optim import build_optimizer
+from framework.pipeline.balance import place
 from framework.results import leave_results
 
 
@@ -47,6 +49,9 @@ def train(recipe: Recipe) -> None:
     Raises:
         UserError: whatever the person who started it can mend.
     """
+    stages = recipe.pipeline.stages
+    if distributed.world_size() % stages:
+        raise UserError(f"pipeline.stages={stages}: must divide the number of ranks, {distributed.world_size()}")
     splits = Splits.open(recipe)
     with distributed.same_outcome():
         net = recipe_network(recipe, splits.num_classes)
@@ -54,7 +59,8 @@ def train(recipe: Recipe) -> None:
         loader = splits.train_loader(net.plan.views)
         if net.plan.supervised and not splits.train.labelled:
             raise UserError(f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them")
-    engine = build_engine(recipe, net)
+    placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
+    engine = build_engine(recipe, net, placement)
     position = restore(recipe, engine)
     loop = Loop(recipe, engine, loader, position)
     loop.run()
@@ -62,8 +68,8 @@ def train(recipe: Recipe) -> None:
     engine.close()
 
 
-def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
-    """The network under the recipe's engine and optimizer."""
+def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None = None) -> Engine:
+    """The network under the recipe's engine and optimizer, in pipeline stages where they have a placement."""
     optim = recipe.optim
     make_optimizer = partial(
         build_optimizer,
@@ -78,10 +84,12 @@ def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
         net,
         make_optimizer,
         batch_size=recipe.train.batch_size,
-        accumulation=recipe.train.accumulation,
+        accumulation=recipe.micro_batches,
         clip=optim.clip,
         zero_stage=recipe.zero_stage,
         deepspeed=recipe.deepspeed,
+        pipeline=recipe.pipeline,
+        placement=placement,
     )
 
 

@@ -18,6 +18,8 @@ from framework.execution import LocalNetwork
 class DDPEngine:
     """See ``Engine``."""
 
+    loads, lag = True, 0
+
     def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, *, clip: float) -> None:
         self.net = net
         self.optimizer = make_optimizer(net)
@@ -42,6 +44,9 @@ class DDPEngine:
         result = tally.result()
         update(self.optimizer, self.net, result, lr, self._clip)
         return result
+
+    def whole_net(self) -> LocalNetwork:
+        return self.net
 
     def model_state(self) -> dict[str, Tensor]:
         return state.read_model(self.net)

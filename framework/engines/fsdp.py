@@ -25,6 +25,8 @@ class FSDPEngine:
         UserError: the network or a part of it was wrapped before.
     """
 
+    loads, lag = True, 0
+
     def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, *, clip: float) -> None:
         for name, module in net.named_modules():
             if isinstance(module, FSDPModule):
@@ -47,6 +49,9 @@ class FSDPEngine:
         result = tally.result()
         update(self.optimizer, self.net, result, lr, self._clip)
         return result
+
+    def whole_net(self) -> LocalNetwork:
+        return self.net
 
     def model_state(self) -> dict[str, Tensor]:
         return state.read_model(self.net)

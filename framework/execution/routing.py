@@ -133,7 +133,7 @@ class LocalNetwork(nn.Module):
         if penalty is not None:
             add_gradients(penalty, step.gradients)
         result = _output(self.plan, step.losses, penalty.detach() if penalty is not None else None)
-        overflow = self.scales.update(step.overflows()) if self.scales is not None else None
+        overflow = self.scales.update(step.take_overflows()) if self.scales is not None else None
         loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
         return StepOutput(loss, result.unit_losses, overflow)
 

@@ -86,6 +86,23 @@ class LamHead(ReadingHead):
         """Scalar loss on the segment output ``x`` (N, C, H, W)."""
         return self.head(self.lam(x), batch)
 
+    @property
+    def contrasts(self) -> bool:
+        """As the inner head."""
+        return getattr(self.head, "contrasts", False)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """As the inner head's."""
+        return self.head.embed(self.lam(x))  # type: ignore[operator]
+
+    def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """As the inner head's."""
+        return self.head.score(embeddings, batch)  # type: ignore[operator]
+
+    def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
+        """Those of the block that the EMA copy follows."""
+        return list(self.lam.followed.module(segments).parameters()) if self.updated else []
+
     def update_copies(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
         """EMA of the first listed block, with its weights before the step (FACTS M10)."""
         if self.updated:

@@ -32,6 +32,8 @@ class InfoNCE(nn.Module):
         temperature: tau, 0.1 on ImageNet (SimCLR Table 5).
     """
 
+    contrasts = True
+
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()
         self.temperature = temperature
@@ -57,6 +59,8 @@ class SupCon(nn.Module):
     Args:
         temperature: tau; 0.07 in InfoPro (FACTS E4).
     """
+
+    contrasts = True
 
     def __init__(self, temperature: float = 0.07) -> None:
         super().__init__()
@@ -90,6 +94,8 @@ class BarlowTwins(nn.Module):
         redundancy: lambda, 0.0051 as published.
     """
 
+    contrasts = True
+
     def __init__(self, redundancy: float = 0.0051) -> None:
         super().__init__()
         self.redundancy = redundancy
@@ -112,6 +118,8 @@ class VICReg(nn.Module):
         variance: weight of the hinge on every dimension's standard deviation; 25.
         covariance: weight of the squared covariances between dimensions; 1.
     """
+
+    contrasts = True
 
     def __init__(self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> None:
         super().__init__()
