@@ -6,8 +6,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
+import torch
+import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import PipeSchedule
+from torch import Tensor
 
 from framework.execution import schedule as do
 from framework.execution.schedule import Instruction
@@ -63,9 +66,19 @@ class BoundaryEngine(PipelineEngine):
         self._exec_schedule(Program(instructions, events))
 
     def _exec_reduce(self) -> None:
-        self.worker.finish_gradients(list(self.module.parameters()))
-        if self.dp_world_size > 1 or self.zero_optimization():
+        parameters = list(self.module.parameters())
+        self.worker.finish_gradients(parameters)
+        if self.zero_optimization():
             self._exec_reduce_grads()
+        elif self.dp_world_size > 1:  # the parent would do it in float32, whatever the gradients are
+            self._average([p.grad for p in parameters if p.grad is not None])
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat, group=self.mpu.get_data_parallel_group())
+        flat /= self.dp_world_size
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def _exec_step(self) -> None:
         self.skipped = self.basic_optimizer.skip = self.worker.finish_step()
