@@ -8,7 +8,7 @@ another without a flush. With one window over everything this is 1F1B.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from framework.execution.order import Moment
@@ -22,7 +22,7 @@ class Instruction:
     @property
     def kwargs(self) -> dict[str, Any]:
         """The fields by name."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
