@@ -112,8 +112,8 @@ def alone(run: Run) -> Outcome:
     return Outcome({k: v.detach().clone() for k, v in net.state_dict().items()}, states, torch.stack(history))
 
 
-def build(run: Run, net: LocalNetwork | None = None) -> engines.Engine:
-    net = net or network(run)
+def build(run: Run, timeout: float = 60.0) -> engines.Engine:
+    net = network(run)
     placement = Placement(run.bounds) if run.bounds else balanced([1.0] * len(net.segments), run.stages)
     return engines.build(
         "deepspeed",
@@ -123,7 +123,7 @@ def build(run: Run, net: LocalNetwork | None = None) -> engines.Engine:
         accumulation=run.micro_batches,
         clip=run.clip,
         zero_stage=run.zero_stage,
-        pipeline=Pipeline(stages=run.stages, timeout=60.0, **run.options),
+        pipeline=Pipeline(stages=run.stages, timeout=timeout, **run.options),
         placement=placement,
     )
 
