@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -113,6 +114,7 @@ def alone(run: Run) -> Outcome:
 
 
 def build(run: Run, timeout: float = 60.0) -> engines.Engine:
+    gc.collect()  # engines of earlier runs are rings of references, and hold groups with threads
     net = network(run)
     placement = Placement(run.bounds) if run.bounds else balanced([1.0] * len(net.segments), run.stages)
     return engines.build(

@@ -166,9 +166,10 @@ class PipelinedEngine:
 
     def close(self) -> None:
         self._drain()
-        self._worker.close()
         self._engine.destroy()
         groups.mpu = None  # DeepSpeed keeps the grid in a global, where the next engine would find it
+        for group in (*self._worker.groups, *self._stage.process_groups(), self._reports):
+            dist.destroy_process_group(group)  # each has threads
 
     @property
     def _leads(self) -> bool:

@@ -74,19 +74,25 @@ def flops(cost: PlanCost, moments: tuple[Moment, ...]) -> Costs:
 
 
 def measured(recipe: Recipe, net: LocalNetwork, images: int) -> Costs:
-    """Costs in seconds on this rank's device, for a micro-batch of noise; ``net`` moves there, and nothing else does."""
+    """Costs in seconds on this rank's device, for a micro-batch of noise; ``net`` moves there."""
     device, size, views = distributed.device(), recipe.data.image_size, net.plan.views
     net.to(device)
     dtype = next(net.parameters()).dtype
     pixels = torch.randn(views * images, 3, size, size, device=device, dtype=dtype)
     labels = torch.zeros(images, dtype=torch.int64, device=device) if net.plan.supervised else None
-    batch = Batch(pixels.to(memory_format=net.layout), labels, views)
+    return measured_costs(net, Batch(pixels.to(memory_format=net.layout), labels, views))
+
+
+def measured_costs(net: LocalNetwork, batch: Batch) -> Costs:
+    """Seconds that this rank takes for a micro-batch: medians of three after one to warm up. Changes no state."""
     with frozen_statistics(net), distributed.replicas("alone"):
         rounds = [_measure(net, batch) for _ in range(1 + _ROUNDS)][1:]
-    medians = [
-        tuple(statistics.median(values) for values in zip(*part, strict=True)) for part in zip(*rounds, strict=True)
-    ]
-    return Costs(*medians)
+    return Costs(
+        *(
+            tuple(statistics.median(values) for values in zip(*part, strict=True))
+            for part in zip(*rounds, strict=True)
+        )
+    )
 
 
 def _measure(net: LocalNetwork, batch: Batch) -> tuple[list[float], list[float], list[float], list[float]]:

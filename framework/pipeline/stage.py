@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import nn
@@ -49,6 +50,12 @@ class Stage(PipelineModule):
             super().__init__(layers=layers, topology=topology)
         for parameter in self.parameters():
             parameter.model_parallel = True  # DeepSpeed then counts it in the norm of the whole network's gradient
+
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        """Those that DeepSpeed made for the grid and that this rank is in."""
+        grid = self._grid
+        made = (self.world_group, grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group)
+        return [*made, grid.slice_proc_group]
 
     def _partition_layers(self, method: str = "") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe

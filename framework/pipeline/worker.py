@@ -35,6 +35,7 @@ class Worker:
 
     Attributes:
         micro_batches: of the step in work; first stage only.
+        groups: those of the messages.
         unit_losses: (U,) sum over the step's micro-batches, 0 for units of other stages.
     """
 
@@ -63,11 +64,6 @@ class Worker:
         self._scales = self.net.scales.current() if self.net.scales is not None else None
         self._live: dict[int, RoutedStep] = {}
         self._overflow: Tensor | None = None
-
-    def close(self) -> None:
-        """Leave the other stages."""
-        for group in self._groups:
-            dist.destroy_process_group(group)
 
     def load(self, micro_batch: int) -> None:
         batch = self.micro_batches[micro_batch]
@@ -168,7 +164,7 @@ class Worker:
 
     def _connect(self) -> None:
         timeout = self._timeout
-        down, up, weights = self._groups = [dist.new_group(timeout=timedelta(seconds=timeout)) for _ in range(3)]
+        down, up, weights = self.groups = [dist.new_group(timeout=timedelta(seconds=timeout)) for _ in range(3)]
         below, above = self._peer(self.stage - 1), self._peer(self.stage + 1)
         self._from_below = Receiver(down, below, timeout) if below else None
         self._to_below = Sender(up, below, timeout) if below else None
