@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from framework.errors import LocalError, UserError
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Of collectives. NCCL's own 10 minutes are less than rank 0 may take to index shards, or a watchdog to report.
+PATIENCE = timedelta(hours=1)
 
 
 def rank() -> int:
@@ -66,10 +69,10 @@ def start() -> None:
                 f"{torch.cuda.device_count()}; start at most that many processes on a machine"
             )
         torch.cuda.set_device(device())
-        dist.init_process_group("nccl", device_id=device())
+        dist.init_process_group("nccl", device_id=device(), timeout=PATIENCE)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and its warning
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
 
 
 def stop() -> None:
@@ -204,6 +207,24 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     x = x.detach().clone()
     dist.all_reduce(x)
     return x / world_size()
+
+
+def any_over_ranks(flags: Tensor) -> Tensor:
+    """Element by element, whether any rank has ``True``; does not wait for the device."""
+    if world_size() == 1:
+        return flags
+    seen = flags.float()
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    return seen > 0
+
+
+def max_over_ranks(number: int) -> int:
+    """Largest of the ranks' whole numbers."""
+    if world_size() == 1:
+        return number
+    largest = torch.tensor(number, device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def sum_over_ranks(number: int) -> int:

@@ -33,6 +33,7 @@ def local_network(
     precision: str = "fp32",
     sync_bn: bool = False,
     channels_last: bool = False,
+    skip_nonfinite: bool = False,
 ) -> LocalNetwork:
     """A network cut into segments, with the local units of a method on it.
 
@@ -48,6 +49,7 @@ def local_network(
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         sync_bn: BatchNorm over all ranks.
         channels_last: keep images and activations in channels-last order.
+        skip_nonfinite: let a step pass whose losses or gradients are infinite or NaN.
 
     Raises:
         UserError: a name is unknown, or the network can't be cut or planned that way.
@@ -64,7 +66,7 @@ def local_network(
         trained = set(segments[0].parameters())
         for parameter in backbone.parameters():
             parameter.requires_grad_(parameter in trained)
-    net = LocalNetwork(backbone, segments, plan, precision, channels_last, frozen)
+    net = LocalNetwork(backbone, segments, plan, precision, channels_last, frozen, skip_nonfinite)
     if sync_bn:
         synchronise(net)
     return net
@@ -90,6 +92,7 @@ def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         precision=recipe.train.precision,
         sync_bn=recipe.network.sync_bn,
         channels_last=recipe.network.channels_last,
+        skip_nonfinite=recipe.faults.nonfinite == "skip",
     ).train()
 
 

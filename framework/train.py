@@ -9,41 +9,55 @@ gradients, an engine averages them over ranks and steps the optimizer. What is l
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from framework import checkpoint, config, distributed, engines
+from framework import config, control, distributed, engines
 from framework.config import Recipe
+from framework.control import Request
 from framework.data.splits import Splits
 from framework.engines import Engine
 from framework.errors import LocalError, UserError
 from framework.execution import LocalNetwork
-from framework.loop import Loop, Position
+from framework.hangs import Watchdog
+from framework.loop import Loop
 from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
-from framework.results import leave_results
+from framework.results import leave_results, score_now
+from framework.resume import restore
+
+MEND_FIRST = 2  # exit status: starting the same command again would not help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe; returns the exit status."""
+    """Run a recipe; returns the exit status: 0, ``MEND_FIRST`` or ``GO_ON_LATER``."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    for number in control.SIGNALS:
+        signal.signal(number, control.leave_at_once)
     try:
         recipe = config.load(sys.argv[1:] if argv is None else argv)
         distributed.start()
+        request = Request.NOTHING
         for part in parts(recipe):
-            train(part)
+            request = train(part)
+            if request >= Request.STOP:
+                break
     except UserError as error:
         if distributed.launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return MEND_FIRST
     distributed.stop()
-    return 0
+    return control.GO_ON_LATER if request is Request.LEAVE else 0
 
 
-def train(recipe: Recipe) -> None:
-    """Train to the end, from the newest checkpoint if there is one, and leave the results.
+def train(recipe: Recipe) -> Request:
+    """Train from the newest checkpoint on; at the end leave the results.
+
+    Returns:
+        ``STOP`` or ``LEAVE`` if somebody asked for it before the end.
 
     Raises:
         UserError: whatever the person who started it can mend.
@@ -56,12 +70,18 @@ def train(recipe: Recipe) -> None:
             raise UserError(
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
             )
-    engine = build_engine(recipe, net)
-    position = restore(recipe, engine)
-    loop = Loop(recipe, engine, loader, position)
-    loop.run()
-    leave_results(recipe, engine, splits, loop.summary())
+    with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
+        engine = build_engine(recipe, net)
+        position = restore(recipe, engine)
+        loop = Loop(recipe, engine, loader, position, lambda: score_now(recipe, engine.net, splits))
+        request = loop.run(watchdog.step)
+    if request >= Request.STOP:
+        if distributed.is_main():
+            print(f"stopped after step {loop.position.step}; the same command goes on from there", flush=True)
+    else:
+        leave_results(recipe, engine, splits, loop.summary())
     engine.close()
+    return request
 
 
 def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
@@ -86,26 +106,6 @@ def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
         zero_stage=recipe.zero_stage,
         deepspeed=recipe.deepspeed,
     )
-
-
-def restore(recipe: Recipe, engine: Engine) -> Position:
-    """Load the checkpoint that ``resume`` asks for; where to go on.
-
-    Raises:
-        UserError: the checkpoint is damaged or of another network, or a fresh run would mix with an old one.
-    """
-    run_dir = Path(recipe.run_dir)
-    folder = checkpoint.newest(run_dir) if recipe.resume in ("auto", "never") else Path(recipe.resume)
-    if folder is None:
-        return Position()
-    if recipe.resume == "never":
-        raise UserError(
-            f"resume=never: {run_dir} already holds {folder.name}; name another run_dir, or resume=auto"
-        )
-    state = checkpoint.load(folder, engine)
-    if distributed.is_main():
-        print(f"going on from {folder}", flush=True)
-    return Position(**state["position"])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from framework.config import Data, Recipe
 from framework.data.digits import prepare_digits
 from framework.data.index import ShardSet
 from framework.data.loader import EvalLoader, TrainLoader
-from framework.data.order import AHEAD
+from framework.data.order import AHEAD, balanced
 from framework.data.remote import open_remote
 from framework.data.store import is_url
 from framework.errors import UserError
@@ -57,7 +57,23 @@ class Splits:
             train, test = _open(data, data.train), _open_test(data)
             if is_url(data.path):
                 _check_window(train, data)
-            return cls(recipe, train, test, _classes(data.num_classes, train, test))
+            classes = _classes(data.num_classes, train, test)
+            if data.share < 1:
+                train = train.take(balanced(train.labels, data.share, recipe.seed))
+            return cls(recipe, train, test, classes)
+
+    @property
+    def held_out(self) -> ShardSet:
+        """The test split.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.test is None:
+            raise UserError(
+                f"{self.recipe.data.path}/{self.recipe.data.test}: no such folder; images to score on are needed"
+            )
+        return self.test
 
     def train_loader(self, views_per_image: int) -> TrainLoader:
         """This rank's share of the training batches."""

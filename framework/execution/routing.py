@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.batch import Batch, StepOutput
+from framework.distributed import any_over_ranks
 from framework.errors import UserError
 from framework.execution.order import moments
 from framework.execution.precision import LossScales, autocast_type
@@ -41,6 +42,8 @@ class LocalNetwork(nn.Module):
         precision: ``"fp32"`` (the parameters' own type), ``"bf16"`` or ``"fp16"`` (autocast).
         channels_last: lay images out so; what follows in the network keeps their layout.
         frozen: segments that run first, in evaluation mode, and stay as they are.
+        skip_nonfinite: report losses and gradients that are infinite or NaN as ``overflow``; costs a pass over the
+            gradients and one collective a micro-batch. float16 reports them anyway.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class LocalNetwork(nn.Module):
         precision: str = "fp32",
         channels_last: bool = False,
         frozen: Sequence[Segment] = (),
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__()
         if len(segments) != plan.segments:
@@ -69,6 +73,7 @@ class LocalNetwork(nn.Module):
             if rings.async_mode == "buffer"
             else None
         )
+        self.skip_nonfinite = skip_nonfinite
         self._overflowed: Tensor | None = None
         self._between_steps = True
         self._taken: Tensor | float = 1.0
@@ -169,9 +174,18 @@ class LocalNetwork(nn.Module):
         if penalty is not None:
             add_gradients(penalty, step.gradients)
         result = _output(self.plan, step.losses, penalty.detach() if penalty is not None else None)
-        overflow = self.scales.update(step.overflows()) if self.scales is not None else None
+        overflow = self._overflow(step)
         loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
         return StepOutput(loss, result.unit_losses, overflow)
+
+    def _overflow(self, step: RoutedStep) -> Tensor | None:
+        """Whether any loss or gradient on any rank is infinite or NaN, where somebody wants to know."""
+        if self.scales is not None:
+            return self.scales.update(step.overflows())
+        if not self.skip_nonfinite:
+            return None
+        seen = [*step.losses.values(), *torch._foreach_norm(list(step.gradients.values()))]
+        return any_over_ranks(~torch.isfinite(torch.stack([x.float() for x in seen])).all())
 
     def _evaluate(self, batch: Batch) -> StepOutput:
         losses: dict[int, Tensor] = {}

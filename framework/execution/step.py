@@ -126,7 +126,7 @@ class RoutedStep:
             self._arrive(top, route, Cotangent(value, min(self._unit_scale(i, call) for i, call in units)))
 
     def overflows(self) -> Tensor:
-        """(calls,) bool: heads that overflowed; a segment's overflow is blamed on every head above whose window it is in."""
+        """(calls,) bool: heads that overflowed; a segment is blamed on every head above whose window it is in."""
         flags = torch.stack([flag for flag, _ in self._overflows])
         blamed = torch.tensor([calls for _, calls in self._overflows], device=flags.device)
         return (flags[:, None] & blamed).any(0)
