@@ -1,4 +1,4 @@
-"""Recipes on shards of JPEGs, with nothing but the data, the batch, the image size and the length overridden."""
+"""Recipes on shards of JPEGs: only data, batch, image size and length are overridden, and worker processes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,11 @@ def two_steps(argv: list[str]) -> None:
 def test_two_steps(name: str, shards: Path, tmp_path: Path, pool: Callable[[int], Pool]) -> None:
     batch, size = RUNS[name]
     overrides = [f"data.path={shards}", f"train.batch_size={batch}", f"data.image_size={size}"]
-    overrides += ["train.max_steps=2", f"run_dir={tmp_path}"]
+    overrides += [
+        "data.workers=0",
+        "train.max_steps=2",
+        f"run_dir={tmp_path}",
+    ]  # ranks of the pool have no children
     pool(1).run(two_steps, [str(ROOT / "recipes" / f"{name}.yaml"), *overrides])
     losses = [entry["losses"] for entry in read_log(tmp_path / "metrics.jsonl") if "losses" in entry]
     recipe = config.load([str(tmp_path / "recipe.yaml")])
