@@ -145,6 +145,30 @@ class Train:
 
 
 @dataclass
+class Pipeline:
+    """Segments spread over ranks, on ``engine=deepspeed``.
+
+    Attributes:
+        stages: ranks in a row that share the network; the others form replicas of it.
+        micro_batches: per step; ``None`` takes ``train.accumulation``.
+        balance: what stages have equally much of: "time" (measured at the start), "flops", "memory" or
+            "parameters"; or the numbers of segments on each stage.
+        contrast: whether contrastive heads compare the images of a micro-batch, or those of the whole batch,
+            whose activations then stay until the last micro-batch has come.
+        lam_lag: steps by which moving averages of weights of other stages may come late, over the one that is
+            free; a stage waits for them otherwise.
+        timeout: seconds to wait for another stage before giving up.
+    """
+
+    stages: PositiveInt = 1
+    micro_batches: PositiveInt | None = None
+    balance: Literal["time", "flops", "memory", "parameters"] | list[PositiveInt] = "flops"
+    contrast: Literal["micro_batch", "batch"] = "micro_batch"
+    lam_lag: NonNegativeInt = 0
+    timeout: Positive = 300.0
+
+
+@dataclass
 class Evaluate:
     """What is measured at the end, and during training.
 
@@ -243,12 +267,23 @@ class Recipe:
     views: Views = field(default_factory=Views)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    pipeline: Pipeline = field(default_factory=Pipeline)
     zero_stage: Literal[0, 1, 2] = 1
     deepspeed: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     faults: Faults = field(default_factory=Faults)
     logging: Logging = field(default_factory=Logging)
+
+    @property
+    def micro_batches(self) -> int:
+        """Per step."""
+        return self.pipeline.micro_batches or self.train.accumulation
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the pipeline engine runs it."""
+        return self.pipeline.stages > 1 or self.pipeline.contrast == "batch"
 
 
 def load(argv: Sequence[str]) -> Recipe:
@@ -313,6 +348,22 @@ def _check(recipe: Recipe) -> None:
     warmup, epochs = recipe.optim.warmup_epochs, recipe.train.epochs
     if warmup > epochs:
         raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}")
+    _check_pipeline(recipe)
+
+
+def _check_pipeline(recipe: Recipe) -> None:
+    pipeline, train = recipe.pipeline, recipe.train
+    if pipeline.micro_batches is not None and train.accumulation not in (1, pipeline.micro_batches):
+        raise Fault(
+            "pipeline.micro_batches", pipeline.micro_batches, f"train.accumulation={train.accumulation} says otherwise"
+        )
+    if recipe.micro_batches > 1 and train.batch_size % recipe.micro_batches:
+        key = "train.accumulation" if pipeline.micro_batches is None else "pipeline.micro_batches"
+        raise Fault(key, recipe.micro_batches, f"must divide train.batch_size={train.batch_size}")
+    if recipe.pipelined and recipe.engine != "deepspeed":
+        raise Fault("engine", recipe.engine, "pipeline stages need engine=deepspeed")
+    if recipe.pipelined and recipe.zero_stage > 1:
+        raise Fault("zero_stage", recipe.zero_stage, "must be 0 or 1 with pipeline stages")
 
 
 def _explain(fault: Fault, known: Sequence[str]) -> str:

@@ -96,6 +96,7 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
     Raises:
         UserError: as ``local_network``.
     """
+    recipe = replace(recipe, network=replace(recipe.network, sync_bn=False))  # costs the same, and needs no GPU
     net = recipe_network(recipe, num_classes)
     name = "bp" if net.plan.supervised else "simclr"
     end_to_end = recipe_network(

@@ -36,7 +36,7 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str,
     Returns:
         What ``result.json`` holds.
     """
-    scores = score(recipe, engine.net, splits)
+    scores = score(recipe, engine.whole_net(), splits)
     result = {
         "name": recipe.name,
         "method": recipe.method.name,

@@ -22,10 +22,12 @@ from framework.data.splits import Splits
 from framework.engines import Engine
 from framework.errors import LocalError, UserError
 from framework.execution import LocalNetwork
+from framework.execution.placement import Placement
 from framework.hangs import Watchdog
 from framework.loop import Loop
 from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
+from framework.pipeline.balance import place
 from framework.results import leave_results, score_now
 from framework.resume import restore
 
@@ -62,6 +64,11 @@ def train(recipe: Recipe) -> Request:
     Raises:
         UserError: whatever the person who started it can mend.
     """
+    stages = recipe.pipeline.stages
+    if distributed.world_size() % stages:
+        raise UserError(
+            f"pipeline.stages={stages}: must divide the number of ranks, {distributed.world_size()}"
+        )
     splits = Splits.open(recipe)
     with distributed.same_outcome():
         net = recipe_network(recipe, splits.num_classes)
@@ -71,9 +78,10 @@ def train(recipe: Recipe) -> Request:
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
             )
     with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
-        engine = build_engine(recipe, net)
+        placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
+        engine = build_engine(recipe, net, placement)
         position = restore(recipe, engine)
-        loop = Loop(recipe, engine, loader, position, lambda: score_now(recipe, engine.net, splits))
+        loop = Loop(recipe, engine, loader, position, lambda: score_now(recipe, engine.whole_net(), splits))
         request = loop.run(watchdog.step)
     if request >= Request.STOP:
         if distributed.is_main():
@@ -84,8 +92,8 @@ def train(recipe: Recipe) -> Request:
     return request
 
 
-def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
-    """The network under the recipe's engine and optimizer."""
+def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None = None) -> Engine:
+    """The network under the recipe's engine and optimizer, in pipeline stages where they have a placement."""
     optim = recipe.optim
     make_optimizer = partial(
         build_optimizer,
@@ -101,10 +109,12 @@ def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
         net,
         make_optimizer,
         batch_size=recipe.train.batch_size,
-        accumulation=recipe.train.accumulation,
+        accumulation=recipe.micro_batches,
         clip=optim.clip,
         zero_stage=recipe.zero_stage,
         deepspeed=recipe.deepspeed,
+        pipeline=recipe.pipeline,
+        placement=placement,
     )
 
 

@@ -76,21 +76,22 @@ class Splits:
         return self.test
 
     def train_loader(self, views_per_image: int) -> TrainLoader:
-        """This rank's share of the training batches."""
+        """This rank's share of the training batches: in a pipeline that of its replica, which the first stage reads."""
+        replicas = distributed.world_size() // self.recipe.pipeline.stages
         return TrainLoader(
             self.train,
             self.recipe.views,
             image_size=self.recipe.data.image_size,
             batch_size=self.recipe.train.batch_size,
             views_per_image=views_per_image,
-            accumulation=self.recipe.train.accumulation,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            accumulation=self.recipe.micro_batches,
+            rank=distributed.rank() % replicas,
+            world_size=replicas,
             seed=self.recipe.seed,
             workers=self.recipe.data.workers,
             device=distributed.device(),
             window=self.recipe.data.window,
-            in_memory=self.recipe.data.cache == "memory",
+            in_memory=self.recipe.data.cache == "memory" and distributed.rank() < replicas,
         )
 
     def eval_loader(self, shards: ShardSet) -> EvalLoader:

@@ -17,6 +17,8 @@ from framework.execution import LocalNetwork
 class DDPEngine(HoldsState):
     """See ``Engine``."""
 
+    loads, lag = True, 0
+
     def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, *, clip: float) -> None:
         self.net = net
         self.optimizer = make_optimizer(net)

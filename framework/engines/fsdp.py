@@ -24,6 +24,8 @@ class FSDPEngine(HoldsState):
         UserError: the network or a part of it was wrapped before.
     """
 
+    loads, lag = True, 0
+
     def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, *, clip: float) -> None:
         for name, module in net.named_modules():
             if isinstance(module, FSDPModule):

@@ -21,6 +21,9 @@ class HoldsState:
     net: LocalNetwork
     optimizer: SkippableOptimizer
 
+    def whole_net(self) -> LocalNetwork:
+        return self.net
+
     def model_state(self) -> dict[str, Tensor]:
         return read_model(self.net)
 
@@ -49,14 +52,19 @@ def write_model(net: nn.Module, state: dict[str, Tensor]) -> None:
 
 def read_optimizer(optimizer: SkippableOptimizer, net: nn.Module) -> OptimizerState:
     """Full copies of every parameter's state on rank 0's CPU; empty elsewhere."""
-    state = {
+    state = own_optimizer(optimizer, net)
+    return state if is_main() else {}
+
+
+def own_optimizer(optimizer: SkippableOptimizer, net: nn.Module) -> OptimizerState:
+    """Full copies, on the CPU, of the state of every parameter that ``optimizer`` steps."""
+    return {
         name: {
             key: _full(value) for key, value in optimizer.state[parameter].items() if torch.is_tensor(value)
         }
         for name, parameter in net.named_parameters()
         if optimizer.state.get(parameter)
     }
-    return state if is_main() else {}
 
 
 def write_optimizer(optimizer: SkippableOptimizer, net: nn.Module, state: OptimizerState) -> None:

@@ -181,7 +181,7 @@ class LocalNetwork(nn.Module):
     def _overflow(self, step: RoutedStep) -> Tensor | None:
         """Whether any loss or gradient on any rank is infinite or NaN, where somebody wants to know."""
         if self.scales is not None:
-            return self.scales.update(step.overflows())
+            return self.scales.update(step.take_overflows())
         if not self.skip_nonfinite:
             return None
         seen = [*step.losses.values(), *torch._foreach_norm(list(step.gradients.values()))]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.batch import Batch
-from framework.execution.order import HeadCall, Release, Route
+from framework.execution.order import HeadCall, Pass, Release, Route
 from framework.execution.precision import unscale_
 
 if TYPE_CHECKING:
@@ -75,9 +75,12 @@ class RoutedStep:
             self.outputs[s] = self.network.segments[s](self.inputs[s])
         return self.outputs[s].detach()
 
-    def run_heads(self, s: int) -> None:
-        """Losses of the heads on segment ``s`` and their gradients."""
+    def run_heads(self, s: int, defer_contrast: bool = False) -> None:
+        """Losses of the heads on segment ``s`` and their gradients; of contrastive heads, if deferred, embeddings."""
         for call in self.network.moments[s].heads:
+            if defer_contrast and contrasts(self._head(call)):
+                self._embed(s, call)
+                continue
             x = self.outputs[s].detach().requires_grad_()
             with self.network.autocast(x):
                 loss = self._head(call)(self.network.segments[s].to_map(x), self.batch)
@@ -87,30 +90,18 @@ class RoutedStep:
             cotangent, *gradients = torch.autograd.grad(loss * (heaviest * scale), [x, *parameters])
             self._deposit(s, call, cotangent, gradients)
 
-    def embed(self, s: int) -> None:
-        """Run the heads on segment ``s`` up to their embeddings, whose gradients ``score`` brings."""
-        for call in self.network.moments[s].heads:
-            x = self.outputs[s].detach().requires_grad_()
-            with self.network.autocast(x):
-                embedding = self._head(call).embed(self.network.segments[s].to_map(x))  # type: ignore[operator]
-            self.embeddings[call] = (x, embedding)
-
-    def score(self, s: int, call: HeadCall, loss: Tensor, gradient: Tensor) -> None:
-        """Take the loss of a call, and ``gradient`` at its embedding: of the loss times heaviest weight and scale."""
-        x, embedding = self.embeddings.pop(call)
-        self.losses.update(dict.fromkeys(call.units, loss))
-        cotangent, *gradients = torch.autograd.grad(embedding, [x, *self._parameters(call)], gradient)
-        self._deposit(s, call, cotangent, gradients)
-
     def walk(self, s: int) -> None:
         """The backward work of this process that follows the forward of segment ``s``."""
-        for step in self.network.moments[s].walk:
-            if step.segment not in self.span:
-                continue
-            if isinstance(step, Release):
-                self._release(step.segment, step.route)
-            else:
-                self._pass_on(step.segment, step.route)
+        for work in self.network.moments[s].walk:
+            if work.segment in self.span:
+                self.backward(work)
+
+    def backward(self, work: Pass | Release) -> None:
+        """One pass through one segment."""
+        if isinstance(work, Release):
+            self._release(work.segment, work.route)
+        else:
+            self._pass_on(work.segment, work.route)
 
     def join(self, s: int, values: Iterable[Tensor]) -> None:
         """Cotangents at the top of the span, of the walk after segment ``s`` above it."""
@@ -125,11 +116,49 @@ class RoutedStep:
             )
             self._arrive(top, route, Cotangent(value, min(self._unit_scale(i, call) for i, call in units)))
 
-    def overflows(self) -> Tensor:
-        """(calls,) bool: heads that overflowed; a segment is blamed on every head above whose window it is in."""
-        flags = torch.stack([flag for flag, _ in self._overflows])
-        blamed = torch.tensor([calls for _, calls in self._overflows], device=flags.device)
-        return (flags[:, None] & blamed).any(0)
+    def take_overflows(self) -> Tensor:
+        """(calls,) bool: heads that overflowed since the last call.
+
+        A segment's overflow is blamed on every head above whose window it is in.
+        """
+        found, self._overflows = self._overflows, []
+        device = next(self.network.parameters()).device
+        if not found:
+            return torch.zeros(len(self.network.calls), dtype=torch.bool, device=device)
+        flags, blamed = zip(*found, strict=True)
+        return (torch.stack(flags)[:, None] & torch.tensor(blamed, device=device)).any(0)
+
+    @staticmethod
+    def contrast(steps: Sequence[RoutedStep], s: int) -> None:
+        """Score the deferred embeddings on segment ``s`` of all micro-batches of an optimizer step together.
+
+        The loss counts once for the whole step, so for its average over micro-batches each gets a multiple.
+        """
+        first = steps[0]
+        for call in [call for call in first.network.moments[s].heads if call in first.embeddings]:
+            parts = [step.embeddings[call][1].detach().requires_grad_() for step in steps]
+            views = first.batch.views
+            whole = torch.cat([part.unflatten(0, (views, -1)) for part in parts], 1).flatten(0, 1)
+            labels = [step.batch.labels for step in steps if step.batch.labels is not None]
+            batch = first.batch._replace(labels=torch.cat(labels) if labels else None)
+            with first.network.autocast(whole):
+                loss = first._head(call).score(whole, batch)  # type: ignore[operator]
+            factor = first._weight(call) * first._scale(call) * len(steps)
+            gradients = torch.autograd.grad(loss * factor, parts)
+            for step, gradient in zip(steps, gradients, strict=True):
+                step._score(s, call, loss.detach(), gradient)
+
+    def _embed(self, s: int, call: HeadCall) -> None:
+        x = self.outputs[s].detach().requires_grad_()
+        with self.network.autocast(x):
+            embedding = self._head(call).embed(self.network.segments[s].to_map(x))  # type: ignore[operator]
+        self.embeddings[call] = (x, embedding)
+
+    def _score(self, s: int, call: HeadCall, loss: Tensor, gradient: Tensor) -> None:
+        x, embedding = self.embeddings.pop(call)
+        self.losses.update(dict.fromkeys(call.units, loss))
+        cotangent, *gradients = torch.autograd.grad(embedding, [x, *self._parameters(call)], gradient)
+        self._deposit(s, call, cotangent, gradients)
 
     def _head(self, call: HeadCall) -> nn.Module:
         return self.plan.units[call.units[0]].head
@@ -201,6 +230,11 @@ class RoutedStep:
 
     def _note(self, overflow: Tensor, calls: list[bool]) -> None:
         self._overflows.append((overflow, calls))
+
+
+def contrasts(head: nn.Module) -> bool:
+    """Whether the head compares the images of a batch with each other."""
+    return getattr(head, "contrasts", False)
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -41,6 +41,19 @@ class Head(nn.Module):
         """Scalar loss on the segment output ``x`` (N, C, H, W)."""
         return self.objective(self.trunk(x), batch)
 
+    @property
+    def contrasts(self) -> bool:
+        """Whether the loss compares the images of a batch, so that it depends on which are in it."""
+        return getattr(self.objective, "contrasts", False)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The trunk's output (N, D), for ``score``."""
+        return self.trunk(x)
+
+    def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """Scalar loss of embeddings (N, D), which may be those of several micro-batches, view-major."""
+        return self.objective(embeddings, batch)
+
     def predict(self, x: Tensor) -> Tensor:
         """The trunk's output (N, D): logits of a classifier, the embedding of a contrastive head."""
         return self.trunk(x)
@@ -53,6 +66,11 @@ class WeightedHeads(nn.Module):
         super().__init__()
         self.weights = [weight for weight, _ in parts]
         self.parts = nn.ModuleList(part for _, part in parts)
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether a part does."""
+        return any(getattr(part, "contrasts", False) for part in self.parts)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Scalar loss on the segment output ``x`` (N, C, H, W)."""

@@ -126,6 +126,24 @@ class LamHead(ReadingHead):
         """Scalar loss on the segment output ``x`` (N, C, H, W)."""
         return self.head(self.lam(x), batch)
 
+    @property
+    def contrasts(self) -> bool:
+        """As the inner head."""
+        return getattr(self.head, "contrasts", False)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """As the inner head's."""
+        return self.head.embed(self.lam(x))  # type: ignore[operator]
+
+    def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """As the inner head's."""
+        return self.head.score(embeddings, batch)  # type: ignore[operator]
+
+    def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
+        """Those of the blocks that copies follow."""
+        followed = self.lam.followed if self.updated else ()
+        return [parameter for block in followed for parameter in block.module(segments).parameters()]
+
     def update_copies(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
         """The copies follow their blocks."""
         if self.updated:

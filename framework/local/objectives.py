@@ -37,6 +37,8 @@ class InfoNCE(nn.Module):
             the loss of the whole batch; otherwise they are constants (FACTS L7).
     """
 
+    contrasts = True
+
     def __init__(
         self,
         temperature: float = 0.1,
@@ -76,6 +78,8 @@ class SupCon(nn.Module):
         temperature: tau; 0.07 in InfoPro (FACTS E4).
     """
 
+    contrasts = True
+
     def __init__(self, temperature: float = 0.07) -> None:
         super().__init__()
         self.temperature = temperature
@@ -108,6 +112,8 @@ class BarlowTwins(nn.Module):
         redundancy: lambda, 0.0051 as published.
     """
 
+    contrasts = True
+
     def __init__(self, redundancy: float = 0.0051) -> None:
         super().__init__()
         self.redundancy = redundancy
@@ -130,6 +136,8 @@ class VICReg(nn.Module):
         variance: weight of the hinge on every dimension's standard deviation; 25.
         covariance: weight of the squared covariances between dimensions; 1.
     """
+
+    contrasts = True
 
     def __init__(self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> None:
         super().__init__()

@@ -40,6 +40,19 @@ class SoftSharedHead(ReadingHead):
         """Scalar loss on the output ``x`` (N, C, H, W) of the segment below the copied one."""
         return self.head(self.copy(x), batch)
 
+    @property
+    def contrasts(self) -> bool:
+        """As the inner head."""
+        return getattr(self.head, "contrasts", False)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """As the inner head's."""
+        return self.head.embed(self.copy(x))  # type: ignore[operator]
+
+    def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """As the inner head's."""
+        return self.head.score(embeddings, batch)  # type: ignore[operator]
+
     def penalty(self, segments: Sequence[Segment]) -> Tensor:
         """Scalar."""
         pairs = zip(self.copy.parameters(), segments[self.reads[0]].parameters(), strict=True)

@@ -57,6 +57,10 @@ class ReadingHead(nn.Module):
     reads: tuple[int, ...] = ()
     when: Literal["before", "after"] = "before"
 
+    def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
+        """The weights that it looks at; fewer than all of ``reads`` cost a pipeline fewer bytes."""
+        return [parameter for s in self.reads for parameter in segments[s].parameters()]
+
     def penalty(self, segments: Sequence[Segment]) -> Tensor | None:
         """Scalar that is added to the loss as it is: a function of weights, which all get its gradient."""
         return None
