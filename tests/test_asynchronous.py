@@ -134,7 +134,7 @@ def test_windows_can_not_wait_for_nobody() -> None:
     heads = [Classifier().build(Shape(4, 4, 4), 2) for _ in range(3)]
     units = [LocalUnit(f"u{i}", max(0, i - 1), i, heads[i]) for i in range(3)]
     with pytest.raises(UserError, match="async_mode=buffer: only where every module has a unit of its own"):
-        Plan(tuple(units), 3, asynchronous=Asynchronous("buffer"))
+        Plan(tuple(units), 3, asynchronous=Asynchronous(async_mode="buffer"))
 
 
 def test_modules_one_after_another_are_trained_on_frozen_outputs() -> None:
