@@ -49,10 +49,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, pool: Callable[[int], 
     """A run of about a minute on this machine, which is the shortest time limit that Slurm knows."""
     folder = tmp_path_factory.getbasetemp() / "undisturbed"
     argv = [str(ROOT / "recipes" / "loco_r50_800ep.yaml"), *toy(folder, *LENGTH, "data.workers=0")]
-    assert pool(2).run(run, [*argv, "train.max_steps=40"]) == ["", ""]
+    assert pool(2).run(run, [*argv, "train.max_steps=40"], timeout=PATIENCE) == ["", ""]
     seconds = 64 / read_log(folder / "run" / "metrics.jsonl")[-1]["images_per_second"]
     steps = 40 + math.ceil(60 / seconds)
-    assert pool(2).run(run, [*argv, f"train.max_steps={steps}"], timeout=600) == ["", ""]
+    assert pool(2).run(run, [*argv, f"train.max_steps={steps}"], timeout=PATIENCE) == ["", ""]
     return Reference(folder, steps)
 
 
