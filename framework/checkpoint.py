@@ -160,6 +160,18 @@ def set_aside_later(run_dir: Path, step: int) -> list[str]:
     return renamed
 
 
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State and model tensors of a checkpoint, for one process that has no engine.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    if damage := _damage(folder):
+        raise UserError(f"{folder}: {damage}")
+    state, model, _ = _read(folder)
+    return state, model
+
+
 def export_backbone(engine: Engine, path: Path) -> None:
     """Write the backbone alone, under timm's names; all ranks must call it.
 

@@ -20,7 +20,17 @@ from framework.composition import merge, origin, parse_overrides, recipe_files
 from framework.data.views import Views
 from framework.errors import UserError
 from framework.local import methods
-from framework.schema import Fault, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, build, keys
+from framework.schema import (
+    Fault,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Share,
+    build,
+    keys,
+)
 
 
 @dataclass
@@ -64,6 +74,8 @@ class Data:
         test: folder of the held-out split, below ``path``.
         image_size: side of a view in pixels.
         num_classes: check against the labels; ``None`` takes the count from the shards.
+        share: of every class's training images, drawn by the seed, that are used at all: 0.01 and 0.1 in
+            SimCLR's semi-supervised protocol.
         workers: processes per rank that decode; 0 decodes in the training process.
         window: samples among which the order is mixed, so that only the shards of about so many are in use at
             a time; 0 mixes the whole epoch. Behind a URL the shards of a window must fit the cache.
@@ -78,6 +90,7 @@ class Data:
     test: str = "test"
     image_size: PositiveInt = 224
     num_classes: PositiveInt | None = None
+    share: Share = 1.0
     workers: NonNegativeInt = 8
     window: NonNegativeInt = 0
     cache: Literal["none", "memory"] = "none"
@@ -94,7 +107,8 @@ class Optim:
         lr: highest learning rate, for the whole batch: nothing scales it.
         momentum: lars and sgd.
         nesterov: sgd only.
-        weight_decay: not applied to BatchNorm and biases.
+        weight_decay: coefficient.
+        decay: what it applies to, and the adaptation of lars: weights, or BatchNorm and biases too.
         trust: trust coefficient of lars.
         warmup_epochs: length of the warm-up; may be a fraction.
         clip: largest norm of the whole gradient; 0 clips nothing.
@@ -105,6 +119,7 @@ class Optim:
     momentum: Fraction = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 1e-6
+    decay: Literal["weights", "all"] = "weights"
     trust: Positive = 0.001
     warmup_epochs: NonNegative = 10.0
     clip: NonNegative = 0.0
@@ -130,20 +145,48 @@ class Train:
 
 
 @dataclass
+class Pipeline:
+    """Segments spread over ranks, on ``engine=deepspeed``.
+
+    Attributes:
+        stages: ranks in a row that share the network; the others form replicas of it.
+        micro_batches: per step; ``None`` takes ``train.accumulation``.
+        balance: what stages have equally much of: "time" (measured at the start), "flops", "memory" or
+            "parameters"; or the numbers of segments on each stage.
+        contrast: whether contrastive heads compare the images of a micro-batch, or those of the whole batch,
+            whose activations then stay until the last micro-batch has come.
+        lam_lag: steps by which moving averages of weights of other stages may come late, over the one that is
+            free; a stage waits for them otherwise.
+        timeout: seconds to wait for another stage before giving up.
+    """
+
+    stages: PositiveInt = 1
+    micro_batches: PositiveInt | None = None
+    balance: Literal["time", "flops", "memory", "parameters"] | list[PositiveInt] = "flops"
+    contrast: Literal["micro_batch", "batch"] = "micro_batch"
+    lam_lag: NonNegativeInt = 0
+    timeout: Positive = 300.0
+
+
+@dataclass
 class Evaluate:
-    """What is measured at the end.
+    """What is measured at the end, and during training.
 
     Attributes:
         knn: classify by the nearest neighbours in feature space, and in raw pixels beside it.
         neighbours: k of the k-NN classifier.
         linear: fit a linear probe on the frozen features.
         batch_size: images per rank and forward.
+        every_epochs: measure during training too, at this interval; ``None`` only at the end.
+        images: of each split, evenly spaced, that are used during training; ``None`` all.
     """
 
     knn: bool = True
     neighbours: PositiveInt = 20
     linear: bool = True
     batch_size: PositiveInt = 256
+    every_epochs: PositiveInt | None = None
+    images: PositiveInt | None = None
 
 
 @dataclass
@@ -224,12 +267,23 @@ class Recipe:
     views: Views = field(default_factory=Views)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    pipeline: Pipeline = field(default_factory=Pipeline)
     zero_stage: Literal[0, 1, 2] = 1
     deepspeed: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     faults: Faults = field(default_factory=Faults)
     logging: Logging = field(default_factory=Logging)
+
+    @property
+    def micro_batches(self) -> int:
+        """Per step."""
+        return self.pipeline.micro_batches or self.train.accumulation
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the pipeline engine runs it."""
+        return self.pipeline.stages > 1 or self.pipeline.contrast == "batch"
 
 
 def load(argv: Sequence[str]) -> Recipe:
@@ -294,6 +348,22 @@ def _check(recipe: Recipe) -> None:
     warmup, epochs = recipe.optim.warmup_epochs, recipe.train.epochs
     if warmup > epochs:
         raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}")
+    _check_pipeline(recipe)
+
+
+def _check_pipeline(recipe: Recipe) -> None:
+    pipeline, train = recipe.pipeline, recipe.train
+    if pipeline.micro_batches is not None and train.accumulation not in (1, pipeline.micro_batches):
+        raise Fault(
+            "pipeline.micro_batches", pipeline.micro_batches, f"train.accumulation={train.accumulation} says otherwise"
+        )
+    if recipe.micro_batches > 1 and train.batch_size % recipe.micro_batches:
+        key = "train.accumulation" if pipeline.micro_batches is None else "pipeline.micro_batches"
+        raise Fault(key, recipe.micro_batches, f"must divide train.batch_size={train.batch_size}")
+    if recipe.pipelined and recipe.engine != "deepspeed":
+        raise Fault("engine", recipe.engine, "pipeline stages need engine=deepspeed")
+    if recipe.pipelined and recipe.zero_stage > 1:
+        raise Fault("zero_stage", recipe.zero_stage, "must be 0 or 1 with pipeline stages")
 
 
 def _explain(fault: Fault, known: Sequence[str]) -> str:

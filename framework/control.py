@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -59,10 +60,14 @@ class Requests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> Request:
-        """The most urgent request that any rank has met; collective, so that all ranks follow it at once."""
+    def ask(self) -> Callable[[], Request]:
+        """The most urgent request that any rank has met by now; collective, so that all ranks follow it at once.
+
+        Who calls the answer waits for ranks that are behind.
+        """
         mine = Request.LEAVE if self._signalled else self._touched()
-        return Request(distributed.max_over_ranks(mine))
+        largest = distributed.max_over_ranks(mine)
+        return lambda: Request(largest())
 
     def done(self, request: Request) -> None:
         """Take away the file of a request that has been followed."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from framework.config import Recipe
 from framework.control import Request, Requests
 from framework.data.loader import TrainLoader
 from framework.display import Progress
-from framework.engines import Engine
+from framework.engines import Engine, StepResult
 from framework.errors import LocalError, UserError
 from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate
@@ -46,6 +47,15 @@ class Position:
     nonfinite: int = 0
 
 
+class Pending(NamedTuple):
+    """A step that is done here; its losses, and what was asked for, may still be on their way."""
+
+    step: int
+    lr: float
+    result: StepResult
+    answer: Callable[[], Request]
+
+
 class Loop:
     """Runs a recipe's remaining steps.
 
@@ -54,10 +64,19 @@ class Loop:
         engine: steps the network.
         loader: this rank's batches.
         position: where to go on.
+        score: measures the network during training: accuracies in per cent, on rank 0.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, loader: TrainLoader, position: Position) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        loader: TrainLoader,
+        position: Position,
+        score: Callable[[], dict[str, float]],
+    ) -> None:
         self.recipe, self.engine, self.loader, self.position = recipe, engine, loader, position
+        self.score = score
         self.run_dir = Path(recipe.run_dir)
         self.per_epoch = loader.steps_per_epoch
         self.total = recipe.train.epochs * self.per_epoch
@@ -81,7 +100,9 @@ class Loop:
         Raises:
             UserError: a loss that is not finite, data that can't be read, a last checkpoint that can't be written.
         """
-        start, request = self.position.step, Request.NOTHING
+        start = self.position.step
+        under_way: deque[Pending] = deque()
+        request = Request.NOTHING
         with (
             Requests(self.run_dir) as requests,
             self.saver,
@@ -89,10 +110,16 @@ class Loop:
             Progress(self.stop, start, enabled=distributed.is_main()) as progress,
         ):
             for step, batches in enumerate(self._batches(start), start):
-                self._step(step, batches, logs, progress)
+                request = Request.NOTHING
+                under_way.append(self._step(step, batches, requests))
+                due = self._checkpoint_due()
+                while len(under_way) > (0 if due or self._score_due() or request else self.engine.lag):
+                    request = max(request, self._read(under_way.popleft(), logs, progress))
                 alive(self.position.step)
-                request = requests.agreed()
-                if request or self._checkpoint_due():
+                if self._score_due():
+                    self._measure(step, logs, progress)
+                    alive(self.position.step)
+                if request or due:
                     self.save()
                 if request:
                     requests.done(request)
@@ -103,7 +130,7 @@ class Loop:
             except UserError:
                 if request is not Request.LEAVE:  # the next start goes on from an earlier one
                     raise
-            return max(request, requests.agreed())
+            return max(request, requests.ask()())
 
     def save(self) -> None:
         """Begin to write a checkpoint of this moment; collective."""
@@ -116,6 +143,8 @@ class Loop:
         }
         self.since_save = []
         self.saver.save(self.engine, self.position.step, state)
+        if self.engine.net.turns is not None:
+            self.engine.net.turns.empty()
 
     def summary(self) -> dict[str, Any]:
         """What the loop knows about the run."""
@@ -129,21 +158,31 @@ class Loop:
 
     def _batches(self, start: int) -> Iterator[list[Batch]]:
         """This rank's batches; an error in the data is this rank's alone to tell."""
+        if not self.engine.loads:
+            yield from ([] for _ in range(start, self.stop))
+            return
         try:
             yield from self.loader.steps(start, self.stop)
         except UserError as error:
             where = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
             raise LocalError(f"{where}{error}") from error
 
-    def _step(self, step: int, batches: list[Batch], logs: Logs | None, progress: Progress) -> None:
+    def _step(self, step: int, batches: list[Batch], requests: Requests) -> Pending:
         _seed(self.recipe.seed, step)
         lr = self._learning_rate()
         if self.norms:
             self.norms.remember()
         result = self.engine.step(batches, lr)
-        losses = dict(zip(self.units, result.unit_losses.tolist(), strict=True))  # waits for the GPU
+        if self.norms and result.skipped:
+            self.norms.put_back()
         self.position.step += 1
         self.position.updates += not result.skipped
+        return Pending(step, lr, result, requests.ask())
+
+    def _read(self, pending: Pending, logs: Logs | None, progress: Progress) -> Request:
+        """Take in a step that is done everywhere; what was asked for meanwhile."""
+        step, lr, result, answer = pending
+        losses = dict(zip(self.units, result.losses(), strict=True))
         speed = self.speed.step(self.recipe.train.batch_size)
         epoch = (step + 1) / self.per_epoch
         if logs:
@@ -152,6 +191,7 @@ class Loop:
             )
         progress.update(step, epoch, losses, speed)
         self._judge(step, losses, result.skipped)
+        return answer()
 
     def _judge(self, step: int, losses: dict[str, float], skipped: bool) -> None:
         """Note a good step; let a bad one pass, or stop.
@@ -166,8 +206,6 @@ class Loop:
                 f"the loss of unit {bad} is {losses[bad]} at step {step}: lower optim.lr={lr}, look at the data, or "
                 f"set faults.nonfinite=skip; the last checkpoint is as it was"
             )
-        if self.norms and skipped:
-            self.norms.put_back()
         if bad is None and not skipped:
             self.since_save.append(float(np.dot(self.weights, list(losses.values()))))
         if bad or (skipped and self.recipe.train.precision != "fp16"):  # there a gradient may overflow
@@ -182,6 +220,17 @@ class Loop:
         optim = self.recipe.optim
         warmup = round(optim.warmup_epochs * self.per_epoch)
         return learning_rate(self.position.updates, self.total, warmup, optim.lr)
+
+    def _score_due(self) -> bool:
+        """At every interval but the end, which ``leave_results`` measures."""
+        every, step = self.recipe.evaluate.every_epochs, self.position.step
+        return every is not None and step % (every * self.per_epoch) == 0 and step < self.stop
+
+    def _measure(self, step: int, logs: Logs | None, progress: Progress) -> None:
+        scores, epoch = self.score(), (step + 1) / self.per_epoch
+        if logs:
+            logs.write_scores(step, epoch=epoch, scores=scores)
+            progress.note(f"epoch {epoch:g}: " + ", ".join(f"{k} {v:.1f} %" for k, v in scores.items()))
 
     def _checkpoint_due(self) -> bool:
         step, every = self.position.step, self.recipe.checkpoint

@@ -62,6 +62,10 @@ class MetricLog:
         """
         self._append({"step": step, "epoch": epoch, "lr": lr, "losses": losses, **more})
 
+    def write_scores(self, step: int, *, epoch: float, scores: Mapping[str, float]) -> None:
+        """Append accuracies in per cent, measured after ``step``."""
+        self._append({"step": step, "epoch": epoch, "scores": scores})
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()

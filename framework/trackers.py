@@ -51,6 +51,14 @@ class Logs:
         if step % self._every:
             return
         self._log.write(step, **numbers)
+        self._track(step, numbers)
+
+    def write_scores(self, step: int, *, epoch: float, scores: Mapping[str, float]) -> None:
+        """Note accuracies in per cent, measured after ``step``."""
+        self._log.write_scores(step, epoch=epoch, scores=scores)
+        self._track(step, {"scores": scores})
+
+    def _track(self, step: int, numbers: Mapping[str, Any]) -> None:
         for tracker in list(self._trackers):
             try:
                 tracker.write(step, numbers)

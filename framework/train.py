@@ -22,11 +22,13 @@ from framework.data.splits import Splits
 from framework.engines import Engine
 from framework.errors import LocalError, UserError
 from framework.execution import LocalNetwork
+from framework.execution.placement import Placement
 from framework.hangs import Watchdog
 from framework.loop import Loop
-from framework.model import recipe_network
+from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
-from framework.results import leave_results
+from framework.pipeline.balance import place
+from framework.results import leave_results, score_now
 from framework.resume import restore
 
 MEND_FIRST = 2  # exit status: starting the same command again would not help
@@ -40,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = config.load(sys.argv[1:] if argv is None else argv)
         distributed.start()
-        request = train(recipe)
+        request = Request.NOTHING
+        for part in parts(recipe):
+            request = train(part)
+            if request >= Request.STOP:
+                break
     except UserError as error:
         if distributed.launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -58,30 +64,36 @@ def train(recipe: Recipe) -> Request:
     Raises:
         UserError: whatever the person who started it can mend.
     """
+    stages = recipe.pipeline.stages
+    if distributed.world_size() % stages:
+        raise UserError(
+            f"pipeline.stages={stages}: must divide the number of ranks, {distributed.world_size()}"
+        )
     splits = Splits.open(recipe)
     with distributed.same_outcome():
         net = recipe_network(recipe, splits.num_classes)
-        untrained = recipe_network(recipe, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
         if net.plan.supervised and not splits.train.labelled:
             raise UserError(
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
             )
     with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
-        engine = build_engine(recipe, net)
-        loop = Loop(recipe, engine, loader, restore(recipe, engine))
+        placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
+        engine = build_engine(recipe, net, placement)
+        position = restore(recipe, engine)
+        loop = Loop(recipe, engine, loader, position, lambda: score_now(recipe, engine.whole_net(), splits))
         request = loop.run(watchdog.step)
     if request >= Request.STOP:
         if distributed.is_main():
             print(f"stopped after step {loop.position.step}; the same command goes on from there", flush=True)
     else:
-        leave_results(recipe, engine, untrained, splits, loop.summary())
+        leave_results(recipe, engine, splits, loop.summary())
     engine.close()
     return request
 
 
-def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
-    """The network under the recipe's engine and optimizer."""
+def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None = None) -> Engine:
+    """The network under the recipe's engine and optimizer, in pipeline stages where they have a placement."""
     optim = recipe.optim
     make_optimizer = partial(
         build_optimizer,
@@ -89,6 +101,7 @@ def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
         momentum=optim.momentum,
         nesterov=optim.nesterov,
         weight_decay=optim.weight_decay,
+        decay=optim.decay,
         trust=optim.trust,
     )
     return engines.build(
@@ -96,10 +109,12 @@ def build_engine(recipe: Recipe, net: LocalNetwork) -> Engine:
         net,
         make_optimizer,
         batch_size=recipe.train.batch_size,
-        accumulation=recipe.train.accumulation,
+        accumulation=recipe.micro_batches,
         clip=optim.clip,
         zero_stage=recipe.zero_stage,
         deepspeed=recipe.deepspeed,
+        pipeline=recipe.pipeline,
+        placement=placement,
     )
 
 

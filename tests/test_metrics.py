@@ -20,7 +20,8 @@ from PIL import Image
 from rich.console import Console
 
 from framework import metrics
-from framework.display import Progress, loss_curves
+from framework.analysis.curves import loss_curves
+from framework.display import Progress
 from framework.errors import UserError
 from framework.metrics import MetricLog, Throughput, read_log, write_result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
+from framework import distributed
 from framework.errors import UserError
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -56,13 +57,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same, normalised; one collective in training, none in evaluation."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if not self.training or world == 1:
+        if not self.training or distributed.world_size() == 1:
             return super().forward(input)
         axes = [0, *range(2, input.ndim)]
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = x.new_tensor([x.numel() // x.shape[1]])
-        sums = _AllReduceSum.apply(torch.cat([x.sum(axes), (x * x).sum(axes), count]))
+        sums = distributed.sum_with_gradient(torch.cat([x.sum(axes), (x * x).sum(axes), count]))
         total, squares, n = sums.split([self.num_features, self.num_features, 1])
         mean = total / n
         variance = (squares / n - mean * mean).clamp_min(0)
@@ -85,22 +85,6 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_((variance * n / (n - 1)).to(self.running_var.dtype), momentum)
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks; so is its gradient, since every rank's loss depends on every rank's input."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
-
-
 class SyncBatchNormAct(SyncBatchNorm):
     """The same for timm's BatchNorm with an activation behind it."""
 
@@ -117,6 +101,13 @@ class SyncBatchNormAct(SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> the same, normalised and activated."""
         return self.act(self.drop(super().forward(input)))
+
+
+def synchronise_among(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
+    """Tell PyTorch's own SyncBatchNorms which ranks they see; ours ask ``distributed``."""
+    for module in modules:
+        if isinstance(module, nn.SyncBatchNorm):
+            module.process_group = group
 
 
 @contextmanager
