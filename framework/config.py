@@ -355,7 +355,9 @@ def _check_pipeline(recipe: Recipe) -> None:
     pipeline, train = recipe.pipeline, recipe.train
     if pipeline.micro_batches is not None and train.accumulation not in (1, pipeline.micro_batches):
         raise Fault(
-            "pipeline.micro_batches", pipeline.micro_batches, f"train.accumulation={train.accumulation} says otherwise"
+            "pipeline.micro_batches",
+            pipeline.micro_batches,
+            f"train.accumulation={train.accumulation} says otherwise",
         )
     if recipe.micro_batches > 1 and train.batch_size % recipe.micro_batches:
         key = "train.accumulation" if pipeline.micro_batches is None else "pipeline.micro_batches"
@@ -364,6 +366,10 @@ def _check_pipeline(recipe: Recipe) -> None:
         raise Fault("engine", recipe.engine, "pipeline stages need engine=deepspeed")
     if recipe.pipelined and recipe.zero_stage > 1:
         raise Fault("zero_stage", recipe.zero_stage, "must be 0 or 1 with pipeline stages")
+    if recipe.pipelined and recipe.faults.nonfinite == "skip":
+        raise Fault(
+            "faults.nonfinite", "skip", "must be stop with pipeline stages, which do not wait for each other"
+        )
 
 
 def _explain(fault: Fault, known: Sequence[str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,8 @@ def restore(recipe: Recipe, engine: Engine) -> Position:
     if folder is None:
         return Position()
     state = checkpoint.load(folder, engine)
-    _check_batch(folder, state, recipe, engine.net)
+    with distributed.same_outcome():
+        _check_batch(folder, state, recipe, engine.net)
     with distributed.same_outcome():
         if distributed.is_main():
             for name in checkpoint.set_aside_later(run_dir, state["step"]):
@@ -54,7 +57,7 @@ def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
 
 
 class Sets(NamedTuple):
-    """How many images a step's nonlinear parts see together; losses depend on it, and weights on no other split.
+    """How many images a step's nonlinear parts see together; losses depend on it, and on no other split.
 
     Attributes:
         contrast: images that are contrasted; ``None`` without a contrastive loss.
@@ -65,14 +68,14 @@ class Sets(NamedTuple):
     norm: int | None
 
     @classmethod
-    def of(cls, network: LocalNetwork, sync_bn: bool, batch_size: int, accumulation: int, ranks: int) -> Sets:
-        """Of ``batch_size`` images in ``accumulation`` micro-batches over so many ranks."""
+    def of(cls, network: LocalNetwork, recipe: Mapping[str, Any], ranks: int, micro_batches: int) -> Sets:
+        """Of a recipe on so many ranks and micro-batches."""
         contrast = not network.plan.supervised or any(isinstance(m, SupCon) for m in network.modules())
         norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
-        forward = batch_size // accumulation
-        return cls(
-            forward if contrast else None, (forward if sync_bn else forward // ranks) if norm else None
-        )
+        batch, pipeline = recipe["train"]["batch_size"], recipe["pipeline"]
+        together = batch if pipeline["contrast"] == "batch" else batch // micro_batches
+        replicas = 1 if recipe["network"]["sync_bn"] else ranks // pipeline["stages"]
+        return cls(together if contrast else None, batch // micro_batches // replicas if norm else None)
 
 
 def _check_batch(folder: Path, state: dict[str, Any], recipe: Recipe, net: LocalNetwork) -> None:
@@ -81,26 +84,25 @@ def _check_batch(folder: Path, state: dict[str, Any], recipe: Recipe, net: Local
     Raises:
         UserError: see there.
     """
-    then, ranks, now = yaml.safe_load(state["recipe"]), state["ranks"], distributed.world_size()
-    batch, accumulation, synced = (
-        *map(then["train"].get, ("batch_size", "accumulation")),
-        then["network"]["sync_bn"],
-    )
+    then, before = yaml.safe_load(state["recipe"]), state["ranks"]
+    here, now = asdict(recipe), distributed.world_size()
+    batch = then["train"]["batch_size"]
     if batch != recipe.train.batch_size:
         raise UserError(
             f"{folder}: its steps are of {batch} images, and a step is a place in the data: "
             f"train.batch_size={recipe.train.batch_size} must be {batch}"
         )
-    old = Sets.of(net, synced, batch, accumulation, ranks)
-    new = Sets.of(net, recipe.network.sync_bn, batch, recipe.train.accumulation, now)
-    for what, before, after in zip(("losses contrast", "BatchNorm averages over"), old, new, strict=True):
-        if before != after:
-            share = old.norm * (1 if synced else now) if old.norm else old.contrast or batch
-            remedy = f"start {ranks} ranks"
-            if share <= batch and old == Sets.of(net, synced, batch, batch // share, now):
-                remedy = f"set train.accumulation={batch // share} network.sync_bn={str(synced).lower()}"
+    micro_batches = then["pipeline"]["micro_batches"] or then["train"]["accumulation"]
+    old = Sets.of(net, then, before, micro_batches)
+    new = Sets.of(net, here, now, recipe.micro_batches)
+    for what, was, is_now in zip(("losses contrast", "BatchNorm averages over"), old, new, strict=True):
+        if was != is_now:
+            fits = (n for n in range(1, batch + 1) if batch % n == 0 and Sets.of(net, here, now, n) == old)
+            number = next(fits, None)
+            remedy = f"start {before} ranks" if number is None else f"set train.accumulation={number}"
             raise UserError(
-                f"{folder}: {what} {before} images there ({ranks} ranks, train.accumulation={accumulation}) and "
-                f"{after} here ({now} ranks, train.accumulation={recipe.train.accumulation}, "
-                f"network.sync_bn={str(recipe.network.sync_bn).lower()}): {remedy} as before"
+                f"{folder}: {what} {was} images there ({before} ranks, micro-batches: {micro_batches}) and {is_now} "
+                f"here ({now} ranks, micro-batches: {recipe.micro_batches}, network.sync_bn="
+                f"{str(recipe.network.sync_bn).lower()}): {remedy}, with network.sync_bn="
+                f"{str(then['network']['sync_bn']).lower()} as before"
             )

@@ -35,7 +35,7 @@ on_all_ranks() {
 }
 
 newest_checkpoint() {
-  find "$1/checkpoints" -maxdepth 1 -name 'step-*' 2> /dev/null | sort | tail -n 1
+  find "$1" -path '*/checkpoints/step-*' -name state.json -print0 2> /dev/null | xargs -0 -r ls -t | head -n 1
 }
 
 # Train a recipe; start the job again unless it is done (exit status 0) or somebody must mend something (2).

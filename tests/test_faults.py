@@ -268,7 +268,7 @@ def test_a_run_moves_between_ranks_and_zero_stages(tmp_path: Path, pool: PoolOf,
     [
         (
             ["train.accumulation=2"],
-            "losses contrast 64 images there (2 ranks, train.accumulation=1) and 32 here",
+            "losses contrast 64 images there (2 ranks, micro-batches: 1) and 32 here",
         ),
         (["network.sync_bn=false"], "BatchNorm averages over 64 images there"),
         (["train.batch_size=32"], "train.batch_size=32 must be 64"),
@@ -288,7 +288,7 @@ def test_a_batch_norm_for_each_rank_keeps_its_images_by_accumulation(tmp_path: P
     supervised = ("method.name=dgl", "network.sync_bn=false", "views.kind=cifar")
     assert set(pool(2).run(run, arguments(tmp_path, *supervised, "train.max_steps=2"))) == {""}
     (refusal,) = pool(1).run(run, arguments(tmp_path, *supervised, "train.max_steps=4"))
-    assert refusal.endswith("set train.accumulation=2 network.sync_bn=false as before")
+    assert refusal.endswith("set train.accumulation=2, with network.sync_bn=false as before")
     assert pool(1).run(
         run, arguments(tmp_path, *supervised, "train.max_steps=4", "train.accumulation=2")
     ) == [""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -45,15 +46,30 @@ class Reference(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, pool: Callable[[int], Pool]) -> Reference:
-    """A run of about a minute on this machine, which is the shortest time limit that Slurm knows."""
-    folder = tmp_path_factory.getbasetemp() / "undisturbed"
-    argv = [str(ROOT / "recipes" / "loco_r50_800ep.yaml"), *toy(folder, *LENGTH, "data.workers=0")]
-    assert pool(2).run(run, [*argv, "train.max_steps=40"]) == ["", ""]
-    seconds = 64 / read_log(folder / "run" / "metrics.jsonl")[-1]["images_per_second"]
-    steps = 40 + math.ceil(60 / seconds)
-    assert pool(2).run(run, [*argv, f"train.max_steps={steps}"], timeout=600) == ["", ""]
-    return Reference(folder, steps)
+def references(
+    tmp_path_factory: pytest.TempPathFactory, pool: Callable[[int], Pool]
+) -> tuple[Reference, Reference]:
+    """A run of some seconds and its continuation to more than a minute, as long as this machine takes for that."""
+    base = tmp_path_factory.getbasetemp()
+    short, long = base / "short", base / "long"
+    argv = [str(ROOT / "recipes" / "loco_r50_800ep.yaml"), *LENGTH]
+    assert pool(2).run(
+        run, [*argv, *toy(short, "data.workers=0", "train.max_steps=40")], timeout=PATIENCE
+    ) == ["", ""]
+    per_second = read_log(short / "run" / "metrics.jsonl")[-1]["images_per_second"] / 64
+    steps = [math.ceil(seconds * per_second) + 60 for seconds in (20, 100)]
+    for folder, last in zip((short, long), steps, strict=True):
+        more = toy(folder, "data.workers=0", f"train.max_steps={last}")
+        assert pool(2).run(run, [*argv, *more], timeout=PATIENCE) == ["", ""]
+        if folder is short:
+            shutil.copytree(short, long)
+    return Reference(short, steps[0]), Reference(long, steps[1])
+
+
+@pytest.fixture
+def undisturbed(references: tuple[Reference, Reference]) -> Reference:
+    """The short run."""
+    return references[0]
 
 
 class Job:
@@ -110,12 +126,13 @@ def test_a_job_over_two_nodes_is_the_same_run(
 
 
 def test_a_job_that_runs_out_of_time_goes_on(
-    cluster: Cluster, tmp_path: Path, undisturbed: Reference
+    cluster: Cluster, tmp_path: Path, references: tuple[Reference, Reference]
 ) -> None:
-    job = Job(cluster, tmp_path, undisturbed.steps, options=("--time=1", "--signal=USR1@15"))
+    long = references[1]
+    job = Job(cluster, tmp_path, long.steps, options=("--time=2", "--signal=USR1@15"))
     job.until_done()
     assert job.restarts >= 1 and "ended with status 75, JobState=RUNNING" in job.text
-    assert_same_run(tmp_path, *undisturbed)
+    assert_same_run(tmp_path, *long)
 
 
 def test_a_preempted_job_saves_and_comes_back(
