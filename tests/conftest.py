@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pool import Pool, start_server
-from runs import make_both
+from trained import make_both
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

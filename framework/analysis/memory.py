@@ -120,7 +120,7 @@ def draw_savings(rows: Sequence[tuple[str, float, float | None]]) -> Figure:
     Args:
         rows: label, our saving, the paper's or ``None``.
     """
-    figure = Figure(figsize=(8, 1.0 + 0.5 * len(rows)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 1.6 + 0.5 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     blue, orange = run_colors(2)
     for y, (_, ours, paper) in enumerate(rows):
