@@ -107,7 +107,8 @@ class Optim:
         lr: highest learning rate, for the whole batch: nothing scales it.
         momentum: lars and sgd.
         nesterov: sgd only.
-        weight_decay: not applied to BatchNorm and biases.
+        weight_decay: coefficient.
+        decay: what it applies to, and the adaptation of lars: weights, or BatchNorm and biases too.
         trust: trust coefficient of lars.
         warmup_epochs: length of the warm-up; may be a fraction.
         clip: largest norm of the whole gradient; 0 clips nothing.
@@ -118,6 +119,7 @@ class Optim:
     momentum: Fraction = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 1e-6
+    decay: Literal["weights", "all"] = "weights"
     trust: Positive = 0.001
     warmup_epochs: NonNegative = 10.0
     clip: NonNegative = 0.0
@@ -140,6 +142,30 @@ class Train:
     batch_size: PositiveInt = 4096
     accumulation: PositiveInt = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+@dataclass
+class Pipeline:
+    """Segments spread over ranks, on ``engine=deepspeed``.
+
+    Attributes:
+        stages: ranks in a row that share the network; the others form replicas of it.
+        micro_batches: per step; ``None`` takes ``train.accumulation``.
+        balance: what stages have equally much of: "time" (measured at the start), "flops", "memory" or
+            "parameters"; or the numbers of segments on each stage.
+        contrast: whether contrastive heads compare the images of a micro-batch, or those of the whole batch,
+            whose activations then stay until the last micro-batch has come.
+        lam_lag: steps by which moving averages of weights of other stages may come late, over the one that is
+            free; a stage waits for them otherwise.
+        timeout: seconds to wait for another stage before giving up.
+    """
+
+    stages: PositiveInt = 1
+    micro_batches: PositiveInt | None = None
+    balance: Literal["time", "flops", "memory", "parameters"] | list[PositiveInt] = "flops"
+    contrast: Literal["micro_batch", "batch"] = "micro_batch"
+    lam_lag: NonNegativeInt = 0
+    timeout: Positive = 300.0
 
 
 @dataclass
@@ -171,11 +197,48 @@ class Checkpoint:
         every_epochs: interval in epochs.
         every_steps: interval in steps, on top of that in epochs.
         keep: how many of the newest stay.
+        keep_every_epochs: those at multiples of so many epochs stay too.
+        keep_best: so does the one with the lowest mean loss since the one before it.
     """
 
     every_epochs: PositiveInt = 1
     every_steps: PositiveInt | None = None
     keep: PositiveInt = 2
+    keep_every_epochs: PositiveInt | None = None
+    keep_best: bool = False
+
+
+@dataclass
+class Faults:
+    """What a run does when something goes wrong.
+
+    Attributes:
+        nonfinite: a loss or gradient that is infinite or NaN stops the run, or the step is skipped: weights,
+            optimizer and BatchNorm's statistics stay as they were.
+        nonfinite_limit: steps that may be skipped in the whole run.
+        hang_seconds: a rank that makes no step for so long reports its stack and ends, to be started anew.
+    """
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: PositiveInt = 100
+    hang_seconds: Positive = 600.0
+
+
+@dataclass
+class Logging:
+    """Where the numbers of a run go, besides ``metrics.jsonl``.
+
+    Attributes:
+        every_steps: steps between two entries, in all of them.
+        tensorboard: write events to ``run_dir/tensorboard``; needs ``stagewise[tensorboard]``.
+        wandb: send to Weights & Biases, or keep in ``run_dir/wandb`` for ``wandb sync``; needs ``stagewise[wandb]``.
+        project: of Weights & Biases.
+    """
+
+    every_steps: PositiveInt = 1
+    tensorboard: bool = False
+    wandb: Literal["none", "online", "offline"] = "none"
+    project: str = "stagewise"
 
 
 @dataclass
@@ -188,7 +251,7 @@ class Recipe:
         seed: of weights, order of samples and augmentation.
         engine: what averages gradients over ranks and steps the optimizer.
         resume: "auto" goes on from the newest whole checkpoint of ``run_dir``, "never" starts afresh,
-            anything else is the path of a checkpoint.
+            anything else is the path of a checkpoint. A job that Slurm started again goes on from the newest.
         zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer, 2 also the gradients.
         deepspeed: handed to DeepSpeed as it is.
     """
@@ -204,10 +267,23 @@ class Recipe:
     views: Views = field(default_factory=Views)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    pipeline: Pipeline = field(default_factory=Pipeline)
     zero_stage: Literal[0, 1, 2] = 1
     deepspeed: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    faults: Faults = field(default_factory=Faults)
+    logging: Logging = field(default_factory=Logging)
+
+    @property
+    def micro_batches(self) -> int:
+        """Per step."""
+        return self.pipeline.micro_batches or self.train.accumulation
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the pipeline engine runs it."""
+        return self.pipeline.stages > 1 or self.pipeline.contrast == "batch"
 
 
 def load(argv: Sequence[str]) -> Recipe:
@@ -272,6 +348,22 @@ def _check(recipe: Recipe) -> None:
     warmup, epochs = recipe.optim.warmup_epochs, recipe.train.epochs
     if warmup > epochs:
         raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}")
+    _check_pipeline(recipe)
+
+
+def _check_pipeline(recipe: Recipe) -> None:
+    pipeline, train = recipe.pipeline, recipe.train
+    if pipeline.micro_batches is not None and train.accumulation not in (1, pipeline.micro_batches):
+        raise Fault(
+            "pipeline.micro_batches", pipeline.micro_batches, f"train.accumulation={train.accumulation} says otherwise"
+        )
+    if recipe.micro_batches > 1 and train.batch_size % recipe.micro_batches:
+        key = "train.accumulation" if pipeline.micro_batches is None else "pipeline.micro_batches"
+        raise Fault(key, recipe.micro_batches, f"must divide train.batch_size={train.batch_size}")
+    if recipe.pipelined and recipe.engine != "deepspeed":
+        raise Fault("engine", recipe.engine, "pipeline stages need engine=deepspeed")
+    if recipe.pipelined and recipe.zero_stage > 1:
+        raise Fault("zero_stage", recipe.zero_stage, "must be 0 or 1 with pipeline stages")
 
 
 def _explain(fault: Fault, known: Sequence[str]) -> str:

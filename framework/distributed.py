@@ -9,9 +9,11 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,16 +22,34 @@ from torch import Tensor, nn
 from framework.errors import LocalError, UserError
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Of collectives. NCCL's own 10 minutes are less than rank 0 may take to index shards, or a watchdog to report.
+PATIENCE = timedelta(hours=1)
+
+
+Group = dist.ProcessGroup | Literal["alone"] | None
+_REPLICAS: ContextVar[Group] = ContextVar("replicas", default=None)
+
+
+@contextmanager
+def replicas(group: Group) -> Iterator[None]:
+    """Inside, the ranks are those of ``group`` (or this process "alone"): so heads and norms see a batch."""
+    token = _REPLICAS.set(group)
+    try:
+        yield
+    finally:
+        _REPLICAS.reset(token)
 
 
 def rank() -> int:
     """Number of this process, 0 to ``world_size() - 1``."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    group = _REPLICAS.get()
+    return dist.get_rank(group) if dist.is_initialized() and group != "alone" else 0
 
 
 def world_size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    group = _REPLICAS.get()
+    return dist.get_world_size(group) if dist.is_initialized() and group != "alone" else 1
 
 
 def launched_rank() -> int:
@@ -66,10 +86,10 @@ def start() -> None:
                 f"{torch.cuda.device_count()}; start at most that many processes on a machine"
             )
         torch.cuda.set_device(device())
-        dist.init_process_group("nccl", device_id=device())
+        dist.init_process_group("nccl", device_id=device(), timeout=PATIENCE)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and its warning
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
 
 
 def stop() -> None:
@@ -182,6 +202,23 @@ def gather_text(text: str) -> list[str]:
     return [bytes(t[: int(n) - 1].tolist()).decode() for t, n in zip(texts, sizes, strict=True)]
 
 
+def gather_tensors(mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On rank 0's CPU: the tensors of all ranks, whose names must differ. Elsewhere: none. Collective."""
+    kinds = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in mine.items()]
+    listed = gather_text(json.dumps(kinds))
+    if not is_main():
+        for tensor in mine.values():
+            dist.send(tensor.detach().to(device()).contiguous(), 0)
+        return {}
+    gathered = {name: tensor.detach().cpu().clone() for name, tensor in mine.items()}
+    for source, text in enumerate(listed[1:], start=1):
+        for name, shape, kind in json.loads(text):
+            tensor = torch.empty(shape, dtype=getattr(torch, kind), device=device())
+            dist.recv(tensor, source)
+            gathered[name] = tensor.cpu()
+    return gathered
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's ``value`` (anything that JSON can hold) on every rank."""
     return json.loads(gather_text(json.dumps(value) if is_main() else "")[0])
@@ -206,6 +243,29 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x / world_size()
 
 
+def any_over_ranks(flags: Tensor) -> Tensor:
+    """Element by element, whether any rank has ``True``; does not wait for the device."""
+    if world_size() == 1:
+        return flags
+    seen = flags.float()
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    return seen > 0
+
+
+def max_over_ranks(number: int) -> Callable[[], int]:
+    """Largest of the ranks' whole numbers; who calls the answer waits for ranks that are behind."""
+    if world_size() == 1:
+        return lambda: number
+    largest = torch.tensor(number, device=device())
+    work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True)
+
+    def answer() -> int:
+        work.wait()
+        return int(largest)
+
+    return answer
+
+
 def sum_over_ranks(number: int) -> int:
     """Sum of a whole number over the ranks."""
     return round(
@@ -222,15 +282,36 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _Gather.apply(x)
 
 
+def sum_with_gradient(x: Tensor) -> Tensor:
+    """Sum of ``x`` over ranks; so is its gradient, since every rank's loss depends on every rank's ``x``."""
+    return _Sum.apply(x)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.group = _REPLICAS.get()  # backward may run in another thread, which has another context
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
+        dist.all_gather(parts, x.contiguous(), group=ctx.group)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.group = _REPLICAS.get()
+        x = x.clone()
+        dist.all_reduce(x, group=ctx.group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient

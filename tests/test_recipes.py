@@ -135,6 +135,8 @@ def test_locos_ablations_differ_as_the_tables_say() -> None:
     assert windows(plans["Table 5 row 6"]) == [(0, 3), (3, 7), (7, 13), (13, 15)]
     assert windows(plans["Table 5 row 7"]) == [(0, 4), (3, 8), (7, 14), (13, 15)]
     heads = {row: net.plan.units[-1].head for row, net in plans.items()}
-    linears = {row: sum(isinstance(m, torch.nn.Linear) for m in head.modules()) for row, head in heads.items()}
+    linears = {
+        row: sum(isinstance(m, torch.nn.Linear) for m in head.modules()) for row, head in heads.items()
+    }
     assert linears["Table 4 row 9"] == linears["Table 4 row 10"] == linears["Table 4 row 12"] == 4
     assert linears["Table 4 row 1"] == linears["Table 4 row 2"] == linears["Table 4 row 11"] == 2

@@ -28,7 +28,7 @@ def main() -> None:
     runs = arguments.runs
     samples = arguments.images
     if samples is None:
-        count = len(runs[0].splits.test)
+        count = len(runs[0].splits.held_out)
         samples = np.linspace(0, count, min(SHOWN, count), endpoint=False).astype(int).tolist()
     segment, images, values = activation_maps(runs, arguments.segment, samples)
     labels = [run.label for run in runs]

@@ -37,7 +37,7 @@ def main() -> None:
 def knn(run: Run, neighbours: int | None, images: int | None) -> dict[str, float]:
     """Per cent by kind of features, on rank 0."""
     splits = run.splits
-    some = replace(splits, train=splits.train.thinned(images), test=splits.test.thinned(images))
+    some = replace(splits, train=splits.train.thinned(images), test=splits.held_out.thinned(images))
     k = neighbours or run.recipe.evaluate.neighbours
     scores: dict[str, float] = {"neighbours": k}
     encoders: dict[str, LocalNetwork | None] = {
@@ -46,7 +46,7 @@ def knn(run: Run, neighbours: int | None, images: int | None) -> dict[str, float
         "raw pixels": None,
     }
     for name, net in encoders.items():
-        loaders = (some.eval_loader(shards) for shards in (some.train, some.test))
+        loaders = (some.eval_loader(shards) for shards in (some.train, some.held_out))
         train, test = (evaluate.features(net, x) if net else evaluate.pixels(x) for x in loaders)
         with distributed.same_outcome():
             if distributed.is_main():

@@ -70,7 +70,7 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
 
 
 def _cached(run: Run, protocol: Protocol, name: str, trained: bool = True) -> dict[str, float]:
-    train, test = (cached_rows(run, shards, trained) for shards in (run.splits.train, run.splits.test))
+    train, test = (cached_rows(run, shards, trained) for shards in (run.splits.train, run.splits.held_out))
     with _bar(protocol.epochs, name) as on_epoch:
         return evaluate_rows(train, test, run.splits.num_classes, protocol, run.recipe.seed, on_epoch)
 
@@ -85,7 +85,7 @@ def _augmented(run: Run, protocol: Protocol, preset: str) -> dict[str, float]:
             yield net.features(batch.images), batch.labels
 
     def test() -> Iterator[Any]:
-        for _, images, labels in splits.eval_loader(splits.test):
+        for _, images, labels in splits.eval_loader(splits.held_out):
             yield net.features(images), labels
 
     state = State(
@@ -97,7 +97,7 @@ def _augmented(run: Run, protocol: Protocol, preset: str) -> dict[str, float]:
             data=asdict(run.recipe.data),
         ),
     )
-    one = net.features(next(iter(splits.eval_loader(splits.test)))[1][:1])
+    one = net.features(next(iter(splits.eval_loader(splits.held_out)))[1][:1])
     with _bar(protocol.epochs, preset) as on_epoch:
         classifier = fit(
             batches,

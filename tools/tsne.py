@@ -33,7 +33,7 @@ def main() -> None:
         )
         for run in arguments.runs
     }
-    known = arguments.runs[0].splits.test.classes or []
+    known = arguments.runs[0].splits.held_out.classes or []
     names = {c: known[c] if c < len(known) else str(c) for c in arguments.classes}
     method = "UMAP" if arguments.umap else "t-SNE"
     numbers = {

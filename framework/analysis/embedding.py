@@ -46,7 +46,7 @@ def embed(
     Raises:
         UserError: a class without images, fewer images than the perplexity asks for, UMAP is not installed.
     """
-    shards = run.splits.test
+    shards = run.splits.held_out
     chosen = [np.flatnonzero(shards.labels == c)[:per_class] for c in classes]
     for c, rows in zip(classes, chosen, strict=True):
         if not len(rows):

@@ -36,10 +36,12 @@ def activation_maps(
     comparable(runs)
     splits = runs[0].splits
     for sample in samples:
-        if not 0 <= sample < len(splits.test):
-            raise UserError(f"image {sample}: {splits.test.folder} has images 0 to {len(splits.test) - 1}")
+        if not 0 <= sample < len(splits.held_out):
+            raise UserError(
+                f"image {sample}: {splits.held_out.folder} has images 0 to {len(splits.held_out) - 1}"
+            )
     order = np.unique(np.array(samples))
-    batches = [images for _, images, _ in splits.eval_loader(splits.test.take(order))]
+    batches = [images for _, images, _ in splits.eval_loader(splits.held_out.take(order))]
     images = torch.cat(batches)[np.searchsorted(order, samples)]
     found = []
     for run in runs:

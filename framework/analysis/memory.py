@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -93,6 +93,7 @@ def measure(recipe: Recipe, num_classes: int, images: int) -> Memory:
     Raises:
         UserError: as ``local_network``.
     """
+    recipe = replace(recipe, network=replace(recipe.network, sync_bn=False))  # there is one device
     method, end_to_end = cost.peak_bytes(recipe, num_classes, images)
     if not torch.cuda.is_available():
         return Memory((end_to_end, method), None)

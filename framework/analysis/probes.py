@@ -35,7 +35,7 @@ def probe_layers(
     segments = cut_like.segments(net)
     (train, train_y), (test, test_y) = (
         _outputs(run, net, segments, shards.thinned(images), flatten)
-        for shards in (run.splits.train, run.splits.test)
+        for shards in (run.splits.train, run.splits.held_out)
     )
     top1 = {}
     for segment, train_x, test_x in zip(segments, train, test, strict=True):

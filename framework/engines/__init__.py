@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from framework.config import Pipeline
 from framework.distributed import broadcast_weights, device, world_size
 from framework.engines.step import Engine, OptimizerFactory, StepResult
 from framework.errors import UserError
 from framework.execution import LocalNetwork
+from framework.execution.placement import Placement
 
 __all__ = ["Engine", "StepResult", "build"]
 
@@ -25,6 +27,8 @@ def build(
     clip: float = 0.0,
     zero_stage: int = 1,
     deepspeed: Mapping[str, Any] | None = None,
+    pipeline: Pipeline | None = None,
+    placement: Placement | None = None,
 ) -> Engine:
     """Move ``net`` to this rank's device, make all ranks start from rank 0's weights, and wrap it.
 
@@ -39,18 +43,35 @@ def build(
         clip: largest norm of the whole averaged gradient; 0 for no clipping.
         zero_stage: deepspeed only: 0, 1 or 2.
         deepspeed: deepspeed only: further keys of DeepSpeed's configuration.
+        pipeline: deepspeed only: how pipeline stages work together.
+        placement: deepspeed only: segments of the stages; ``None`` for no pipeline.
 
     Raises:
         UserError: another name; a ``deepspeed`` section that contradicts the recipe; batch size indivisible.
     """
-    if batch_size % (accumulation * world_size()):
+    replicas = world_size() // (placement.stages if placement else 1)
+    if batch_size % (accumulation * replicas):
         raise UserError(
-            f"train.batch_size={batch_size}: must be a multiple of {accumulation * world_size()} "
-            f"(train.accumulation={accumulation} x {world_size()} ranks)"
+            f"train.batch_size={batch_size}: must be a multiple of {accumulation * replicas} "
+            f"(train.accumulation={accumulation} x {replicas} {'replicas' if placement else 'ranks'})"
         )
     net.to(device())
     net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepSpeed and FSDP2 take no other
     broadcast_weights(net)
+    if placement is not None:
+        from framework.engines.pipeline import PipelinedEngine
+
+        return PipelinedEngine(
+            net,
+            make_optimizer,
+            placement,
+            batch_size=batch_size,
+            micro_batches=accumulation,
+            clip=clip,
+            zero_stage=zero_stage,
+            section=deepspeed or {},
+            options=pipeline or Pipeline(),
+        )
     if name == "deepspeed":
         from framework.engines.deepspeed import DeepSpeedEngine  # the library takes seconds to import
 

@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -38,6 +39,8 @@ class DeepSpeedEngine:
         UserError: the ``deepspeed:`` section contradicts the recipe, or DeepSpeed refuses it.
     """
 
+    loads, lag = True, 0
+
     def __init__(
         self,
         net: LocalNetwork,
@@ -58,7 +61,8 @@ class DeepSpeedEngine:
             zero_stage=zero_stage,
             parameters=parameters,
         )
-        _prepare_library(config)
+        join_ranks()
+        checked_config(config)
         self.net = net
         self.optimizer = make_optimizer(net)
         self._engine, *_ = deepspeed.initialize(model=net, optimizer=self.optimizer, config=config)
@@ -84,6 +88,9 @@ class DeepSpeedEngine:
             raise UserError("the norm of the gradient is not finite: lower optim.lr, or check the data")
         return result
 
+    def whole_net(self) -> LocalNetwork:
+        return self.net
+
     def model_state(self) -> dict[str, Tensor]:
         return state.read_model(self.net)
 
@@ -107,7 +114,8 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
 
-def _prepare_library(config: dict[str, Any]) -> None:
+def join_ranks() -> None:
+    """Have DeepSpeed use the process group that exists."""
     deepspeed.utils.logger.addFilter(_not_about_untested_optimizers)
     # Calls that DeepSpeed makes and nobody who reads the log can change.
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)
@@ -116,8 +124,18 @@ def _prepare_library(config: dict[str, Any]) -> None:
         # lock in the cache on which every later run waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+def checked_config(
+    config: dict[str, Any], grid: PipelineParallelGrid | None = None
+) -> deepspeed.DeepSpeedConfig:
+    """DeepSpeed's own view of its configuration, for ranks that may form a pipeline's grid.
+
+    Raises:
+        UserError: DeepSpeed refuses it.
+    """
     try:
-        deepspeed.DeepSpeedConfig(config)
+        return deepspeed.DeepSpeedConfig(config, grid)
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         raise UserError(f"deepspeed: refused by DeepSpeed: {' '.join(str(error).split())}") from error
 

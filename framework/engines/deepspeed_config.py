@@ -29,7 +29,7 @@ DECIDED = {
 
 # DeepSpeed key -> why it can't be had here.
 REFUSED = {
-    "pipeline": "the data-parallel engine has no pipeline",
+    "pipeline": "its stages are the recipe's section pipeline",
     "tensor_parallel": "convolutions are not split over ranks",
     "sequence_parallel_size": "images have no sequence to split",
     "expert_parallel": "there are no experts",
@@ -52,6 +52,7 @@ def merged_config(
     clip: float,
     zero_stage: int,
     parameters: int,
+    replicas: int | None = None,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
@@ -62,6 +63,7 @@ def merged_config(
         clip: largest norm of the whole gradient; 0 for no clipping.
         zero_stage: 0, 1 or 2.
         parameters: number of trained scalars.
+        replicas: ranks among which a batch is split; all unless they form a pipeline.
 
     Raises:
         UserError: ``section`` contradicts the recipe or asks for what can't be had; another ZeRO stage.
@@ -79,7 +81,7 @@ def merged_config(
         "zero_allow_untested_optimizer": True,
         **section,
         "train_batch_size": batch_size,
-        "train_micro_batch_size_per_gpu": batch_size // (accumulation * world_size()),
+        "train_micro_batch_size_per_gpu": batch_size // (accumulation * (replicas or world_size())),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,  # DeepSpeed clips at 1.0 if left alone
         "zero_optimization": {**zero, **section.get("zero_optimization", {})},

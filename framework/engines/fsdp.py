@@ -6,24 +6,25 @@ wrapped on its own would free its weights before they are used for that.
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from framework.batch import Batch
 from framework.distributed import device, world_size
-from framework.engines import state
-from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, marked, update
+from framework.engines.state import HoldsState
+from framework.engines.step import OptimizerFactory, StepResult, Tally, marked, update
 from framework.errors import UserError
 from framework.execution import LocalNetwork
 
 
-class FSDPEngine:
+class FSDPEngine(HoldsState):
     """See ``Engine``.
 
     Raises:
         UserError: the network or a part of it was wrapped before.
     """
+
+    loads, lag = True, 0
 
     def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, *, clip: float) -> None:
         for name, module in net.named_modules():
@@ -47,18 +48,6 @@ class FSDPEngine:
         result = tally.result()
         update(self.optimizer, self.net, result, lr, self._clip)
         return result
-
-    def model_state(self) -> dict[str, Tensor]:
-        return state.read_model(self.net)
-
-    def load_model_state(self, full: dict[str, Tensor]) -> None:
-        state.write_model(self.net, full)
-
-    def optimizer_state(self) -> OptimizerState:
-        return state.read_optimizer(self.optimizer, self.net)
-
-    def load_optimizer_state(self, full: OptimizerState) -> None:
-        state.write_optimizer(self.optimizer, self.net, full)
 
     def close(self) -> None:
         self.net.zero_grad()

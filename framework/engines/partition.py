@@ -15,7 +15,6 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from framework.distributed import is_main
 from framework.engines.state import COUNTERS
 from framework.engines.step import OptimizerState
 from framework.optim.lars import Piece, Shard
@@ -55,11 +54,16 @@ class PartitionedGroup:
                 pieces.append(Piece(number, first - place.start, first - begin, last - first))
         return Shard(len(self.places), tuple(pieces), self.process_group)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the first of the group."""
+        return dist.get_rank(self.process_group) == 0
+
     def gather(self, part: Tensor) -> Tensor | None:
-        """Rank 0: the flat tensor of which every rank passes its part. Elsewhere None."""
+        """First rank of the group: the flat tensor of which every rank passes its part. Elsewhere None."""
         ranks = range(dist.get_world_size(self.process_group))
-        parts = [torch.empty_like(part) for _ in ranks] if is_main() else None
-        dist.gather(part.contiguous(), parts, dst=0, group=self.process_group)
+        parts = [torch.empty_like(part) for _ in ranks] if self.leads else None
+        dist.gather(part.contiguous(), parts, group=self.process_group, group_dst=0)
         return torch.cat([p.cpu() for p in parts]) if parts else None
 
 
@@ -83,14 +87,14 @@ def partitioned_groups(zero: DeepSpeedZeroOptimizer, net: nn.Module) -> list[Par
 
 
 def read_optimizer(zero: DeepSpeedZeroOptimizer, groups: list[PartitionedGroup]) -> OptimizerState:
-    """Full copies of every parameter's state on rank 0's CPU; empty elsewhere."""
+    """Full copies of every parameter's state on the CPU of the groups' first rank; empty elsewhere."""
     states: OptimizerState = {}
     for group in groups:
         for key, value in zero.optimizer.state.get(group.partition, {}).items():
             if not torch.is_tensor(value):
                 continue
             flat = None if key in COUNTERS else group.gather(value)
-            for place in group.places if is_main() else ():
+            for place in group.places if group.leads else ():
                 full = value if flat is None else flat.narrow(0, place.start, place.shape.numel())
                 states.setdefault(place.name, {})[key] = full.view(
                     value.shape if flat is None else place.shape

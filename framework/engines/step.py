@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.batch import Batch, StepOutput
@@ -22,11 +23,19 @@ class StepResult(NamedTuple):
 
     Attributes:
         unit_losses: (U,) averaged over micro-batches and ranks; still on the device.
-        skipped: fp16 overflow in some micro-batch on some rank: weights and optimizer are as before.
+        skipped: overflow in some micro-batch on some rank: weights and optimizer are as before.
+        arrival: what to wait for before ``unit_losses`` is read, if anything; ``losses`` does.
     """
 
     unit_losses: Tensor
     skipped: bool
+    arrival: dist.Work | None = None
+
+    def losses(self) -> list[float]:
+        """The unit losses as numbers; waits for the device, and for pipeline stages that are behind."""
+        if self.arrival is not None:
+            self.arrival.wait()
+        return self.unit_losses.tolist()
 
 
 class Engine(Protocol):
@@ -39,9 +48,16 @@ class Engine(Protocol):
 
     net: LocalNetwork
     optimizer: SkippableOptimizer
+    loads: bool
+    """Whether this rank needs data; the others get no micro-batches."""
+    lag: int
+    """Steps after which the losses of a step can be read without waiting."""
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         """One optimizer step on this rank's micro-batches, as many as ``accumulation``."""
+
+    def whole_net(self) -> LocalNetwork:
+        """The network, to be evaluated on every rank; collective."""
 
     def model_state(self) -> dict[str, Tensor]:
         """Parameters and buffers."""
@@ -79,7 +95,7 @@ class Tally:
             self._overflows.append(output.overflow)
 
     def result(self) -> StepResult:
-        """Averages over micro-batches and ranks. In fp16 this waits for the GPU; otherwise it does not."""
+        """Averages over micro-batches and ranks. Where overflow is looked for, this waits for the GPU."""
         losses = mean_over_ranks(torch.stack(self._unit_losses).mean(0))
         return StepResult(losses, bool(self._overflows) and bool(torch.stack(self._overflows).any()))
 

@@ -155,6 +155,8 @@ class Decoder(nn.Module):
         task: for the images' normalisation.
     """
 
+    needs_images = True
+
     def __init__(self, trunks: Sequence[nn.Module], task: Task) -> None:
         super().__init__()
         self.trunks = nn.ModuleList(trunks)

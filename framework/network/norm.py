@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
+from framework import distributed
 from framework.errors import UserError
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -56,13 +57,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same, normalised; one collective in training, none in evaluation."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if not self.training or world == 1:
+        if not self.training or distributed.world_size() == 1:
             return super().forward(input)
         axes = [0, *range(2, input.ndim)]
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = x.new_tensor([x.numel() // x.shape[1]])
-        sums = _AllReduceSum.apply(torch.cat([x.sum(axes), (x * x).sum(axes), count]))
+        sums = distributed.sum_with_gradient(torch.cat([x.sum(axes), (x * x).sum(axes), count]))
         total, squares, n = sums.split([self.num_features, self.num_features, 1])
         mean = total / n
         variance = (squares / n - mean * mean).clamp_min(0)
@@ -85,22 +85,6 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_((variance * n / (n - 1)).to(self.running_var.dtype), momentum)
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks; so is its gradient, since every rank's loss depends on every rank's input."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
-
-
 class SyncBatchNormAct(SyncBatchNorm):
     """The same for timm's BatchNorm with an activation behind it."""
 
@@ -119,6 +103,13 @@ class SyncBatchNormAct(SyncBatchNorm):
         return self.act(self.drop(super().forward(input)))
 
 
+def synchronise_among(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
+    """Tell PyTorch's own SyncBatchNorms which ranks they see; ours ask ``distributed``."""
+    for module in modules:
+        if isinstance(module, nn.SyncBatchNorm):
+            module.process_group = group
+
+
 @contextmanager
 def frozen_statistics(network: nn.Module) -> Iterator[None]:
     """BatchNorms in training mode normalise with the batch, but leave their running statistics alone."""
@@ -134,3 +125,30 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for norm in moving:
             norm.track_running_stats = True
+
+
+class RunningStatistics:
+    """A copy of all BatchNorms' running statistics, which a single batch that is not finite would spoil for ever.
+
+    Args:
+        network: whose statistics are meant.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        statistics = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+        counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        self._kinds = [kind for kind in (statistics, counters) if kind]  # one type each, so one kernel each
+        self._copies = [[torch.empty_like(b) for b in kind] for kind in self._kinds]
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Before a step."""
+        for copies, buffers in zip(self._copies, self._kinds, strict=True):
+            torch._foreach_copy_(copies, buffers)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """After a step that was skipped."""
+        for copies, buffers in zip(self._copies, self._kinds, strict=True):
+            torch._foreach_copy_(buffers, copies)

@@ -1,0 +1,1 @@
+"""Pipeline stages with gradient boundaries: DeepSpeed's pipeline engine under the schedules of ``execution``."""

@@ -1,0 +1,133 @@
+"""Which stage gets which segments, by counted or measured cost."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from framework import distributed
+from framework.batch import Batch
+from framework.config import Recipe
+from framework.cost import PlanCost, plan_cost
+from framework.errors import UserError
+from framework.execution import LocalNetwork
+from framework.execution.order import Moment, Release
+from framework.execution.placement import Costs, Placement, balanced, listed
+from framework.execution.step import RoutedStep, contrasts
+from framework.network.norm import frozen_statistics
+
+_ROUNDS = 3
+
+
+def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
+    """The recipe's placement, the same on all ranks; collective with ``balance=time``.
+
+    Raises:
+        UserError: more stages than segments, or a list that does not fit; heads that can't do ``contrast=batch``.
+    """
+    pipeline, segments = recipe.pipeline, len(net.segments)
+    if pipeline.contrast == "batch":
+        for unit in net.plan.units:
+            if contrasts(unit.head) and not hasattr(unit.head, "embed"):
+                raise UserError(
+                    f"pipeline.contrast=batch: the head of unit {unit.name} mixes a contrast with other losses; "
+                    "only pipeline.contrast=micro_batch can have it"
+                )
+    if isinstance(pipeline.balance, list):
+        return listed(pipeline.balance, segments, pipeline.stages)
+    balanced([1.0] * segments, pipeline.stages)  # too many stages are an error before anything is counted
+    images = recipe.train.batch_size // recipe.micro_batches
+    if pipeline.balance == "time":
+        costs = distributed.from_main(measured(recipe, net, images).per_segment(net.moments))
+    else:
+        with distributed.replicas("alone"):
+            costs = counted(plan_cost(recipe, num_classes, images), net.moments, pipeline.balance)
+    return balanced(costs, pipeline.stages)
+
+
+def counted(cost: PlanCost, moments: tuple[Moment, ...], balance: str) -> list[float]:
+    """What each segment and the heads on it cost: training FLOPs, parameters or bytes.
+
+    Bytes are the activations that autograd keeps, and weight, gradient and momentum in float32.
+    """
+    if balance == "flops":
+        return flops(cost, moments).per_segment(moments)
+    units = [[u for u in cost.units if u.last == s] for s in range(len(moments))]
+    parameters = [
+        float(segment.parameters + sum(u.parameters for u in above))
+        for segment, above in zip(cost.segments, units, strict=True)
+    ]
+    if balance == "parameters":
+        return parameters
+    saved = [segment.activation_bytes for segment in cost.segments]
+    heads = [sum(max(0, u.activation_bytes - sum(saved[u.first : u.last + 1])) for u in above) for above in units]
+    return [a + h + 12 * p for a, h, p in zip(saved, heads, parameters, strict=True)]
+
+
+def flops(cost: PlanCost, moments: tuple[Moment, ...]) -> Costs:
+    """Costs in FLOPs: a pass for input gradients costs a forward, one for weight gradients two (DESIGN 4)."""
+    forward = tuple(float(segment.flops) for segment in cost.segments)
+    heads = tuple(3.0 * cost.units[call.units[0]].flops for moment in moments for call in moment.heads)
+    return Costs(forward, forward, tuple(2 * f for f in forward), heads)
+
+
+def measured(recipe: Recipe, net: LocalNetwork, images: int) -> Costs:
+    """Costs in seconds on this rank's device, for a micro-batch of noise; ``net`` moves there."""
+    device, size, views = distributed.device(), recipe.data.image_size, net.plan.views
+    net.to(device)
+    dtype = next(net.parameters()).dtype
+    pixels = torch.randn(views * images, 3, size, size, device=device, dtype=dtype)
+    labels = torch.zeros(images, dtype=torch.int64, device=device) if net.plan.supervised else None
+    return measured_costs(net, Batch(pixels.to(memory_format=net.layout), labels, views))
+
+
+def measured_costs(net: LocalNetwork, batch: Batch) -> Costs:
+    """Seconds that this rank takes for a micro-batch: medians of three after one to warm up. Changes no state."""
+    with frozen_statistics(net), distributed.replicas("alone"):
+        rounds = [_measure(net, batch) for _ in range(1 + _ROUNDS)][1:]
+    return Costs(
+        *(
+            tuple(statistics.median(values) for values in zip(*part, strict=True))
+            for part in zip(*rounds, strict=True)
+        )
+    )
+
+
+def _measure(net: LocalNetwork, batch: Batch) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Seconds of each forward, input pass (a forward's where there is none), release and head call."""
+    scales = net.scales.current() if net.scales is not None else None
+    step, clock = RoutedStep(net, batch, scales=scales), _Clock(batch.images.device)
+    forward, release, heads = [0.0] * net.plan.segments, [0.0] * net.plan.segments, [0.0] * len(net.calls)
+    passes: dict[int, float] = {}
+    x = batch.images
+    for s, moment in enumerate(net.moments):
+        x = step.forward(s, x)
+        forward[s] = clock.lap()
+        step.run_heads(s)
+        taken = clock.lap()
+        for call in moment.heads:
+            heads[call.number] = taken / len(moment.heads)
+        for work in moment.walk:
+            step.backward(work)
+            if isinstance(work, Release):
+                release[work.segment] = clock.lap()
+            else:
+                passes[work.segment] = clock.lap()
+    return forward, [passes.get(s, forward[s]) for s in range(net.plan.segments)], release, heads
+
+
+class _Clock:
+    """Seconds between calls, of finished work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return elapsed

@@ -1,0 +1,65 @@
+"""Heads that follow the weights of segments, and where both are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import nn
+
+from framework.errors import UserError
+from framework.execution import LocalNetwork
+from framework.execution.placement import Placement
+from framework.local.units import ReadingHead
+
+
+class Following:
+    """Who follows whom.
+
+    Args:
+        net: the network.
+        placement: segments of the stages.
+
+    Attributes:
+        local: heads by stage that follow weights of their own stage, or none.
+        remote: heads by stage that follow weights of later stages.
+
+    Raises:
+        UserError: a head follows weights both of its own and of other stages, or has a penalty on others'.
+    """
+
+    def __init__(self, net: LocalNetwork, placement: Placement) -> None:
+        self.local: dict[int, list[ReadingHead]] = defaultdict(list)
+        self.remote: dict[int, list[ReadingHead]] = defaultdict(list)
+        self._weights: dict[tuple[int, int], dict[nn.Parameter, None]] = defaultdict(dict)
+        owner = {p: placement.stage_of(s) for s, seg in enumerate(net.segments) for p in seg.parameters()}
+        units = {unit.head: unit for unit in net.plan.units if isinstance(unit.head, ReadingHead)}
+        for head, unit in units.items():
+            assert isinstance(head, ReadingHead)
+            stage = placement.stage_of(unit.last)
+            weights = head.read_parameters(net.segments)
+            others = {owner[p] for p in weights} - {stage}
+            if not others:
+                self.local[stage].append(head)
+                continue
+            if stage in {owner[p] for p in weights}:
+                raise UserError(
+                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} follows weights of its own stage "
+                    "and of others; put them on one stage with pipeline.balance=[...]"
+                )
+            if type(head).penalty is not ReadingHead.penalty:
+                raise UserError(
+                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} pulls at the weights of another "
+                    "stage (soft sharing); put the two on one stage with pipeline.balance=[...]"
+                )
+            self.remote[stage].append(head)
+            for parameter in weights:
+                self._weights[stage, owner[parameter]][parameter] = None
+
+    @property
+    def reads(self) -> frozenset[tuple[int, int]]:
+        """Pairs (stage of the head, stage of the weights)."""
+        return frozenset(self._weights)
+
+    def weights(self, reader: int, owner: int) -> list[nn.Parameter]:
+        """What the heads of one stage follow on another, in the same order on both."""
+        return list(self._weights[reader, owner])

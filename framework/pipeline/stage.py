@@ -1,0 +1,73 @@
+"""What a rank owns of a network, as DeepSpeed's pipeline engine wants it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+from torch import nn
+
+from framework.execution import LocalNetwork
+from framework.execution.placement import Placement
+from framework.local.units import LocalUnit
+from framework.network import Segment
+
+
+class _Layer(nn.Module):
+    """Registers the weights of a segment and of the heads on it."""
+
+    def __init__(self, segment: Segment, units: list[LocalUnit]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(segment.modules())
+        self.heads = nn.ModuleList(dict.fromkeys(unit.head for unit in units))
+        for name in segment.own:
+            self.register_parameter(name, segment.backbone.get_parameter(name))
+
+
+class Stage(PipelineModule):
+    """The segments of this rank's stage; DeepSpeed sees one layer a segment.
+
+    The layers share their modules with ``net``, which is whole on every rank: what other stages own is stale
+    there, waits in host memory, and is brought up to date where a head follows it and for evaluation.
+
+    Args:
+        net: the whole network.
+        placement: segments of the stages.
+        replicas: copies of the pipeline, each with a share of every micro-batch.
+    """
+
+    def __init__(self, net: LocalNetwork, placement: Placement, replicas: int) -> None:
+        self.bounds = placement.bounds
+        layers = [
+            _Layer(segment, [unit for unit in net.plan.units if unit.last == s])
+            for s, segment in enumerate(net.segments)
+        ]
+        topology = PipeDataParallelTopology(num_pp=placement.stages, num_dp=replicas)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints its grid
+            super().__init__(layers=layers, topology=topology)
+        for parameter in self.parameters():
+            parameter.model_parallel = True  # DeepSpeed then counts it in the norm of the whole network's gradient
+
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        """Those that DeepSpeed made for the grid and that this rank is in."""
+        grid = self._grid
+        made = (self.world_group, grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group)
+        return [*made, grid.slice_proc_group]
+
+    def _partition_layers(self, method: str = "") -> None:
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.bounds[stage], stop=self.bounds[stage + 1])
+
+
+def owners(net: LocalNetwork, placement: Placement) -> dict[str, int]:
+    """The stage that holds each entry of ``net.state_dict()``; what no segment or head has is the last one's."""
+    stages: dict[int, int] = {}
+    for s, segment in enumerate(net.segments):
+        layer = _Layer(segment, [unit for unit in net.plan.units if unit.last == s])
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            stages[id(tensor)] = placement.stage_of(s)
+    entries = net.state_dict(keep_vars=True)
+    return {name: stages.get(id(tensor), placement.stages - 1) for name, tensor in entries.items()}

@@ -1,0 +1,152 @@
+"""Messages between pipeline stages: tensors in a fixed order on one-way channels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from framework import distributed
+from framework.errors import LocalError
+
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
+_DIMENSIONS = 8
+
+
+@dataclass
+class Peer:
+    """A rank at the other end, and how it is called in messages."""
+
+    rank: int
+    name: str
+
+
+class Sender:
+    """One end of a channel. Sending does not wait, but for messages that were sent ``ahead`` sends before.
+
+    Args:
+        group: the ranks; every direction has its own, so that nothing waits behind a message of another.
+        peer: who receives.
+        timeout: seconds to wait.
+        ahead: messages that may be under way; ``None`` leaves the bound to the schedule.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, peer: Peer, timeout: float, ahead: int | None = None
+    ) -> None:
+        self._group, self._peer, self._timeout, self._ahead = group, peer, timeout, ahead
+        self._under_way: deque[list[tuple[dist.Work, Tensor]]] = deque()
+        self._formats: list[torch.memory_format] | None = None
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Send a message. Its tensors must not change any more; shapes and types are those of the first message."""
+        parts = []
+        if self._formats is None:
+            self._formats = [_format(tensor) for tensor in tensors]
+            parts.append(_description(tensors))
+        pairs = zip(tensors, self._formats, strict=True)
+        parts += [_dense(tensor.contiguous(memory_format=order)) for tensor, order in pairs]
+        if self._ahead is not None and len(self._under_way) >= self._ahead:
+            self._finish(self._under_way.popleft())
+        while self._under_way and all(work.is_completed() for work, _ in self._under_way[0]):
+            self._finish(self._under_way.popleft())
+        with _named(self._peer, self._timeout, "takes no messages any more"):
+            self._under_way.append([(self._post(part), part) for part in parts])
+
+    def flush(self) -> None:
+        """Wait until everything was received."""
+        while self._under_way:
+            self._finish(self._under_way.popleft())
+
+    def _post(self, part: Tensor) -> dist.Work:
+        work = dist.isend(part, self._peer.rank, group=self._group)
+        assert work is not None
+        return work
+
+    def _finish(self, message: list[tuple[dist.Work, Tensor]]) -> None:
+        with _named(self._peer, self._timeout, "does not take what was sent to it"):
+            for work, _ in message:
+                work.wait(timedelta(seconds=self._timeout))
+
+
+class Receiver:
+    """The other end of a ``Sender``."""
+
+    def __init__(self, group: dist.ProcessGroup, peer: Peer, timeout: float) -> None:
+        self._group, self._peer, self._timeout = group, peer, timeout
+        self._like: list[Tensor] | None = None
+
+    def receive(self) -> list[Tensor]:
+        """The next message; waits for it.
+
+        Raises:
+            LocalError: the peer is gone, or silent for too long.
+        """
+        if self._like is None:
+            description = torch.empty(1 + _DIMENSIONS, _DIMENSIONS, dtype=torch.int64, device=distributed.device())
+            self._fill(description)
+            self._like = _described(description)
+        return [self._fill(torch.empty_like(like, device=distributed.device())) for like in self._like]
+
+    def _fill(self, tensor: Tensor) -> Tensor:
+        with _named(self._peer, self._timeout, "has sent nothing"):
+            work = dist.irecv(_dense(tensor), self._peer.rank, group=self._group)
+            assert work is not None
+            work.wait(timedelta(seconds=self._timeout))
+        return tensor
+
+
+class _named:  # noqa: N801
+    """Turns a broken connection or a time-out into a line that names the rank at the other end."""
+
+    def __init__(self, peer: Peer, timeout: float, silence: str) -> None:
+        self._peer, self._timeout, self._silence = peer, timeout, silence
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            text = str(error).splitlines()[0]
+            what = f"{self._silence} for {self._timeout:g} s" if "imed out" in text else "is gone"
+            raise LocalError(
+                f"rank {dist.get_rank()}: {self._peer.name} {what} ({text}); the last checkpoint is whole, the same "
+                "command goes on from it"
+            ) from error
+
+
+def _format(tensor: Tensor) -> torch.memory_format:
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A contiguous view, which backends ask for, of a tensor in either order."""
+    return tensor.permute(0, 2, 3, 1) if _format(tensor) is torch.channels_last else tensor
+
+
+def _description(tensors: Sequence[Tensor]) -> Tensor:
+    """(9, 8) int64: number of tensors, then for each its type, channels-last or not, dimensions and shape."""
+    rows = [[len(tensors)]]
+    for tensor in tensors:
+        last = _format(tensor) is torch.channels_last
+        rows.append([_TYPES.index(tensor.dtype), int(last), tensor.ndim, *tensor.shape])
+    rows += [[]] * (1 + _DIMENSIONS - len(rows))
+    padded = [row + [0] * (_DIMENSIONS - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.int64, device=distributed.device())
+
+
+def _described(description: Tensor) -> list[Tensor]:
+    (count, *_), *rows = description.tolist()
+    found = []
+    for kind, last, dimensions, *shape in rows[:count]:
+        layout = torch.channels_last if last else torch.contiguous_format
+        found.append(
+            torch.empty(shape[:dimensions], dtype=_TYPES[kind], device="meta").to(memory_format=layout)
+        )
+    return found

@@ -1,0 +1,213 @@
+"""What each instruction of the schedule does on a rank."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from torch import Tensor, nn
+
+from framework import distributed
+from framework.batch import Batch
+from framework.execution import LocalNetwork
+from framework.execution.routing import add_gradients
+from framework.execution.schedule import Layout
+from framework.execution.simulation import AHEAD
+from framework.execution.step import RoutedStep
+from framework.local.units import ReadingHead
+from framework.pipeline.following import Following
+from framework.pipeline.wire import Peer, Receiver, Sender
+
+
+class Worker:
+    """A stage's micro-batches and its messages.
+
+    Args:
+        net: the whole network, of which this rank trains a stage.
+        layout: of the pipeline.
+        following: whose heads follow whose weights.
+        grid: where this rank is.
+        timeout: seconds to wait for another stage.
+
+    Attributes:
+        micro_batches: of the step in work; first stage only.
+        groups: those of the messages.
+        unit_losses: (U,) sum over the step's micro-batches, 0 for units of other stages.
+    """
+
+    def __init__(
+        self,
+        net: LocalNetwork,
+        layout: Layout,
+        following: Following,
+        grid: PipelineParallelGrid,
+        timeout: float,
+    ) -> None:
+        self.net, self.layout, self.following = net, layout, following
+        self.stage: int = grid.get_stage_id()
+        self.span = layout.placement.span(self.stage)
+        self.replicas: dist.ProcessGroup = grid.get_data_parallel_group()
+        self._grid, self._timeout = grid, timeout
+        self._images_above = any(_needs_images(net, s) for s in range(self.span.stop, len(net.segments)))
+        self._skips: deque[bool] = deque()
+        self._connect()
+        self.begin_step([])
+
+    def begin_step(self, micro_batches: list[Batch]) -> None:
+        """Forget the step before."""
+        self.micro_batches = micro_batches
+        self.unit_losses = next(self.net.parameters()).new_zeros(len(self.net.plan.units))
+        self._scales = self.net.scales.current() if self.net.scales is not None else None
+        self._live: dict[int, RoutedStep] = {}
+        self._overflow: Tensor | None = None
+
+    def load(self, micro_batch: int) -> None:
+        batch = self.micro_batches[micro_batch]
+        batch = batch._replace(images=batch.images.to(memory_format=self.net.layout))
+        self._begin(micro_batch, batch, batch.images)
+
+    def receive_activation(self, micro_batch: int) -> None:
+        assert self._from_below is not None
+        x, *others = self._from_below.receive()
+        labels = others.pop(0) if self.net.plan.supervised else None
+        images = others.pop(0) if others else x.new_empty(0)
+        self._begin(micro_batch, Batch(images, labels, self.net.plan.views), x)
+
+    def send_activation(self, micro_batch: int) -> None:
+        assert self._to_above is not None
+        batch = self._live[micro_batch].batch
+        labels = [batch.labels] if self.net.plan.supervised and batch.labels is not None else []
+        self._to_above.send([self._x, *labels, *([batch.images] if self._images_above else [])])
+
+    def forward(self, micro_batch: int, segment: int) -> None:
+        with distributed.replicas(self.replicas):
+            self._x = self._live[micro_batch].forward(segment, self._x)
+
+    def heads(self, micro_batch: int, segment: int) -> None:
+        step = self._live[micro_batch]
+        with distributed.replicas(self.replicas):
+            step.run_heads(segment, defer_contrast=self.layout.contrast_batch)
+        self._collect(step)
+
+    def contrast(self) -> None:
+        steps = list(self._live.values())
+        for segment in self.span:
+            with distributed.replicas(self.replicas):
+                RoutedStep.contrast(steps, segment)
+            for step in steps:
+                self._collect(step)
+
+    def receive_cotangents(self, micro_batch: int, moment: int) -> None:
+        assert self._from_above is not None
+        routes = self.net.moments[moment].crossing(self.span.stop)
+        self._live[micro_batch].join(moment, [self._from_above.receive()[0] for _ in routes])
+
+    def walk(self, micro_batch: int, moment: int) -> None:
+        step = self._live[micro_batch]
+        with distributed.replicas(self.replicas):
+            step.walk(moment)
+        self._collect(step)
+
+    def send_cotangents(self, micro_batch: int, moment: int) -> None:
+        assert self._to_below is not None
+        leaving = self._live[micro_batch].leaving
+        for route in self.net.moments[moment].crossing(self.span.start):
+            self._to_below.send([leaving.pop(route).value])
+
+    def send_weights(self, reader: int) -> None:
+        weights = self.following.weights(reader, self.stage)
+        self._to_readers[reader].send([torch.cat([p.detach().reshape(-1) for p in weights])])
+
+    def receive_weights(self, owner: int) -> None:
+        """Weights of the next step not yet followed; the last owner's let the copies of that step move."""
+        (flat,) = self._from_owners[owner].receive()
+        weights = self.following.weights(self.stage, owner)
+        with torch.no_grad():
+            for weight, values in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+                weight.copy_(values.view_as(weight))
+        if owner == max(self._from_owners):
+            skipped = self._skips.popleft()
+            for head in self.following.remote[self.stage]:
+                head.update_copies(self.net.segments, float(not skipped))
+
+    def finish_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Add what does not come from a micro-batch."""
+        penalties = [p for head in self._local_heads() if (p := head.penalty(self.net.segments)) is not None]
+        if not penalties:
+            return
+        gradients = {p: p.grad for p in parameters if p.grad is not None}
+        add_gradients(torch.stack(penalties).sum(), gradients)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+    def finish_step(self) -> bool:
+        """Copies follow, if the step is not skipped (float16); whether it is. In float16 waits for all stages."""
+        skip = False
+        if self.net.scales is not None:
+            assert self._overflow is not None
+            skip = bool(self.net.scales.update(self._overflow))
+        for head in self._local_heads():
+            head.update_copies(self.net.segments, float(not skip))
+        if self._from_owners:
+            self._skips.append(skip)
+        return skip
+
+    def flush(self) -> None:
+        """Wait until everything that was sent has arrived."""
+        for sender in (self._to_above, self._to_below, *self._to_readers.values()):
+            if sender is not None:
+                sender.flush()
+
+    def _connect(self) -> None:
+        timeout = self._timeout
+        down, up, weights = self.groups = [dist.new_group(timeout=timedelta(seconds=timeout)) for _ in range(3)]
+        below, above = self._peer(self.stage - 1), self._peer(self.stage + 1)
+        self._from_below = Receiver(down, below, timeout) if below else None
+        self._to_below = Sender(up, below, timeout) if below else None
+        self._from_above = Receiver(up, above, timeout) if above else None
+        self._to_above = Sender(down, above, timeout, AHEAD) if above else None
+        self._to_readers: dict[int, Sender] = {}
+        self._from_owners: dict[int, Receiver] = {}
+        for reader, owner in sorted(self.layout.reads):
+            if self.stage == owner and (peer := self._peer(reader)):
+                self._to_readers[reader] = Sender(weights, peer, timeout)
+            if self.stage == reader and (peer := self._peer(owner)):
+                self._from_owners[owner] = Receiver(weights, peer, timeout)
+
+    def _peer(self, stage: int) -> Peer | None:
+        stages = self.layout.placement.stages
+        if not 0 <= stage < stages:
+            return None
+        rank = self._grid.stage_to_global(stage)
+        return Peer(rank, f"rank {rank} (stage {stage} of 0..{stages - 1})")
+
+    def _begin(self, micro_batch: int, batch: Batch, x: Tensor) -> None:
+        self._live[micro_batch] = RoutedStep(self.net, batch, self.span, self._scales)
+        self._x = x
+
+    def _collect(self, step: RoutedStep) -> None:
+        """Add what is finished to the parameters' gradients and the step's losses."""
+        gradients, step.gradients = step.gradients, {}
+        if gradients:
+            torch._foreach_mul_(list(gradients.values()), 1 / self.layout.micro_batches)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        for unit, loss in step.losses.items():
+            self.unit_losses[unit] += loss
+        step.losses = {}
+        if step.scales is not None:
+            flags = step.take_overflows()
+            self._overflow = flags if self._overflow is None else self._overflow | flags
+
+    def _local_heads(self) -> Iterator[ReadingHead]:
+        """Those that follow weights of this stage."""
+        yield from self.following.local.get(self.stage, ())
+
+
+def _needs_images(net: LocalNetwork, segment: int) -> bool:
+    heads = [unit.head for unit in net.plan.units if unit.last == segment]
+    return any(getattr(m, "needs_images", False) for head in heads for m in head.modules())

@@ -1,0 +1,345 @@
+"""Pipeline stages equal one process: weights, optimizer states, statistics, copies and losses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pipelines import Outcome, Run, advance, alone, build, errors, factory, micro_batches, network, rate, train
+from torch import Tensor
+
+from framework.batch import Batch
+from framework.distributed import is_main, rank
+from framework.engines.pipeline import PipelinedEngine
+from framework.errors import UserError
+from framework.execution import LocalNetwork
+from framework.execution.placement import Placement
+from framework.network.norm import frozen_statistics
+from tests import networks
+
+PoolOf = Callable[[int], Any]
+
+# One or more of every method; ResNet-14 has 3 stages and 6 blocks.
+QUICK = [
+    Run("gim", 2, 4, steps=10),
+    Run("dgl", 2, 1, steps=10),
+    Run("loco", 3, 2, steps=10),
+    Run("mlaan", 2, 3, steps=10),
+    Run("bp", 4, 4),
+    Run("lam", 4, 1, steps=10),
+]
+METHODS = [
+    *(Run(case, 2, 1 + number % 4) for number, case in enumerate(networks.CASES) if case != "loco-soft"),
+    *(Run(case, 4, 1 + number % 4) for number, case in enumerate(networks.CASES) if networks.CASES[case][2] == "block"),
+]
+GRIDS = [
+    Run("loco", 2, 2, replicas=2, optimizer="lars"),
+    Run("mlaan", 2, 1, replicas=2),
+    Run("infopro-contrast", 2, 2, replicas=2, optimizer="adamw"),
+    Run("loco-vicreg", 2, 2, replicas=2),
+    Run("loco-barlow", 2, 1, replicas=2),
+]
+
+
+def worst(pool: PoolOf, run: Run) -> float:
+    return max(errors(pool(run.ranks).run(train, run)[0], alone(run)).values())
+
+
+@pytest.mark.parametrize("run", QUICK, ids=str)
+def test_stages_equal_one_process(pool: PoolOf, run: Run) -> None:
+    assert worst(pool, run) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", METHODS, ids=str)
+def test_every_method_equals_one_process(pool: PoolOf, run: Run) -> None:
+    assert worst(pool, run) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", GRIDS, ids=str)
+def test_grids_of_stages_and_replicas_equal_one_process(pool: PoolOf, run: Run) -> None:
+    """SyncBatchNorm and contrasts among the replicas of a stage."""
+    assert worst(pool, run) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+def test_zero_1_changes_nothing(pool: PoolOf, optimizer: str) -> None:
+    """Two addends have one sum, so two replicas agree to the last bit, LARS's norms included."""
+    run = Run("loco", 2, 2, replicas=2, optimizer=optimizer, dtype="float32")
+    sharded, whole = (pool(4).run(train, replace(run, zero_stage=stage))[0] for stage in (1, 0))
+    assert set(errors(sharded, whole).values()) == {0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_float32_stays_near_one_process(pool: PoolOf, zero_stage: int) -> None:
+    assert worst(pool, Run("dgl", 2, 2, steps=10, zero_stage=zero_stage, dtype="float32")) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "replicas"), [(0, 1), (1, 2)])
+def test_clipping_is_by_the_norm_of_all_stages(pool: PoolOf, zero_stage: int, replicas: int) -> None:
+    """DeepSpeed computes the norm in float32."""
+    run = Run("dgl", 2, 2, replicas=replicas, clip=0.05, zero_stage=zero_stage, dtype="float32")
+    outcome = pool(run.ranks).run(train, run)[0]
+    assert max(errors(outcome, alone(run)).values()) < 1e-3
+    assert max(errors(outcome, alone(replace(run, clip=0.0))).values()) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["mlaan", "loco-3", "infopro"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision_is_that_of_one_process(pool: PoolOf, case: str, precision: str) -> None:
+    """Scales of float16 move once a step here, and once a micro-batch in one process; results do not see them."""
+    run = Run(case, 3, 2, precision=precision, dtype="float32")
+    ours, theirs = pool(3).run(train, run)[0], alone(run)
+    found = errors(ours, theirs)
+    assert max(error for name, error in found.items() if not name.startswith("scales.")) < 1e-6
+
+
+def overflow(run: Run) -> tuple[list[bool], Outcome, Outcome]:
+    """A step whose last stage overflows, between two that don't."""
+    engine = build(run)
+    advance(engine, run, range(1))
+    before = Outcome(engine.model_state(), engine.optimizer_state(), torch.zeros(1))
+    batches = micro_batches(run, engine.net, 7) if engine.loads else []
+    if rank() == run.stages - 1:
+        engine.net.scales.scale.mul_(2.0**60)
+    skipped = [engine.step(batches, 1.0).skipped]
+    after = Outcome(engine.model_state(), engine.optimizer_state(), torch.zeros(1))
+    if rank() == run.stages - 1:
+        engine.net.scales.scale.mul_(2.0**-60)
+    skipped.append(engine.step(batches, 0.01).skipped)
+    engine.close()
+    return skipped, before, after
+
+
+@pytest.mark.slow
+def test_an_overflow_in_one_stage_skips_the_step_in_all(pool: PoolOf) -> None:
+    results = pool(2).run(overflow, Run("mlaan", 2, 2, precision="fp16", dtype="float32"))
+    assert [flags for flags, *_ in results] == [[True, False]] * 2
+    _, before, after = results[0]
+    moved = {
+        name.rsplit(".", 1)[1] for name, value in before.model.items() if not torch.equal(value, after.model[name])
+    }
+    assert moved <= {"running_mean", "running_var", "num_batches_tracked", "scale", "clean_steps"}
+    assert all(
+        torch.equal(value, after.optimizer[name][key])
+        for name, state in before.optimizer.items()
+        for key, value in state.items()
+    )
+
+
+def contrasted_whole(run: Run) -> dict[str, Tensor]:
+    """In plain autograd: embeddings of all micro-batches, BatchNorm a micro-batch at a time, one loss a unit."""
+    net = network(run)
+    optimizer = factory(run)(net)
+    for step in range(run.steps):
+        batches = micro_batches(run, net, step)
+        with frozen_statistics(net):
+            total = sum(unit.weight * _whole_loss(net, unit, batches) for unit in net.plan.units)
+        total.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = rate(run, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def _whole_loss(net: LocalNetwork, unit: Any, batches: list[Batch]) -> Tensor:
+    embeddings = []
+    for batch in batches:
+        x = batch.images
+        for s in range(unit.last + 1):
+            x = net.segments[s](x.detach() if s == unit.first else x)
+        embeddings.append(unit.head.trunk(x).unflatten(0, (batch.views, -1)))
+    labels = torch.cat([b.labels for b in batches]) if batches[0].labels is not None else None
+    return unit.head.objective(torch.cat(embeddings, 1).flatten(0, 1), batches[0]._replace(labels=labels))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "run",
+    [
+        Run("gim", 2, 3, options={"contrast": "batch"}),
+        Run("loco", 3, 2, options={"contrast": "batch"}),
+        Run("loco-3", 4, 2, options={"contrast": "batch"}),
+        Run("simclr", 1, 4, options={"contrast": "batch"}),
+        Run("loco-vicreg", 2, 2, replicas=2, options={"contrast": "batch"}),
+    ],
+    ids=str,
+)
+def test_contrast_over_the_whole_batch(pool: PoolOf, run: Run) -> None:
+    ours, theirs = pool(run.ranks).run(train, run)[0], contrasted_whole(run)
+    each = alone(run).model
+    for name, value in theirs.items():
+        assert (ours.model[name] - value).abs().max() < 1e-9 * value.abs().max().clamp_min(1e-3), name
+    assert any((each[name] - value).norm() > 1e-6 * value.norm() for name, value in theirs.items())
+
+
+def lagging(run: Run) -> Outcome:
+    """One process in which copies follow the weights of ``lam_lag`` steps before, and catch up at the end."""
+    net, lag = network(run), run.options["lam_lag"]
+    optimizer, past = factory(run)(net), []
+    heads = net._readers()
+    follow = [head.update_copies for head in heads]
+    for head in heads:
+        head.update_copies = lambda *_: None
+    stage_of = Placement(run.bounds).stage_of
+    units = {unit.head: unit for unit in net.plan.units}
+
+    def catch_up(step: int) -> None:
+        now = {name: p.detach().clone() for name, p in net.backbone.named_parameters()}
+        for head, move in zip(heads, follow, strict=True):
+            if stage_of(head.reads[0]) != stage_of(units[head].last):
+                net.backbone.load_state_dict(past[step], strict=False)
+                move(net.segments, 1.0)
+        net.backbone.load_state_dict(now, strict=False)
+
+    losses = []
+    for step in range(run.steps):
+        if step > lag:
+            catch_up(step - 1 - lag)
+        past.append({name: p.detach().clone() for name, p in net.backbone.named_parameters()})
+        outputs = []
+        for batch in micro_batches(run, net, step):
+            output = net(batch)
+            (output.loss / run.micro_batches).backward()
+            outputs.append(output.unit_losses)
+        losses.append(torch.stack(outputs).mean(0))
+        for head, move in zip(heads, follow, strict=True):
+            if stage_of(head.reads[0]) == stage_of(units[head].last):
+                move(net.segments, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(run, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    for step in range(max(0, run.steps - 1 - lag), run.steps):
+        catch_up(step)
+    states = {name: dict(optimizer.state[p]) for name, p in net.named_parameters() if optimizer.state.get(p)}
+    return Outcome(dict(net.state_dict()), states, torch.stack(losses))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 2])
+def test_copies_that_may_lag_do_so_by_exactly_so_much(pool: PoolOf, lag: int) -> None:
+    run = Run("lam", 3, 1, steps=6, bounds=(0, 2, 4, 6), options={"lam_lag": lag})
+    assert max(errors(pool(3).run(train, run)[0], lagging(run)).values()) < 1e-10
+    exact = errors(lagging(run), alone(run))
+    assert (max(exact.values()) > 1e-6) == (lag > 0)
+
+
+def moved(run: Run, state: Outcome | None, steps: range) -> Outcome | None:
+    """Some steps under another grid, from another's state."""
+    engine = build(run)
+    if state:
+        engine.load_model_state(state.model)
+        engine.load_optimizer_state(state.optimizer)
+    losses = advance(engine, run, steps)
+    outcome = Outcome(engine.model_state(), engine.optimizer_state(), losses)
+    engine.close()
+    return outcome if is_main() else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["mlaan", "loco-3"])
+def test_states_move_between_grids(pool: PoolOf, case: str) -> None:
+    """Every step under another number of stages and replicas equals the process that never stopped."""
+    journey = [
+        Run(case, 2),
+        Run(case, 4),
+        Run(case, 1, replicas=2),
+        Run(case, 2, replicas=2),
+        Run(case, 1),
+        Run(case, 3, bounds=(0, 1, 5, 6)),
+    ]
+    state = None
+    for step, run in enumerate(journey):
+        state = pool(run.ranks).run(moved, run, state, range(step, step + 1))[0]
+    whole = alone(Run(case, steps=len(journey)))
+    assert state is not None
+    assert max(errors(state, whole._replace(losses=whole.losses[-1:])).values()) < 1e-10
+
+
+def saved_in_the_middle(run: Run) -> Outcome:
+    """States read between steps, which must disturb nothing."""
+    engine = build(run)
+    losses = []
+    for step in range(run.steps):
+        losses.append(advance(engine, run, range(step, step + 1)))
+        engine.model_state()
+        engine.whole_net()
+    outcome = Outcome(engine.model_state(), engine.optimizer_state(), torch.cat(losses))
+    engine.close()
+    return outcome
+
+
+def test_reading_states_disturbs_nothing(pool: PoolOf) -> None:
+    run = Run("lam", 3, 2, steps=4)
+    assert max(errors(pool(3).run(saved_in_the_middle, run)[0], alone(run)).values()) < 1e-10
+
+
+def everywhere(run: Run) -> Tensor:
+    engine = build(run)
+    advance(engine, run, range(2))
+    net = engine.whole_net()
+    features = net.eval().features(torch.ones(2, 3, 16, 16, dtype=torch.float64).cumsum(2))
+    engine.close()
+    return features
+
+
+def test_every_rank_can_evaluate_the_whole_network(pool: PoolOf) -> None:
+    run = Run("mlaan", 3, 2, steps=2)
+    net = network(run)
+    net.load_state_dict(alone(run).model)
+    expected = net.eval().features(torch.ones(2, 3, 16, 16, dtype=torch.float64).cumsum(2))
+    for features in pool(3).run(everywhere, run):
+        assert torch.allclose(features, expected, rtol=1e-10)
+
+
+def silent(run: Run) -> str:
+    """The last stage takes no part in the second step."""
+    engine = build(run, timeout=2.0)
+    assert isinstance(engine, PipelinedEngine)
+    advance(engine, run, range(1))
+    if rank() == run.stages - 1:
+        time.sleep(5)
+        return ""
+    try:
+        advance(engine, run, range(1, 9))
+    except UserError as error:
+        return str(error)
+    return "nothing happened"
+
+
+@pytest.mark.parametrize("case", ["gim", "loco"])
+def test_a_silent_stage_is_named_within_the_timeout(case: str) -> None:
+    """GIM's first stage waits for the last to take activations, LoCo's for cotangents."""
+    from pool import Pool
+
+    ranks = Pool(2)
+    try:
+        message, _ = ranks.run(silent, Run(case, 2, 4), timeout=60)
+    finally:
+        ranks.close()
+    assert "rank 1 (stage 1 of 0..1)" in message and "for 2 s" in message
+
+
+def refused(run: Run) -> str:
+    try:
+        build(run).close()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_soft_sharing_over_an_edge_is_refused(pool: PoolOf) -> None:
+    """Its penalty pulls at both copies; on one stage it works."""
+    assert "soft sharing" in pool(2).run(refused, Run("loco-soft", 2, bounds=(0, 1, 3)))[0]
+    assert worst(pool, Run("loco-soft", 2, bounds=(0, 2, 3))) < 1e-10

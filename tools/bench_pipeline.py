@@ -1,0 +1,311 @@
+"""Pipeline stages with gradient boundaries against DeepSpeed's own 1F1B, measured or simulated.
+
+    python tools/bench_pipeline.py --stages 2 --micro-batches 1,2,4,8 [--json PATH] [--png PATH] [--trace PATH]
+    python tools/bench_pipeline.py --simulate --stages 4,8,16,64 --micro-batches 1,4,8 [--spread 0.5] [--lam-lag 1]
+
+Measured: one process a stage, one CPU thread each, ours and 1F1B (end-to-end, on the same segments) in turns.
+Simulated: forward and input gradients of a segment cost 1, weight gradients 2, a head 0.1, times a number drawn
+from 1 - spread .. 1 + spread; one segment a stage. "lam" is GIM whose heads all follow the last stage's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import random
+import socket
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from framework.execution.order import moments
+from framework.execution.placement import Costs, balanced
+from framework.execution.schedule import Instruction, Layout
+from framework.execution.simulation import Duration, Event, Simulation, costs_of, simulate
+from framework.local import LocalUnit, Plan
+from framework.local.units import sliding_windows
+from framework.pipeline.timeline import draw_timelines, idle_fraction, window, write_trace
+
+CLASSES = 10
+Row = dict[str, Any]
+Stages = list[list[Event]]
+
+
+def main() -> int:
+    """Parse, measure or simulate, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", default="2", help="one number, with --simulate several with commas")
+    parser.add_argument("--micro-batches", default="1,2,4,8", help="per step, with commas")
+    parser.add_argument("--methods", help="with commas; default gim,dgl,loco, with --simulate gim,loco,lam")
+    parser.add_argument("--network", default="resnet50", help="any network that can be cut")
+    parser.add_argument("--cut", default="stage", choices=("stage", "block"))
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--images", type=int, default=16, help="in a micro-batch, both views counted")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
+    parser.add_argument("--simulate", action="store_true", help="run no network")
+    parser.add_argument("--spread", type=float, default=0.0, help="of simulated costs, below 1")
+    parser.add_argument("--lam-lag", type=int, default=0, help="with --simulate")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--png", type=Path, help="draw the timelines of the last row here")
+    parser.add_argument("--trace", type=Path, help="write the last row's trace here, for ui.perfetto.dev")
+    arguments = parser.parse_args()
+    rows, timelines = simulated(arguments) if arguments.simulate else measured(arguments)
+    show(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    title, ours = list(timelines.items())[-1]
+    if arguments.png:
+        draw_timelines(timelines, arguments.png, seconds=_length(ours))
+    if arguments.trace:
+        write_trace(ours, arguments.trace)
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _length(stages: Stages) -> float:
+    """Of the shortest row, so that all are full."""
+    return min(events[-1].end for events in stages) - min(events[0].start for events in stages)
+
+
+def show(rows: list[Row]) -> None:
+    """Print the rows as a table."""
+    table = Table()
+    for column in ("method", "stages", "micro-batches", "throughput / 1F1B", "idle", "simulated", "1F1B idle"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        idle = "-" if row["idle_fraction"] is None else f"{row['idle_fraction']:.2f}"
+        numbers = (f"{row[key]:.2f}" for key in ("idle_fraction_simulated", "idle_fraction_1f1b"))
+        table.add_row(
+            row["method"], str(row["stages"]), str(row["micro_batches"]), f"{row['ratio_throughput']:.2f}", idle, *numbers
+        )
+    Console(width=110).print(table)
+
+
+def simulated(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages]]:
+    """Every method on every number of stages and micro-batches."""
+    rows, timelines = [], {}
+    methods = (arguments.methods or "gim,loco,lam").split(",")
+    for stages, micro_batches in product(_numbers(arguments.stages), _numbers(arguments.micro_batches)):
+        end_to_end = _simulation("bp", stages, micro_batches, arguments)
+        for method in methods:
+            ran = _simulation(method, stages, micro_batches, arguments)
+            idle = [1 - u for u in ran.utilisation()]
+            rows.append(
+                {
+                    "method": method,
+                    "stages": stages,
+                    "micro_batches": micro_batches,
+                    "ratio_throughput": end_to_end.period() / ran.period(),
+                    "idle_fraction": None,
+                    "idle_fraction_simulated": statistics.mean(idle),
+                    "idle_fraction_1f1b": 1 - statistics.mean(end_to_end.utilisation()),
+                    "idle_fraction_simulated_per_rank": idle,
+                }
+            )
+            timelines = {"1F1B": _all_events(end_to_end), method: _all_events(ran)}
+    return rows, timelines
+
+
+def _all_events(ran: Simulation) -> Stages:
+    return [list(events) for events in ran.events]
+
+
+def _simulation(method: str, stages: int, micro_batches: int, arguments: argparse.Namespace) -> Simulation:
+    length = {"bp": stages, "loco": min(2, stages)}.get(method, 1)
+    units = [LocalUnit(str(last), first, last, nn.Identity()) for first, last in sliding_windows(stages, length)]
+    plan = Plan(tuple(units), stages)
+    reads = frozenset((stage, stages - 1) for stage in range(stages - 1) if method == "lam")
+    layout = Layout(
+        moments(plan), balanced([1.0] * stages, stages), micro_batches, reads, lam_lag=arguments.lam_lag
+    )
+    draw = random.Random(0)
+    factors = [draw.uniform(1 - arguments.spread, 1 + arguments.spread) for _ in range(stages)]
+    heads = [0.1 * factors[unit.last] for unit in units]
+    costs = Costs(tuple(factors), tuple(factors), tuple(2 * f for f in factors), tuple(heads))
+    return simulate(layout, costs_of(layout, costs))
+
+
+def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages]]:
+    """Start one process a stage, let both engines take turns, and put the ranks' events together."""
+    (stages,) = _numbers(arguments.stages)
+    methods = (arguments.methods or "gim,dgl,loco").split(",")
+    cases = list(product(methods, _numbers(arguments.micro_batches)))
+    rows, timelines = [], {}
+    with _ranks(stages, arguments) as ranks, Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("measuring", total=len(cases))
+        for method, micro_batches in cases:
+            for rank in ranks:
+                rank.send((method, micro_batches))
+            answers = [_answer(rank) for rank in ranks]
+            layout = answers[0]["layout"]
+            rows.append(_row(method, micro_batches, layout, answers))
+            first = [[answer[kind][0] for answer in answers] for kind in ("theirs", "ours")]
+            names = (f"DeepSpeed 1F1B, {micro_batches} micro-batches", f"{method}, {micro_batches} micro-batches")
+            timelines = dict(zip(names, first, strict=True))
+            progress.advance(task)
+    return rows, timelines
+
+
+def _row(method: str, micro_batches: int, layout: Layout, answers: list[dict[str, list[list[Event]]]]) -> Row:
+    """Medians over the rounds; a period is that of the slowest rank."""
+    rounds = range(len(answers[0]["ours"]))
+
+    def periods(kind: str) -> list[float]:
+        return [max(_period(answer[kind][i]) for answer in answers) for i in rounds]
+
+    def idle(kind: str) -> list[float]:
+        return [statistics.median(idle_fraction(answer[kind][i]) for i in rounds) for answer in answers]
+
+    ratios = [b / a for a, b in zip(periods("ours"), periods("theirs"), strict=True)]
+    predicted = simulate(layout, _measured_costs([answer["ours"] for answer in answers]))
+    per_rank = {
+        "idle_fraction": idle("ours"),
+        "idle_fraction_simulated": [1 - u for u in predicted.utilisation()],
+        "idle_fraction_1f1b": idle("theirs"),
+    }
+    return {
+        "method": method,
+        "stages": layout.placement.stages,
+        "micro_batches": micro_batches,
+        "ratio_throughput": statistics.median(ratios),
+        **{key: statistics.mean(values) for key, values in per_rank.items()},
+        **{f"{key}_per_rank": values for key, values in per_rank.items()},
+        "seconds_per_step": statistics.median(periods("ours")),
+        "seconds_per_step_1f1b": statistics.median(periods("theirs")),
+        "ratios": ratios,
+    }
+
+
+def _period(events: Sequence[Event]) -> float:
+    begin, end, steps = window(events)
+    return (end - begin) / steps
+
+
+def _measured_costs(ranks: list[list[list[Event]]]) -> Duration:
+    """What each instruction took on each stage: the median over steps and rounds, messages nothing."""
+    taken: dict[tuple[int, type[Instruction], int | None], list[float]] = defaultdict(list)
+    for stage, rounds in enumerate(ranks):
+        for event in (event for events in rounds for event in events):
+            taken[stage, *_kind(event.instruction)].append(event.end - event.start)
+    costs = {key: statistics.median(seconds) for key, seconds in taken.items()}
+
+    def duration(stage: int, instruction: Instruction) -> float:
+        messages = type(instruction).__name__.startswith(("Send", "Receive"))
+        return 0.0 if messages else costs[stage, *_kind(instruction)]
+
+    return duration
+
+
+def _kind(instruction: Instruction) -> tuple[type[Instruction], int | None]:
+    fields = instruction.kwargs
+    return type(instruction), fields.get("segment", fields.get("moment"))
+
+
+class _ranks:  # noqa: N801
+    """One process a stage, each with its end of a pipe; gone afterwards."""
+
+    def __init__(self, stages: int, arguments: argparse.Namespace) -> None:
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._processes, self._pipes = [], []
+        for rank in range(stages):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, stages, port, arguments), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def __enter__(self) -> list[Any]:
+        return self._pipes
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _answer(rank: Any) -> dict[str, Any]:
+    try:
+        return rank.recv()
+    except EOFError:
+        sys.exit("a rank died; its message is above")
+
+
+def _serve(pipe: Any, rank: int, stages: int, port: int, arguments: argparse.Namespace) -> None:
+    import torch
+
+    from framework import distributed
+
+    values = (rank, stages, rank, "127.0.0.1", port)
+    os.environ.update(zip(distributed.LAUNCH_VARIABLES, map(str, values), strict=True))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+    distributed.start()
+    while True:
+        pipe.send(_compare(*pipe.recv(), stages, arguments))
+
+
+def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """This rank's events of every round: ours, and 1F1B on the same segments."""
+    from functools import partial
+
+    from stock_pipeline import OneForwardOneBackward, batches_of, network, placement
+
+    from framework.config import Pipeline
+    from framework.engines.pipeline import PipelinedEngine
+    from framework.optim import build_optimizer
+
+    optimizer = partial(build_optimizer, name="sgd")
+    net = network(method, arguments)
+    end_to_end = network("bp" if net.plan.supervised else "simclr", arguments)
+    batches = batches_of(net, micro_batches, arguments)
+    spread = placement(end_to_end, batches[0], stages)
+    ours = PipelinedEngine(
+        net,
+        optimizer,
+        spread,
+        batch_size=micro_batches * arguments.images // net.plan.views,
+        micro_batches=micro_batches,
+        clip=0.0,
+        zero_stage=0,
+        section={},
+        options=Pipeline(stages=stages),
+    )
+    theirs = OneForwardOneBackward(end_to_end, optimizer, spread, batches)
+    steps = 3 + -(-6 // micro_batches)
+    found: dict[str, Any] = {"ours": [], "theirs": [], "layout": ours.layout}
+    for round_ in range(1 + arguments.rounds):
+        ours.events = []
+        for _ in range(steps):
+            ours.step(batches if ours.loads else [], 1e-3)
+        ours.whole_net()  # waits until all ranks have come to the end
+        events = theirs.run(steps)
+        if round_:
+            found["ours"].append(ours.events)
+            found["theirs"].append(events)
+    ours.close()
+    theirs.close()
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
