@@ -83,7 +83,15 @@ def draw(image: Tensor, boxes: Tensor, masks: Tensor, names: list[str], scores: 
     size = max(10, image.shape[1] // 40)
     drawn = draw_segmentation_masks(image, masks, alpha=0.45, colors=colours)
     return draw_bounding_boxes(
-        drawn, boxes, labels, colours, width=max(1, size // 8), font=findfont("DejaVu Sans"), font_size=size
+        drawn,
+        boxes,
+        labels,
+        colours,
+        width=max(1, size // 8),
+        font=findfont("DejaVu Sans"),
+        font_size=size,
+        label_colors="white",
+        fill_labels=True,
     )
 
 
