@@ -61,7 +61,7 @@ def test_two_steps(name: str, shards: Path, tmp_path: Path, pool: Callable[[int]
         "train.max_steps=2",
         f"run_dir={tmp_path}",
     ]  # ranks of the pool have no children
-    pool(1).run(two_steps, [str(ROOT / "recipes" / f"{name}.yaml"), *overrides])
+    pool(1).run(two_steps, [str(ROOT / "recipes" / f"{name}.yaml"), *overrides], timeout=600)
     losses = [entry["losses"] for entry in read_log(tmp_path / "metrics.jsonl") if "losses" in entry]
     recipe = config.load([str(tmp_path / "recipe.yaml")])
     assert len(losses) == 2 and all(np.isfinite(list(step.values())).all() for step in losses)
