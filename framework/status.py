@@ -40,7 +40,7 @@ class RunStatus:
             recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
         except (OSError, yaml.YAMLError) as error:
             raise UserError(f"{run_dir}: not the folder of a run: recipe.yaml can't be read") from error
-        self._train, self._every = recipe["train"], recipe["logging"]["every_steps"]
+        self._train, self._every = recipe["train"], recipe.get("logging", {}).get("every_steps", 1)
         self._begin()
 
     def _begin(self) -> None:

@@ -180,30 +180,36 @@ def test_touched_files_save_and_stop(tmp_path: Path) -> None:
     assert "the same command goes on from there" in ranks.printed
 
 
+def fill_disk(ranks: Ranks, folder: Path) -> tuple[int, tuple[int, int]]:
+    """Let no file of rank 0 grow beyond what the log has now, which is more than ranks print; process, old limits."""
+    pid = ranks.processes[0].pid
+    assert pid is not None
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    size = (folder / "run" / "metrics.jsonl").stat().st_size
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, limits[1]))
+    return pid, limits
+
+
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path, undisturbed: Path) -> None:
-    with start(tmp_path) as ranks:  # packs nothing: the folder of the digits is the other run's
-        ranks.until(lambda: steps_done(tmp_path) >= 4)
-        pid = ranks.processes[0].pid
-        assert pid is not None
-        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, hard))
-        ranks.until(lambda: "its lines wait" in ranks.printed)
-        ranks.until(lambda: "training goes on" in ranks.printed)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+    with start(tmp_path) as ranks:
+        ranks.until(lambda: steps_done(tmp_path) >= 10)
+        pid, limits = fill_disk(ranks, tmp_path)
+        ranks.until(lambda: "its lines wait" in ranks.printed and "training goes on" in ranks.printed)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
         assert ranks.statuses() == [0, 0], ranks.printed
-    assert "can't be written" in ranks.printed
     assert_same_run(tmp_path, undisturbed, STEPS)
 
 
 @pytest.mark.slow
 def test_a_disk_that_stays_full_is_an_error_at_the_end(tmp_path: Path) -> None:
-    with start(tmp_path, "train.max_steps=5") as ranks:
-        ranks.until(lambda: steps_done(tmp_path) >= 1)
-        pid = ranks.processes[0].pid
-        assert pid is not None
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]))
-        assert ranks.statuses() == [MEND_FIRST, MEND_FIRST]
+    with start(tmp_path, "train.max_steps=20", "checkpoint.every_steps=8") as ranks:
+        ranks.until(lambda: steps_done(tmp_path) >= 10)
+        fill_disk(ranks, tmp_path)
+        assert ranks.statuses() == [MEND_FIRST, MEND_FIRST], ranks.printed
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest is not None and int(newest.name[5:]) in (8, 16)
+    assert "step-00000020: can't be written" in ranks.printed
 
 
 @pytest.mark.slow
@@ -241,11 +247,12 @@ def test_too_much_poison_stops_the_run_with_a_line(tmp_path: Path) -> None:
 def test_a_rank_that_hangs_is_told_from_those_that_wait(tmp_path: Path, kind: str) -> None:
     lock = tmp_path / "lock"
     lock.touch()
-    with start(tmp_path, "faults.hang_seconds=4", trouble=Trouble(1, kind, 3, path=str(lock))) as ranks:
+    patience = ("faults.hang_seconds=15", "engine=ddp")  # DeepSpeed may take longer to import
+    with start(tmp_path, *patience, trouble=Trouble(1, kind, 3, path=str(lock))) as ranks:
         assert ranks.statuses() == [GO_ON_LATER, GO_ON_LATER], ranks.printed
     waiting, hanging = ((tmp_path / "run" / f"hang-rank0000{rank}.txt").read_text() for rank in (0, 1))
     first = hanging.splitlines()[0]
-    assert "no step for 4 s after step 3" in first and first in ranks.printed
+    assert "no step for 15 s after step 3" in first and first in ranks.printed
     if kind == "sleep":
         assert "in recorded_batch" not in waiting and "in <lambda> (tests/ranks.py" in first
     else:
@@ -255,10 +262,10 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait(tmp_path: Path, kind: st
 
 @pytest.mark.slow
 def test_a_run_moves_between_ranks_and_zero_stages(tmp_path: Path, pool: PoolOf, undisturbed: Path) -> None:
-    for ranks, stage, last in [(2, 1, 4), (1, 2, 8), (4, 0, 12)]:
+    for ranks, stage, last in [(2, 1, 2), (1, 2, 4), (4, 0, 6)]:
         argv = arguments(tmp_path, f"zero_stage={stage}", f"train.max_steps={last}")
         assert set(pool(ranks).run(run, argv)) == {""}
-    for ours, theirs in zip(losses(tmp_path), losses(undisturbed)[:12], strict=True):
+    for ours, theirs in zip(losses(tmp_path), losses(undisturbed)[:6], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 

@@ -75,7 +75,7 @@ def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
     net = recipe_network(recipe, splits.num_classes)
     loader = splits.train_loader(net.plan.views)
     batches = loader.steps(0, sys.maxsize)
-    loop = Loop(recipe, build_engine(recipe, net), loader, Position())
+    loop = Loop(recipe, build_engine(recipe, net), loader, Position(), score=dict)
 
     def timed_step() -> float:
         start = time.perf_counter()
