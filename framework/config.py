@@ -297,7 +297,9 @@ def _check_pipeline(recipe: Recipe) -> None:
     pipeline, train = recipe.pipeline, recipe.train
     if pipeline.micro_batches is not None and train.accumulation not in (1, pipeline.micro_batches):
         raise Fault(
-            "pipeline.micro_batches", pipeline.micro_batches, f"train.accumulation={train.accumulation} says otherwise"
+            "pipeline.micro_batches",
+            pipeline.micro_batches,
+            f"train.accumulation={train.accumulation} says otherwise",
         )
     if recipe.micro_batches > 1 and train.batch_size % recipe.micro_batches:
         key = "train.accumulation" if pipeline.micro_batches is None else "pipeline.micro_batches"

@@ -96,10 +96,14 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
     Raises:
         UserError: as ``local_network``.
     """
-    recipe = replace(recipe, network=replace(recipe.network, sync_bn=False))  # costs the same, and needs no GPU
+    recipe = replace(
+        recipe, network=replace(recipe.network, sync_bn=False)
+    )  # costs the same, and needs no GPU
     net = recipe_network(recipe, num_classes)
     name = "bp" if net.plan.supervised else "simclr"
-    end_to_end = recipe_network(replace(recipe, method=Method(name, methods.load(name).Options())), num_classes)
+    end_to_end = recipe_network(
+        replace(recipe, method=Method(name, methods.load(name).Options())), num_classes
+    )
     with FakeTensorMode() as mode:
         for network in (net, end_to_end):
             _drop_values(network, mode)

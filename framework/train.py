@@ -51,14 +51,18 @@ def train(recipe: Recipe) -> None:
     """
     stages = recipe.pipeline.stages
     if distributed.world_size() % stages:
-        raise UserError(f"pipeline.stages={stages}: must divide the number of ranks, {distributed.world_size()}")
+        raise UserError(
+            f"pipeline.stages={stages}: must divide the number of ranks, {distributed.world_size()}"
+        )
     splits = Splits.open(recipe)
     with distributed.same_outcome():
         net = recipe_network(recipe, splits.num_classes)
         untrained = recipe_network(recipe, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
         if net.plan.supervised and not splits.train.labelled:
-            raise UserError(f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them")
+            raise UserError(
+                f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
+            )
     placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
     engine = build_engine(recipe, net, placement)
     position = restore(recipe, engine)
