@@ -29,7 +29,7 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: weighted sum of the unit losses; its ``backward()`` hands over the finished gradients.
         unit_losses: (U,) detached, unweighted, in the order of the plan's units.
-        overflow: float16 only: bool scalar, the same on every rank; skip this step.
+        overflow: bool scalar, the same on every rank: skip this step; ``None`` where nobody looks.
     """
 
     loss: Tensor

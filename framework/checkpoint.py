@@ -20,8 +20,9 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch import Tensor
 from framework.distributed import from_main, is_main, same_outcome
 from framework.engines.step import Engine, OptimizerState
 from framework.errors import UserError
+from framework.retention import Keep, superfluous
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -37,32 +39,78 @@ MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 
 
-def save(run_dir: Path, engine: Engine, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write a checkpoint; all ranks must call it.
+class Snapshot(NamedTuple):
+    """A moment of a run, apart from the engine: on rank 0 all of it, elsewhere only the step.
+
+    Attributes:
+        step: optimizer steps done.
+        model: parameters and buffers by name.
+        optimizer: full tensors by parameter and key.
+        state: what else is known of the moment.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: OptimizerState
+    state: dict[str, Any]
+
+
+def snapshot(engine: Engine, step: int, state: Mapping[str, Any]) -> Snapshot:
+    """Copies of everything that a checkpoint holds; all ranks must call it.
+
+    Args:
+        engine: whose network and optimizer are copied, to rank 0's CPU.
+        step: optimizer steps done.
+        state: what else ``load`` is to return; JSON's types only.
+
+    Raises:
+        UserError: on every rank, if a weight is not finite. Nobody could go on from it.
+    """
+    model, optimizer = engine.model_state(), engine.optimizer_state()
+    with same_outcome():
+        for name, tensor in model.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{name} is not finite after step {step}; earlier checkpoints are untouched")
+    head = {"format": FORMAT, "step": step, "optimizer": type(engine.optimizer).__name__}
+    return Snapshot(step, model, optimizer, {**head, **state})
+
+
+def write(run_dir: Path, moment: Snapshot, keep: Keep | None = None) -> Path:
+    """Write a checkpoint on this rank alone, and delete those that ``keep`` does not want.
 
     Args:
         run_dir: folder of the run.
-        engine: whose network and optimizer are saved.
-        step: optimizer steps done; names the folder. One of that name is replaced.
-        state: what else ``load`` is to return; JSON's types only.
-        keep: how many checkpoints stay, counting back from this one.
+        moment: of rank 0; its step names the folder. One of that name is replaced.
+        keep: judges by ``loss`` in the states; two stay if left out.
 
     Returns:
         The new folder.
 
     Raises:
-        UserError: on every rank, if rank 0 can't write. Earlier checkpoints are untouched.
+        UserError: it can't be written. Earlier checkpoints are untouched.
     """
-    model, optimizer = engine.model_state(), engine.optimizer_state()
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    state = {"format": FORMAT, "step": step, "optimizer": type(engine.optimizer).__name__, **state}
+    folder = _folder(run_dir, moment.step)
+    _write(folder, moment.model, moment.optimizer, moment.state)
+    # Later ones are those of a run that went back to an earlier step; they are not ours to delete.
+    losses = {_step(f): _loss(f) for f in _folders(run_dir) if _step(f) <= moment.step}
+    for step in superfluous(losses, keep or Keep()):
+        shutil.rmtree(_folder(run_dir, step), ignore_errors=True)
+    return folder
+
+
+def save(
+    run_dir: Path, engine: Engine, step: int, state: Mapping[str, Any], keep: Keep | None = None
+) -> Path:
+    """``snapshot`` and ``write`` in one; all ranks must call it, and return when it is on the disk.
+
+    Raises:
+        UserError: on every rank, as they do.
+    """
+    moment = snapshot(engine, step, state)
     with same_outcome():
         if is_main():
-            _write(folder, model, optimizer, state)
-            # Later ones are those of a run that went back to an earlier step; they are not ours to delete.
-            for old in [f for f in _folders(run_dir) if _step(f) <= step][:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-    return folder
+            write(run_dir, moment, keep)
+    return _folder(run_dir, step)
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -101,6 +149,29 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     return state
 
 
+def set_aside_later(run_dir: Path, step: int) -> list[str]:
+    """Rename checkpoints past ``step``, which a run that goes back there would take for its own; the new names."""
+    renamed = []
+    for folder in _folders(run_dir):
+        if _step(folder) > step:
+            aside = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            renamed.append(folder.rename(aside).name)
+    return renamed
+
+
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State and model tensors of a checkpoint, for one process that has no engine.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    if damage := _damage(folder):
+        raise UserError(f"{folder}: {damage}")
+    state, model, _ = _read(folder)
+    return state, model
+
+
 def export_backbone(engine: Engine, path: Path) -> None:
     """Write the backbone alone, under timm's names; all ranks must call it.
 
@@ -127,7 +198,8 @@ def export_backbone(engine: Engine, path: Path) -> None:
 def _write(folder: Path, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+        for torn in folder.parent.glob(".step-*.partial"):  # of runs that were killed here
+            shutil.rmtree(torn)
         partial.mkdir(parents=True)
         save_file(model, partial / "model.safetensors")
         flat = {f"{name}/{key}": value for name, values in optimizer.items() for key, value in values.items()}
@@ -176,8 +248,20 @@ def _folders(run_dir: Path) -> list[Path]:
     )
 
 
+def _folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
+
+
+def _loss(folder: Path) -> float | None:
+    """What ``state`` said of it; ``None`` for one that is damaged or has none."""
+    try:
+        return float(json.loads((folder / "state.json").read_text())["loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _newest_whole(run_dir: Path) -> Path | None:

@@ -20,7 +20,17 @@ from framework.composition import merge, origin, parse_overrides, recipe_files
 from framework.data.views import Views
 from framework.errors import UserError
 from framework.local import methods
-from framework.schema import Fault, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, build, keys
+from framework.schema import (
+    Fault,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Share,
+    build,
+    keys,
+)
 
 
 @dataclass
@@ -64,6 +74,8 @@ class Data:
         test: folder of the held-out split, below ``path``.
         image_size: side of a view in pixels.
         num_classes: check against the labels; ``None`` takes the count from the shards.
+        share: of every class's training images, drawn by the seed, that are used at all: 0.01 and 0.1 in
+            SimCLR's semi-supervised protocol.
         workers: processes per rank that decode; 0 decodes in the training process.
         window: samples among which the order is mixed, so that only the shards of about so many are in use at
             a time; 0 mixes the whole epoch. Behind a URL the shards of a window must fit the cache.
@@ -78,6 +90,7 @@ class Data:
     test: str = "test"
     image_size: PositiveInt = 224
     num_classes: PositiveInt | None = None
+    share: Share = 1.0
     workers: NonNegativeInt = 8
     window: NonNegativeInt = 0
     cache: Literal["none", "memory"] = "none"
@@ -94,7 +107,8 @@ class Optim:
         lr: highest learning rate, for the whole batch: nothing scales it.
         momentum: lars and sgd.
         nesterov: sgd only.
-        weight_decay: not applied to BatchNorm and biases.
+        weight_decay: coefficient.
+        decay: what it applies to, and the adaptation of lars: weights, or BatchNorm and biases too.
         trust: trust coefficient of lars.
         warmup_epochs: length of the warm-up; may be a fraction.
         clip: largest norm of the whole gradient; 0 clips nothing.
@@ -105,6 +119,7 @@ class Optim:
     momentum: Fraction = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 1e-6
+    decay: Literal["weights", "all"] = "weights"
     trust: Positive = 0.001
     warmup_epochs: NonNegative = 10.0
     clip: NonNegative = 0.0
@@ -155,19 +170,23 @@ class Pipeline:
 
 @dataclass
 class Evaluate:
-    """What is measured at the end.
+    """What is measured at the end, and during training.
 
     Attributes:
         knn: classify by the nearest neighbours in feature space, and in raw pixels beside it.
         neighbours: k of the k-NN classifier.
         linear: fit a linear probe on the frozen features.
         batch_size: images per rank and forward.
+        every_epochs: measure during training too, at this interval; ``None`` only at the end.
+        images: of each split, evenly spaced, that are used during training; ``None`` all.
     """
 
     knn: bool = True
     neighbours: PositiveInt = 20
     linear: bool = True
     batch_size: PositiveInt = 256
+    every_epochs: PositiveInt | None = None
+    images: PositiveInt | None = None
 
 
 @dataclass
@@ -178,11 +197,48 @@ class Checkpoint:
         every_epochs: interval in epochs.
         every_steps: interval in steps, on top of that in epochs.
         keep: how many of the newest stay.
+        keep_every_epochs: those at multiples of so many epochs stay too.
+        keep_best: so does the one with the lowest mean loss since the one before it.
     """
 
     every_epochs: PositiveInt = 1
     every_steps: PositiveInt | None = None
     keep: PositiveInt = 2
+    keep_every_epochs: PositiveInt | None = None
+    keep_best: bool = False
+
+
+@dataclass
+class Faults:
+    """What a run does when something goes wrong.
+
+    Attributes:
+        nonfinite: a loss or gradient that is infinite or NaN stops the run, or the step is skipped: weights,
+            optimizer and BatchNorm's statistics stay as they were.
+        nonfinite_limit: steps that may be skipped in the whole run.
+        hang_seconds: a rank that makes no step for so long reports its stack and ends, to be started anew.
+    """
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: PositiveInt = 100
+    hang_seconds: Positive = 600.0
+
+
+@dataclass
+class Logging:
+    """Where the numbers of a run go, besides ``metrics.jsonl``.
+
+    Attributes:
+        every_steps: steps between two entries, in all of them.
+        tensorboard: write events to ``run_dir/tensorboard``; needs ``stagewise[tensorboard]``.
+        wandb: send to Weights & Biases, or keep in ``run_dir/wandb`` for ``wandb sync``; needs ``stagewise[wandb]``.
+        project: of Weights & Biases.
+    """
+
+    every_steps: PositiveInt = 1
+    tensorboard: bool = False
+    wandb: Literal["none", "online", "offline"] = "none"
+    project: str = "stagewise"
 
 
 @dataclass
@@ -195,7 +251,7 @@ class Recipe:
         seed: of weights, order of samples and augmentation.
         engine: what averages gradients over ranks and steps the optimizer.
         resume: "auto" goes on from the newest whole checkpoint of ``run_dir``, "never" starts afresh,
-            anything else is the path of a checkpoint.
+            anything else is the path of a checkpoint. A job that Slurm started again goes on from the newest.
         zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer, 2 also the gradients.
         deepspeed: handed to DeepSpeed as it is.
     """
@@ -216,6 +272,8 @@ class Recipe:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    faults: Faults = field(default_factory=Faults)
+    logging: Logging = field(default_factory=Logging)
 
     @property
     def micro_batches(self) -> int:
@@ -308,6 +366,10 @@ def _check_pipeline(recipe: Recipe) -> None:
         raise Fault("engine", recipe.engine, "pipeline stages need engine=deepspeed")
     if recipe.pipelined and recipe.zero_stage > 1:
         raise Fault("zero_stage", recipe.zero_stage, "must be 0 or 1 with pipeline stages")
+    if recipe.pipelined and recipe.faults.nonfinite == "skip":
+        raise Fault(
+            "faults.nonfinite", "skip", "must be stop with pipeline stages, which do not wait for each other"
+        )
 
 
 def _explain(fault: Fault, known: Sequence[str]) -> str:

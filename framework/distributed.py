@@ -9,9 +9,10 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from framework.errors import LocalError, UserError
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Of collectives. NCCL's own 10 minutes are less than rank 0 may take to index shards, or a watchdog to report.
+PATIENCE = timedelta(hours=1)
 
 
 Group = dist.ProcessGroup | Literal["alone"] | None
@@ -83,10 +86,10 @@ def start() -> None:
                 f"{torch.cuda.device_count()}; start at most that many processes on a machine"
             )
         torch.cuda.set_device(device())
-        dist.init_process_group("nccl", device_id=device())
+        dist.init_process_group("nccl", device_id=device(), timeout=PATIENCE)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and its warning
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
 
 
 def stop() -> None:
@@ -238,6 +241,29 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     x = x.detach().clone()
     dist.all_reduce(x)
     return x / world_size()
+
+
+def any_over_ranks(flags: Tensor) -> Tensor:
+    """Element by element, whether any rank has ``True``; does not wait for the device."""
+    if world_size() == 1:
+        return flags
+    seen = flags.float()
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    return seen > 0
+
+
+def max_over_ranks(number: int) -> Callable[[], int]:
+    """Largest of the ranks' whole numbers; who calls the answer waits for ranks that are behind."""
+    if world_size() == 1:
+        return lambda: number
+    largest = torch.tensor(number, device=device())
+    work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True)
+
+    def answer() -> int:
+        work.wait()
+        return int(largest)
+
+    return answer
 
 
 def sum_over_ranks(number: int) -> int:

@@ -5,15 +5,13 @@ Accuracies are in per cent. The encoder runs in evaluation mode and gets its own
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -93,18 +91,21 @@ def knn_top1(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k
 
 
 def linear_top1(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Logistic regression on standardised features, for sets that fit one machine. Arguments as ``knn_top1``.
+    """Accuracy of ``linear_probe``, for sets that fit one machine. Arguments as ``knn_top1``.
 
     Raises:
         UserError: features that are not finite, or a single class.
     """
     _check(train_x, train_y, test_x)
-    # On digits, 64 to 2048 dimensions, C from 0.1 to 1 and more iterations change about a point.
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        probe.fit(train_x.float().cpu().numpy(), train_y.cpu().numpy())
-    return 100 * float(probe.score(test_x.float().cpu().numpy(), test_y.cpu().numpy()))
+    probe = linear_probe(train_x, train_y)
+    return 100 * float(probe.score(test_x.double().cpu().numpy(), test_y.cpu().numpy()))
+
+
+def linear_probe(x: Tensor, y: Tensor) -> Pipeline:
+    """Logistic regression on standardised features (N, C), run to its one optimum in float64."""
+    # On digits, 64 to 2048 dimensions, C from 0.1 to 1 changes about a point.
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, tol=1e-9, max_iter=10_000))
+    return probe.fit(x.double().cpu().numpy(), y.cpu().numpy())
 
 
 @contextmanager

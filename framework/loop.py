@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from framework import checkpoint, config, distributed, metrics
+from framework import config, distributed, metrics
 from framework.batch import Batch
 from framework.config import Recipe
+from framework.control import Request, Requests
 from framework.data.loader import TrainLoader
 from framework.display import Progress
 from framework.engines import Engine, StepResult
 from framework.errors import LocalError, UserError
+from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate
+from framework.retention import Keep
+from framework.saving import Saver
+from framework.trackers import Logs, open_trackers
 
 
 @dataclass
@@ -28,13 +36,24 @@ class Position:
 
     Attributes:
         step: steps done, which is also the place in the data.
-        updates: those that changed the weights; float16 overflows skip some, and the schedule waits for them.
+        updates: those that changed the weights; skipped ones do not, and the schedule waits for them.
         broken: images that were skipped because they could not be decoded, over all ranks.
+        nonfinite: steps that were skipped for losses or gradients that were infinite or NaN.
     """
 
     step: int = 0
     updates: int = 0
     broken: int = 0
+    nonfinite: int = 0
+
+
+class Pending(NamedTuple):
+    """A step that is done here; its losses, and what was asked for, may still be on their way."""
+
+    step: int
+    lr: float
+    result: StepResult
+    answer: Callable[[], Request]
 
 
 class Loop:
@@ -45,46 +64,87 @@ class Loop:
         engine: steps the network.
         loader: this rank's batches.
         position: where to go on.
+        score: measures the network during training: accuracies in per cent, on rank 0.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, loader: TrainLoader, position: Position) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        loader: TrainLoader,
+        position: Position,
+        score: Callable[[], dict[str, float]],
+    ) -> None:
         self.recipe, self.engine, self.loader, self.position = recipe, engine, loader, position
+        self.score = score
         self.run_dir = Path(recipe.run_dir)
         self.per_epoch = loader.steps_per_epoch
         self.total = recipe.train.epochs * self.per_epoch
         self.stop = min(self.total, recipe.train.max_steps or self.total)
         self.units = [unit.name for unit in engine.net.plan.units]
+        self.weights = [unit.weight for unit in engine.net.plan.units]
         self.speed = metrics.Throughput()
+        self.norms = RunningStatistics(engine.net) if recipe.faults.nonfinite == "skip" else None
+        self.broken_before = position.broken
+        self.since_save: list[float] = []
+        every = recipe.checkpoint.keep_every_epochs
+        keep = Keep(recipe.checkpoint.keep, every and every * self.per_epoch, recipe.checkpoint.keep_best)
+        self.saver = Saver(self.run_dir, keep)
 
-    def run(self) -> None:
-        """Train until the end.
+    def run(self, alive: Callable[[int], None] = lambda steps: None) -> Request:
+        """Train until the end, or until somebody asks to stop; which of them the answer says.
+
+        Args:
+            alive: called after each step with the number of those done.
 
         Raises:
-            UserError: a loss that is not finite, data that can't be read, a checkpoint that can't be written.
+            UserError: a loss that is not finite, data that can't be read, a last checkpoint that can't be written.
         """
         start = self.position.step
-        log = self._open_log(start)
-        unread: deque[tuple[int, float, StepResult]] = deque()
-        with Progress(self.stop, start, enabled=distributed.is_main()) as progress:
+        under_way: deque[Pending] = deque()
+        request = Request.NOTHING
+        with (
+            Requests(self.run_dir) as requests,
+            self.saver,
+            self._open_logs(start) as logs,
+            Progress(self.stop, start, enabled=distributed.is_main()) as progress,
+        ):
             for step, batches in enumerate(self._batches(start), start):
-                _seed(self.recipe.seed, step)
-                lr = self._learning_rate()
-                unread.append((step, lr, self.engine.step(batches, lr)))
-                self.position.step += 1
-                self.position.updates += not unread[-1][-1].skipped
+                request = Request.NOTHING
+                under_way.append(self._step(step, batches, requests))
                 due = self._checkpoint_due()
-                while len(unread) > (0 if due else self.engine.lag):
-                    self._report(*unread.popleft(), log, progress)
-                if due:
+                while len(under_way) > (0 if due or self._score_due() or request else self.engine.lag):
+                    request = max(request, self._read(under_way.popleft(), logs, progress))
+                alive(self.position.step)
+                if self._score_due():
+                    self._measure(step, logs, progress)
+                    alive(self.position.step)
+                if request or due:
                     self.save()
-        if log:
-            log.close()
+                if request:
+                    requests.done(request)
+                if request >= Request.STOP:
+                    break
+            try:
+                self.saver.wait()
+            except UserError:
+                if request is not Request.LEAVE:  # the next start goes on from an earlier one
+                    raise
+            return max(request, requests.ask()())
 
     def save(self) -> None:
-        """Write a checkpoint of this moment; collective."""
-        self.position.broken = distributed.sum_over_ranks(self.loader.skipped)
-        state = {"position": asdict(self.position), "recipe": config.to_yaml(self.recipe)}
-        checkpoint.save(self.run_dir, self.engine, self.position.step, state, self.recipe.checkpoint.keep)
+        """Begin to write a checkpoint of this moment; collective."""
+        self.position.broken = self.broken_before + distributed.sum_over_ranks(self.loader.skipped)
+        state = {
+            "position": asdict(self.position),
+            "ranks": distributed.world_size(),
+            "loss": float(np.mean(self.since_save)) if self.since_save else None,
+            "recipe": config.to_yaml(self.recipe),
+        }
+        self.since_save = []
+        self.saver.save(self.engine, self.position.step, state)
+        if self.engine.net.turns is not None:
+            self.engine.net.turns.empty()
 
     def summary(self) -> dict[str, Any]:
         """What the loop knows about the run."""
@@ -93,6 +153,7 @@ class Loop:
             "epochs": self.position.step / self.per_epoch,
             "images_per_second": round(self.speed.mean, 2),
             "broken_images": self.position.broken,
+            "nonfinite_steps": self.position.nonfinite,
         }
 
     def _batches(self, start: int) -> Iterator[list[Batch]]:
@@ -106,28 +167,70 @@ class Loop:
             where = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
             raise LocalError(f"{where}{error}") from error
 
+    def _step(self, step: int, batches: list[Batch], requests: Requests) -> Pending:
+        _seed(self.recipe.seed, step)
+        lr = self._learning_rate()
+        if self.norms:
+            self.norms.remember()
+        result = self.engine.step(batches, lr)
+        if self.norms and result.skipped:
+            self.norms.put_back()
+        self.position.step += 1
+        self.position.updates += not result.skipped
+        return Pending(step, lr, result, requests.ask())
+
+    def _read(self, pending: Pending, logs: Logs | None, progress: Progress) -> Request:
+        """Take in a step that is done everywhere; what was asked for meanwhile."""
+        step, lr, result, answer = pending
+        losses = dict(zip(self.units, result.losses(), strict=True))
+        speed = self.speed.step(self.recipe.train.batch_size)
+        epoch = (step + 1) / self.per_epoch
+        if logs:
+            logs.write(
+                step, epoch=epoch, lr=lr, losses=losses, images_per_second=speed, skipped=result.skipped
+            )
+        progress.update(step, epoch, losses, speed)
+        self._judge(step, losses, result.skipped)
+        return answer()
+
+    def _judge(self, step: int, losses: dict[str, float], skipped: bool) -> None:
+        """Note a good step; let a bad one pass, or stop.
+
+        Raises:
+            UserError: a loss that is not finite and may not be skipped; too many steps that were.
+        """
+        bad = next((unit for unit, loss in losses.items() if not math.isfinite(loss)), None)
+        faults, lr = self.recipe.faults, self.recipe.optim.lr
+        if bad and faults.nonfinite == "stop":
+            raise UserError(
+                f"the loss of unit {bad} is {losses[bad]} at step {step}: lower optim.lr={lr}, look at the data, or "
+                f"set faults.nonfinite=skip; the last checkpoint is as it was"
+            )
+        if bad is None and not skipped:
+            self.since_save.append(float(np.dot(self.weights, list(losses.values()))))
+        if bad or (skipped and self.recipe.train.precision != "fp16"):  # there a gradient may overflow
+            self.position.nonfinite += 1
+            if self.position.nonfinite > faults.nonfinite_limit:
+                raise UserError(
+                    f"step {step} is the {self.position.nonfinite}th with a loss or gradient that is not finite, and "
+                    f"faults.nonfinite_limit={faults.nonfinite_limit}: lower optim.lr={lr}, or look at the data"
+                )
+
     def _learning_rate(self) -> float:
         optim = self.recipe.optim
         warmup = round(optim.warmup_epochs * self.per_epoch)
         return learning_rate(self.position.updates, self.total, warmup, optim.lr)
 
-    def _report(
-        self, step: int, lr: float, result: StepResult, log: metrics.MetricLog | None, progress: Progress
-    ) -> None:
-        losses = dict(zip(self.units, result.losses(), strict=True))
-        speed = self.speed.step(self.recipe.train.batch_size)
-        epoch = (step + 1) / self.per_epoch
-        if log:
-            log.write(
-                step, epoch=epoch, lr=lr, losses=losses, images_per_second=speed, skipped=result.skipped
-            )
-        progress.update(step, epoch, losses, speed)
-        for unit, loss in losses.items():
-            if not math.isfinite(loss) and not result.skipped:
-                raise UserError(
-                    f"the loss of unit {unit} is {loss} at step {step}: lower optim.lr={self.recipe.optim.lr}, or "
-                    f"look at the data; the last checkpoint is as it was"
-                )
+    def _score_due(self) -> bool:
+        """At every interval but the end, which ``leave_results`` measures."""
+        every, step = self.recipe.evaluate.every_epochs, self.position.step
+        return every is not None and step % (every * self.per_epoch) == 0 and step < self.stop
+
+    def _measure(self, step: int, logs: Logs | None, progress: Progress) -> None:
+        scores, epoch = self.score(), (step + 1) / self.per_epoch
+        if logs:
+            logs.write_scores(step, epoch=epoch, scores=scores)
+            progress.note(f"epoch {epoch:g}: " + ", ".join(f"{k} {v:.1f} %" for k, v in scores.items()))
 
     def _checkpoint_due(self) -> bool:
         step, every = self.position.step, self.recipe.checkpoint
@@ -137,14 +240,19 @@ class Loop:
             or (every.every_steps is not None and step % every.every_steps == 0)
         )
 
-    def _open_log(self, start: int) -> metrics.MetricLog | None:
-        """Put the resolved recipe into the run folder and open the log there, on rank 0."""
+    def _open_logs(self, start: int) -> AbstractContextManager[Logs | None]:
+        """Put the resolved recipe into the run folder and open the logs there, on rank 0."""
         with distributed.same_outcome():
             if distributed.is_main():
                 metrics.write_whole(self.run_dir / "recipe.yaml", config.to_yaml(self.recipe))
-                environment = metrics.environment(distributed.world_size(), distributed.device())
-                return metrics.MetricLog(self.run_dir / "metrics.jsonl", environment, start)
-        return None
+                environment = {
+                    "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "job": os.environ.get("SLURM_JOB_ID"),
+                    **metrics.environment(distributed.world_size(), distributed.device()),
+                }
+                log = metrics.MetricLog(self.run_dir / "metrics.jsonl", environment, start)
+                return Logs(log, open_trackers(self.recipe, start), self.recipe.logging.every_steps)
+        return nullcontext()
 
 
 def _seed(seed: int, step: int) -> None:

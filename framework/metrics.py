@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -14,21 +16,25 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from framework.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parents[1]
+_STEP = re.compile(rb'\{"step": (\d+)')  # every line begins so
 PACKAGES = ("stagewise", "torch", "torchvision", "deepspeed", "timm", "numpy", "scikit-learn", "webdataset")
 
 
 class MetricLog:
     """A JSONL file that can be read as one run, however often it was interrupted.
 
-    Every start writes a line ``{"environment": ..., "step": first}``, every step one line. Lines that an
-    interrupted run wrote past the checkpoint from which it now goes on are dropped, a torn last line too.
+    Every start writes a line ``{"environment": ..., "step": first}``, every step one line. Lines of steps that an
+    interrupted run wrote past the checkpoint from which it now goes on are dropped, a torn last line too; those
+    of starts stay. While the disk is full, lines wait in memory.
 
     Args:
         path: the file; its folder must exist.
@@ -36,30 +42,63 @@ class MetricLog:
         environment: see ``environment``.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: the file can't be opened.
     """
 
     def __init__(self, path: Path, environment: Mapping[str, Any], step: int = 0) -> None:
         self.path = path
-        kept = [line for line in read_log(path) if line["step"] < step] if path.exists() else []
-        text = "".join(map(_line, [*kept, {"step": step, "environment": environment}]))
-        write_whole(path, text)
-        self._file: TextIO = path.open("a")
+        self._waiting = b""
+        try:
+            _drop_steps(path, step)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"{path}: can't be written: {error.strerror}") from error
+        self._append({"step": step, "environment": environment})
 
     def write(self, step: int, *, epoch: float, lr: float, losses: Mapping[str, float], **more: Any) -> None:
         """Append a step, counted from 0: unweighted losses by unit name, whatever else by keyword.
 
         Numbers that are not finite become ``null``, which every JSON reader accepts.
         """
-        try:
-            self._file.write(_line({"step": step, "epoch": epoch, "lr": lr, "losses": losses, **more}))
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self.path}: can't be written: {error.strerror}") from error
+        self._append({"step": step, "epoch": epoch, "lr": lr, "losses": losses, **more})
+
+    def write_scores(self, step: int, *, epoch: float, scores: Mapping[str, float]) -> None:
+        """Append accuracies in per cent, measured after ``step``."""
+        self._append({"step": step, "epoch": epoch, "scores": scores})
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        warned = bool(self._waiting)
+        self._waiting += _line(entry).encode()
+        try:
+            while self._waiting:  # a full disk may take the first part of a line
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not warned:
+                logger.warning("%s: can't be written (%s); its lines wait", self.path, error.strerror)
+
+
+def _drop_steps(path: Path, step: int) -> None:
+    """Cut a log off before ``step``, but for the lines that tell of starts. Long logs are not parsed for it."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        kept, cut = 0, False
+        starts = []
+        for line in file:
+            is_start, number = b'"environment"' in line, _STEP.match(line)
+            past = number is not None and int(number[1]) >= step and not is_start
+            cut = cut or past or not line.endswith(b"\n")
+            if not cut:
+                kept += len(line)
+            elif is_start and line.endswith(b"\n"):
+                starts.append(line)
+        file.truncate(kept)
+        file.seek(kept)
+        file.write(b"".join(starts))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from framework import network as networks
 from framework.config import Recipe
 from framework.execution import LocalNetwork
 from framework.local import Task, methods
-from framework.network import Cut, Shape
+from framework.network import Cut, Segment, Shape
 from framework.network.norm import synchronise
 
 
@@ -30,6 +33,7 @@ def local_network(
     precision: str = "fp32",
     sync_bn: bool = False,
     channels_last: bool = False,
+    skip_nonfinite: bool = False,
 ) -> LocalNetwork:
     """A network cut into segments, with the local units of a method on it.
 
@@ -45,6 +49,7 @@ def local_network(
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         sync_bn: BatchNorm over all ranks.
         channels_last: keep images and activations in channels-last order.
+        skip_nonfinite: let a step pass whose losses or gradients are infinite or NaN.
 
     Raises:
         UserError: a name is unknown, or the network can't be cut or planned that way.
@@ -55,7 +60,13 @@ def local_network(
     shapes = networks.output_shapes(segments, image_size)
     task = Task(tuple(segments), shapes, Shape(3, image_size, image_size), mean, std, num_classes)
     plan = module.plan(task, options or module.Options())
-    net = LocalNetwork(backbone, segments, plan, precision, channels_last)
+    frozen: list[Segment] = []
+    if (alone := plan.asynchronous.module) is not None:
+        plan, frozen, segments = plan.only(alone), segments[:alone], segments[alone : alone + 1]
+        trained = set(segments[0].parameters())
+        for parameter in backbone.parameters():
+            parameter.requires_grad_(parameter in trained)
+    net = LocalNetwork(backbone, segments, plan, precision, channels_last, frozen, skip_nonfinite)
     if sync_bn:
         synchronise(net)
     return net
@@ -81,4 +92,30 @@ def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         precision=recipe.train.precision,
         sync_bn=recipe.network.sync_bn,
         channels_last=recipe.network.channels_last,
+        skip_nonfinite=recipe.faults.nonfinite == "skip",
     ).train()
+
+
+def parts(recipe: Recipe) -> Iterator[Recipe]:
+    """The runs that a recipe stands for, in order: itself, or one for each module that is trained on its own.
+
+    Such a run has its own folder ``module-00`` ... and begins with the backbone that the previous one left.
+    """
+    options = recipe.method.options
+    if getattr(options, "async_mode", "none") != "sequential" or options.module is not None:
+        yield recipe
+        return
+    network = recipe.network
+    backbone = networks.create(network.name, **network.args)
+    folders = [
+        Path(recipe.run_dir) / f"module-{module:02d}"
+        for module in range(len(networks.cut(backbone, network.cut, network.stem_as_module)))
+    ]
+    for module, folder in enumerate(folders):
+        begin = {"checkpoint_path": str(folders[module - 1] / "backbone.safetensors")} if module else {}
+        yield replace(
+            recipe,
+            run_dir=str(folder),
+            network=replace(network, args={**network.args, **begin}),
+            method=replace(recipe.method, options=replace(options, module=module)),
+        )

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from framework import checkpoint, distributed, evaluate, metrics
+from framework.analysis.curves import loss_curves
 from framework.config import Recipe
+from framework.data.index import ShardSet
 from framework.data.splits import Splits
-from framework.display import loss_curves
 from framework.engines import Engine
 from framework.execution import LocalNetwork
+from framework.model import recipe_network
+
+Encode = Callable[[evaluate.EvalBatches], tuple[Tensor, Tensor]]
 
 
-def leave_results(
-    recipe: Recipe, engine: Engine, untrained: LocalNetwork, splits: Splits, run: dict[str, Any]
-) -> dict[str, Any]:
+def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str, Any]) -> dict[str, Any]:
     """Evaluate, print the scores and write ``result.json``, ``loss_curves.png`` and ``backbone.safetensors``.
 
     Args:
         recipe: of the run.
         engine: holds the trained network.
-        untrained: the network as it was at the start, to compare with.
         splits: images to score on.
         run: what the training loop measured.
 
     Returns:
         What ``result.json`` holds.
     """
-    scores = score(recipe, engine.whole_net(), untrained, splits)
+    scores = score(recipe, engine.whole_net(), splits)
     result = {
         "name": recipe.name,
         "method": recipe.method.name,
@@ -53,23 +58,53 @@ def leave_results(
     return result
 
 
-def score(recipe: Recipe, net: LocalNetwork, untrained: LocalNetwork, splits: Splits) -> dict[str, float]:
-    """Accuracies in per cent, on rank 0; elsewhere only those that every rank knows."""
+def score(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]:
+    """Accuracies in per cent, on rank 0; elsewhere only those that every rank knows.
+
+    *Untrained* is the network as the recipe's seed makes it.
+    """
+    scores: dict[str, float] = {}
+    test = splits.test
+    if test is None:
+        return scores
+    if net.plan.supervised:
+        scores["test_top1"] = evaluate.test_top1(net, splits.eval_loader(test))
+    if splits.num_classes and recipe.evaluate.knn:
+        linear = recipe.evaluate.linear
+        untrained = recipe_network(recipe, splits.num_classes).to(distributed.device())
+        for suffix, encode, fit in (
+            ("", partial(evaluate.features, net), linear),
+            ("_untrained", partial(evaluate.features, untrained), linear),
+            ("_pixels", evaluate.pixels, False),
+        ):
+            probed = _probe(recipe, splits, test, encode, fit)
+            scores |= {f"{key}{suffix}": value for key, value in probed.items()}
+    return scores
+
+
+def score_now(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]:
+    """What is measured during training, on ``evaluate.images`` of each split; as ``score``."""
+    if splits.test is None:
+        return {}
+    images = recipe.evaluate.images
+    some, test = replace(splits, train=splits.train.thinned(images)), splits.test.thinned(images)
     scores: dict[str, float] = {}
     if net.plan.supervised:
-        scores["test_top1"] = evaluate.test_top1(net, splits.eval_loader(splits.test))
+        scores["test_top1"] = evaluate.test_top1(net, some.eval_loader(test))
     if splits.num_classes and recipe.evaluate.knn:
-        for suffix, encode in (
-            ("", lambda loader: evaluate.features(net, loader)),
-            ("_untrained", lambda loader: evaluate.features(untrained, loader)),
-            ("_pixels", evaluate.pixels),
-        ):
-            train, test = (encode(splits.eval_loader(shards)) for shards in (splits.train, splits.test))
-            with distributed.same_outcome():
-                if distributed.is_main():
-                    scores[f"knn_top1{suffix}"] = evaluate.knn_top1(*train, *test, recipe.evaluate.neighbours)
-                    if recipe.evaluate.linear and suffix != "_pixels":
-                        scores[f"linear_top1{suffix}"] = evaluate.linear_top1(*train, *test)
+        scores |= _probe(recipe, some, test, partial(evaluate.features, net), recipe.evaluate.linear)
+    return scores
+
+
+def _probe(recipe: Recipe, splits: Splits, test: ShardSet, encode: Encode, linear: bool) -> dict[str, float]:
+    """k-NN and linear probe of one kind of features, on rank 0."""
+    scores: dict[str, float] = {}
+    known, asked = (encode(splits.eval_loader(shards)) for shards in (splits.train, test))
+    with distributed.same_outcome():
+        if distributed.is_main():
+            scores["knn_top1"] = evaluate.knn_top1(*known, *asked, recipe.evaluate.neighbours)
+            if linear:
+                scores["linear_top1"] = evaluate.linear_top1(*known, *asked)
     return scores
 
 

@@ -42,6 +42,7 @@ NonNegativeInt = Annotated[int, Rule("at least 0", lambda v: v >= 0)]
 Positive = Annotated[float, Rule("greater than 0", lambda v: v > 0)]
 NonNegative = Annotated[float, Rule("at least 0", lambda v: v >= 0)]
 Fraction = Annotated[float, Rule("at least 0 and below 1", lambda v: 0 <= v < 1)]
+Share = Annotated[float, Rule("above 0 and at most 1", lambda v: 0 < v <= 1)]
 
 T = TypeVar("T")
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text (in quotes)"}

@@ -9,42 +9,57 @@ gradients, an engine averages them over ranks and steps the optimizer. What is l
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from framework import checkpoint, config, distributed, engines
+from framework import config, control, distributed, engines
 from framework.config import Recipe
+from framework.control import Request
 from framework.data.splits import Splits
 from framework.engines import Engine
 from framework.errors import LocalError, UserError
 from framework.execution import LocalNetwork
 from framework.execution.placement import Placement
-from framework.loop import Loop, Position
-from framework.model import recipe_network
+from framework.hangs import Watchdog
+from framework.loop import Loop
+from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
 from framework.pipeline.balance import place
-from framework.results import leave_results
+from framework.results import leave_results, score_now
+from framework.resume import restore
+
+MEND_FIRST = 2  # exit status: starting the same command again would not help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe; returns the exit status."""
+    """Run a recipe; returns the exit status: 0, ``MEND_FIRST`` or ``GO_ON_LATER``."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    for number in control.SIGNALS:
+        signal.signal(number, control.leave_at_once)
     try:
         recipe = config.load(sys.argv[1:] if argv is None else argv)
         distributed.start()
-        train(recipe)
+        request = Request.NOTHING
+        for part in parts(recipe):
+            request = train(part)
+            if request >= Request.STOP:
+                break
     except UserError as error:
         if distributed.launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return MEND_FIRST
     distributed.stop()
-    return 0
+    return control.GO_ON_LATER if request is Request.LEAVE else 0
 
 
-def train(recipe: Recipe) -> None:
-    """Train to the end, from the newest checkpoint if there is one, and leave the results.
+def train(recipe: Recipe) -> Request:
+    """Train from the newest checkpoint on; at the end leave the results.
+
+    Returns:
+        ``STOP`` or ``LEAVE`` if somebody asked for it before the end.
 
     Raises:
         UserError: whatever the person who started it can mend.
@@ -57,19 +72,24 @@ def train(recipe: Recipe) -> None:
     splits = Splits.open(recipe)
     with distributed.same_outcome():
         net = recipe_network(recipe, splits.num_classes)
-        untrained = recipe_network(recipe, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
         if net.plan.supervised and not splits.train.labelled:
             raise UserError(
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
             )
-    placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
-    engine = build_engine(recipe, net, placement)
-    position = restore(recipe, engine)
-    loop = Loop(recipe, engine, loader, position)
-    loop.run()
-    leave_results(recipe, engine, untrained, splits, loop.summary())
+    with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
+        placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
+        engine = build_engine(recipe, net, placement)
+        position = restore(recipe, engine)
+        loop = Loop(recipe, engine, loader, position, lambda: score_now(recipe, engine.whole_net(), splits))
+        request = loop.run(watchdog.step)
+    if request >= Request.STOP:
+        if distributed.is_main():
+            print(f"stopped after step {loop.position.step}; the same command goes on from there", flush=True)
+    else:
+        leave_results(recipe, engine, splits, loop.summary())
     engine.close()
+    return request
 
 
 def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None = None) -> Engine:
@@ -81,6 +101,7 @@ def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None 
         momentum=optim.momentum,
         nesterov=optim.nesterov,
         weight_decay=optim.weight_decay,
+        decay=optim.decay,
         trust=optim.trust,
     )
     return engines.build(
@@ -95,26 +116,6 @@ def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None 
         pipeline=recipe.pipeline,
         placement=placement,
     )
-
-
-def restore(recipe: Recipe, engine: Engine) -> Position:
-    """Load the checkpoint that ``resume`` asks for; where to go on.
-
-    Raises:
-        UserError: the checkpoint is damaged or of another network, or a fresh run would mix with an old one.
-    """
-    run_dir = Path(recipe.run_dir)
-    folder = checkpoint.newest(run_dir) if recipe.resume in ("auto", "never") else Path(recipe.resume)
-    if folder is None:
-        return Position()
-    if recipe.resume == "never":
-        raise UserError(
-            f"resume=never: {run_dir} already holds {folder.name}; name another run_dir, or resume=auto"
-        )
-    state = checkpoint.load(folder, engine)
-    if distributed.is_main():
-        print(f"going on from {folder}", flush=True)
-    return Position(**state["position"])
 
 
 if __name__ == "__main__":

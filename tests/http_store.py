@@ -1,12 +1,14 @@
-"""A web server on loopback that drops connections."""
+"""Servers on loopback that drop connections."""
 
 from __future__ import annotations
 
 import re
+import socket
+import socketserver
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -83,3 +85,49 @@ def serve(root: Path, **settings: object) -> Iterator[Server]:
         thread.start()
         yield state
         server.shutdown()
+
+
+@dataclass
+class Breaker:
+    """A door to another server on loopback; long answers through it break off.
+
+    Attributes:
+        breaks: how many answers break off from now on.
+        broken: how many have.
+    """
+
+    url: str = ""
+    breaks: int = 0
+    broken: int = 0
+
+
+@contextmanager
+def breaking(host: str, port: int, after: int = 3000) -> Iterator[Breaker]:
+    """Pass connections on to ``host:port``; while ``breaks`` lasts, end them after so many bytes of answer."""
+    state = Breaker()
+
+    class Door(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection((host, port)) as behind:
+                threading.Thread(target=self._asks, args=(behind,), daemon=True).start()
+                answered = 0
+                with suppress(OSError):
+                    while data := behind.recv(1000):
+                        answered += len(data)
+                        if answered > after and state.breaks > 0:
+                            state.breaks -= 1
+                            state.broken += 1
+                            return
+                        self.request.sendall(data)
+
+        def _asks(self, behind: socket.socket) -> None:
+            with suppress(OSError):
+                while data := self.request.recv(65536):
+                    behind.sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Door) as door:
+        door.daemon_threads = True
+        state.url = f"http://127.0.0.1:{door.server_address[1]}"
+        threading.Thread(target=door.serve_forever, args=(0.05,), daemon=True).start()
+        yield state
+        door.shutdown()

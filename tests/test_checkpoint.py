@@ -24,6 +24,7 @@ from training import Case, Run, differences, plain
 from framework import checkpoint, distributed
 from framework.checkpoint import FILES, MANIFEST
 from framework.errors import UserError
+from framework.retention import Keep
 
 PoolOf = Callable[[int], Any]
 DYADIC = Case(zero_stage=1)
@@ -35,7 +36,7 @@ def save_after(case: Case, run_dir: Path, steps: range, keep: int = 2) -> Path:
     engine = training.build(case)
     for step in steps:
         training.advance(engine, case, range(step, step + 1))
-        folder = checkpoint.save(run_dir, engine, step + 1, STATE, keep)
+        folder = checkpoint.save(run_dir, engine, step + 1, STATE, Keep(keep))
     engine.close()
     return folder
 
@@ -231,7 +232,7 @@ def save_for_ever(run_dir: Path, connection: Any) -> None:
     step = int(found.name[5:]) if found else 0
     while True:
         step += 1
-        checkpoint.save(run_dir, engine, step, STATE, keep=1)
+        checkpoint.save(run_dir, engine, step, STATE, Keep(1))
         connection.send(step)
 
 

@@ -51,6 +51,8 @@ def reference(method: str, optimizer: str, accumulation: int, clip: float, dtype
 
 
 def expected(case: Case) -> training.Run:
+    if case.options:
+        return plain(case)
     return reference(case.method, case.optimizer, case.accumulation, case.clip, case.dtype)
 
 
@@ -99,6 +101,33 @@ def test_local_networks_equal_one_process(pool: PoolOf, method: str, engine: str
     case = Case(method=method, engine=engine, accumulation=2, dtype="float64")
     errors = differences(pool(ranks).run(train, case)[0], expected(case))
     assert max(errors.values()) < 1e-11
+
+
+READERS = {
+    "penalty": ("loco", "stage", {"soft_share": 0.5}),
+    "pulled copies": ("mlaan", "block", {"lam_weights": "single_pulled", "ema_m": 0.9, "ema_when": "after"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("head", READERS)
+def test_heads_that_read_weights_equal_one_process(pool: PoolOf, head: str, engine: str) -> None:
+    """A penalty on weights alone, whose gradient is the same on every rank; copies that follow."""
+    method, cut, options = READERS[head]
+    case = Case(method, cut, engine=engine, optimizer="sgd", accumulation=2, dtype="float64", options=options)
+    errors = differences(pool(2).run(train, case)[0], plain(case))
+    assert max(errors.values(), default=0) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("head", READERS)
+def test_heads_that_read_weights_under_zero_equal_ddp(pool: PoolOf, head: str, zero_stage: int) -> None:
+    method, cut, options = READERS[head]
+    ddp = Case(method, cut, engine="ddp", options=options)
+    run = pool(2).run(train, replace(ddp, engine="deepspeed", zero_stage=zero_stage))[0]
+    assert differences(run, pool(2).run(train, ddp)[0]) == {}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from framework.distributed import rank, world_size
 from framework.errors import UserError
+from framework.network import create
 from framework.optim import LARS, build_optimizer, learning_rate, parameter_groups
 from framework.optim.lars import Piece, Shard
 
@@ -155,6 +157,39 @@ def test_norms_and_biases_are_neither_decayed_nor_adapted() -> None:
     assert [tuple(p.shape) for p in excluded["params"]] == [(4,), (4,), (4,), (2,)]
     assert (adapted["weight_decay"], adapted["adapt"]) == (0.1, True)
     assert (excluded["weight_decay"], excluded["adapt"]) == (0.0, False)
+
+
+def test_decay_of_everything() -> None:
+    """MLAAN's code; LARS then adapts everything too."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert [(g["weight_decay"], g["adapt"]) for g in parameter_groups(net, 0.1, "all")] == [(0.1, True)] * 2
+    kept = build_optimizer(copy.deepcopy(net), name="sgd", weight_decay=0.1)
+    decayed = build_optimizer(net, name="sgd", weight_decay=0.1, decay="all")
+    for optimizer in (kept, decayed):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+            group["lr"] = 1.0
+        optimizer.step()
+    assert torch.allclose(net[1].weight, torch.full((4,), 0.9))
+    assert torch.equal(kept.param_groups[1]["params"][1], torch.ones(4))
+
+
+def test_position_embeddings_are_no_weights() -> None:
+    """Nor are class tokens and tables of relative positions, whatever their dimensions."""
+    for name, exempt in (
+        ("vit_tiny_patch16_224", ["cls_token", "pos_embed"]),
+        (
+            "swin_tiny_patch4_window7_224",
+            [f"layers.0.blocks.{i}.attn.relative_position_bias_table" for i in (0, 1)],
+        ),
+    ):
+        net = nn.ModuleDict({"backbone": create(name)})
+        weights, others = parameter_groups(net, 0.1)
+        for parameter in exempt:
+            p = net["backbone"].get_parameter(parameter)
+            assert p.ndim > 1 and any(p is other for other in others["params"])
+        assert sum(len(g["params"]) for g in (weights, others)) == len(list(net.parameters()))
 
 
 def test_unknown_optimizers_and_nesterov_where_there_is_none() -> None:

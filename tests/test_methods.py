@@ -18,7 +18,7 @@ from framework.execution import LocalNetwork
 from framework.local import Plan, Task, lam_tables
 from framework.local.blocks import blocks_of
 from framework.local.heads import Classifier, Projection
-from framework.local.lam import LamBuilder
+from framework.local.lam import Copies, LamBuilder
 from framework.local.methods import auglocal, dgl, infopro, loco, mlaan
 from framework.local.reconstruction import Reconstruction
 from framework.local.resizing import ResizedConv
@@ -58,7 +58,7 @@ def by_hand_mlaan(net: LocalNetwork, data: Batch) -> Tensor:
         if i < len(modules) - 1:
             window, single = heads[f"{names[i]}/window"], heads[f"{names[i]}/single"]
             chain = window.lam
-            z = chain.aug[0](z) + chain.ema.block(z)
+            z = chain.aug[0](z) + chain.ema[0].block(z)
             for block in chain.aug[1:]:
                 z = block(z)
             scores, plain = window.head.trunk(z), single.trunk(x)
@@ -87,7 +87,7 @@ def test_copies_follow_the_weights_before_each_step(accumulation: int) -> None:
     head = net.heads["layer2_0/window"]
     live = net.backbone.get_submodule("layer3.0")
     expected = {name: p.detach().clone() for name, p in live.named_parameters()}
-    ema = head.lam.ema
+    ema = head.lam.ema[0]
     assert all(torch.equal(ema.block.get_buffer(n), value) for n, value in expected.items())
     for step in range(3):
         for name, p in live.named_parameters():
@@ -105,7 +105,7 @@ def test_copies_follow_the_weights_before_each_step(accumulation: int) -> None:
 
 def test_copies_are_in_the_state_dict_and_in_no_optimizer() -> None:
     net = networks.network("mlaan", "resnet8")
-    name = "heads.layer2_0/window.lam.ema.block.conv1.weight"
+    name = "heads.layer2_0/window.lam.ema.0.block.conv1.weight"
     assert name in net.state_dict() and name not in dict(net.named_parameters())
     assert not any(".ema." in n for n, p in net.named_parameters())
     train_steps(net.double(), 1)
@@ -137,7 +137,7 @@ def test_copies_stand_still_outside_a_step(mode: str) -> None:
 def test_copies_stand_still_on_a_float16_overflow_of_any_micro_batch() -> None:
     net = networks.network("mlaan", "resnet8", precision="fp16")
     assert net.scales is not None
-    name = "heads.layer2_0/window.lam.ema.block.conv1.weight"
+    name = "heads.layer2_0/window.lam.ema.0.block.conv1.weight"
     with torch.no_grad():
         net.backbone.get_parameter("layer3.0.conv1.weight").add_(1.0)
     data = networks.batch(net)
@@ -157,10 +157,10 @@ def test_which_copies_move(update: str, moving: int) -> None:
     options = mlaan.Options(window=1, ema_update=update)  # type: ignore[arg-type]
     net = local_network("resnet8", "mlaan", options, image_size=16, num_classes=CLASSES, cut="block").train()
     net = net.double()
-    before = {n: b.clone() for n, b in net.named_buffers() if n.endswith("ema.block.conv1.weight")}
+    before = {n: b.clone() for n, b in net.named_buffers() if n.endswith("ema.0.block.conv1.weight")}
     train_steps(net, 2)
     moved = [name for name, value in before.items() if not torch.equal(net.get_buffer(name), value)]
-    assert len(moved) == moving and moved[-1] == "heads.layer2_0/window.lam.ema.block.conv1.weight"
+    assert len(moved) == moving and moved[-1] == "heads.layer2_0/window.lam.ema.0.block.conv1.weight"
 
 
 def modules_of(name: str, ends: list[tuple[int, int]]) -> Task:
@@ -197,7 +197,7 @@ def test_lams_are_as_large_as_the_authors(
 ) -> None:
     """Millions of parameters, counted on the public code (FACTS D4)."""
     task = modules_of(name, ends)
-    builder = LamBuilder(task, {}, 0.995)
+    builder = LamBuilder(task, {}, Copies())
     lists = [builder.blocks(i) for i in range(len(task) - 1)]
     sizes = [
         [sum(p.numel() for p in b.module(task.segments).parameters()) for b in blocks] for blocks in lists
@@ -241,7 +241,7 @@ def test_lams_of_networks_that_nobody_published(name: str) -> None:
 
 
 def _first_copied(net: LocalNetwork) -> nn.Module:
-    return net.plan.units[1].head.lam.followed.module(net.segments)
+    return net.plan.units[1].head.lam.followed[0].module(net.segments)
 
 
 def lam_width(net: LocalNetwork) -> int:
@@ -426,6 +426,10 @@ BAD = [
         "lam_blocks.layer1.1: layer3.0 can't follow each other",
     ),
     (
+        lambda: build("mlaan", mlaan.Options(lam_blocks={"layer2.1": []})),
+        "lam_blocks.layer2.1: must name at least one of layer3.0, layer3.1",
+    ),
+    (
         lambda: build("mlaan", mlaan.Options(lam_blocks={"layer9": []})),
         "no segment layer9; they are called layer1.0, layer1.1",
     ),
@@ -434,7 +438,7 @@ BAD = [
         "share_blocks=1: must be at least 1, on a network",
     ),
     (lambda: build("loco", loco.Options(window=3, soft_share=1.0)), "soft_share=1.0: copies whole segments"),
-    (lambda: build("dgl", dgl.Options(Classifier("2c9f"))), "kind=2c9f: must be one of linear, mlp_sr"),
+    (lambda: build("dgl", dgl.Options(head=Classifier("2c9f"))), "kind=2c9f: must be one of linear, mlp_sr"),
     (
         lambda: build("infopro", infopro.Options(reconstruction=Reconstruction("svhn"))),
         "lambdas=svhn: has no values for K=7 of 6 blocks, only for K=2 of 54",

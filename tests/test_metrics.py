@@ -20,7 +20,8 @@ from PIL import Image
 from rich.console import Console
 
 from framework import metrics
-from framework.display import Progress, loss_curves
+from framework.analysis.curves import loss_curves
+from framework.display import Progress
 from framework.errors import UserError
 from framework.metrics import MetricLog, Throughput, read_log, write_result
 
@@ -48,12 +49,14 @@ def test_resuming_drops_what_lies_past_the_checkpoint(tmp_path: Path) -> None:
     assert entries[7]["environment"] == {"world_size": 4}, "a restart stands between the steps it separates"
 
 
-def test_starting_afresh_leaves_nothing_of_the_old_run(tmp_path: Path) -> None:
-    for _ in range(2):
-        log = MetricLog(tmp_path / "m.jsonl", {})
+def test_starting_again_from_the_first_step_leaves_only_the_starts(tmp_path: Path) -> None:
+    for start in range(3):
+        log = MetricLog(tmp_path / "m.jsonl", {"start": start})
         write_steps(log, range(3))
         log.close()
-    assert [e["step"] for e in read_log(tmp_path / "m.jsonl")] == [0, 0, 1, 2]
+    entries = read_log(tmp_path / "m.jsonl")
+    assert [e["step"] for e in entries] == [0, 0, 0, 0, 1, 2]
+    assert [e["environment"]["start"] for e in entries[:3]] == [0, 1, 2]
 
 
 def test_a_step_is_on_disk_when_write_returns(tmp_path: Path) -> None:
@@ -99,15 +102,23 @@ def full_disk(limit: int) -> Iterator[None]:
 
 
 def test_a_full_disk_is_named_and_the_previous_result_survives(tmp_path: Path) -> None:
-    log, result = MetricLog(tmp_path / "m.jsonl", {}), tmp_path / "result.json"
+    result = tmp_path / "result.json"
     write_result(result, {"knn_top1": 97.5})
-    with full_disk(200):
-        with pytest.raises(UserError, match=r"result.json: can't be written: .+"):
-            write_result(result, {"text": "x" * 1000})
-        with pytest.raises(UserError, match=r"m.jsonl: can't be written: .+"):
-            write_steps(log, range(10))
+    with full_disk(200), pytest.raises(UserError, match=r"result.json: can't be written: .+"):
+        write_result(result, {"text": "x" * 1000})
     assert json.loads(result.read_text()) == {"knn_top1": 97.5}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl", "result.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_log_waits_for_room_on_the_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = MetricLog(tmp_path / "m.jsonl", {})
+    with full_disk(200):
+        write_steps(log, range(10))
+    assert (tmp_path / "m.jsonl").stat().st_size == 200, "a line was cut in two"
+    assert [r.getMessage().count("can't be written") for r in caplog.records] == [1]
+    write_steps(log, range(10, 12))
+    log.close()
+    assert [e["step"] for e in read_log(tmp_path / "m.jsonl")] == [0, *range(12)]
 
 
 def test_throughput_leaves_the_first_step_out() -> None:

@@ -190,7 +190,10 @@ def test_probing_shapes_leaves_the_network_as_it_was() -> None:
         ({"network": "resnet05"}, "network.name=resnet05: no such network; did you mean resnet"),
         ({"network": "vgg11"}, "VGG can't be cut"),
         ({"network": "resnet18", "cut": 99}, "network.cut=99: the network has 8 blocks"),
-        ({"network": "resnet18", "method": "locco"}, "method.name=locco: must be one of auglocal, bp, dgl, gim"),
+        (
+            {"network": "resnet18", "method": "locco"},
+            "method.name=locco: must be one of auglocal, bp, dgl, gim",
+        ),
     ],
 )
 def test_impossible_networks_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -213,7 +213,7 @@ def _names(net: LocalNetwork, segment: int) -> list[str]:
 def test_float16_gradients_of_a_light_unit(weight: float) -> None:
     """Within 5 % of fp32's for every unit; without a loss scale a unit of weight 0.001 would lose its cotangents."""
     torch.manual_seed(0)
-    options = dgl.Options(Classifier("linear"))
+    options = dgl.Options(head=Classifier("linear"))
     plain = networks.local_network(
         "resnet14", "dgl", options, image_size=16, num_classes=10, cut="block"
     ).train()

@@ -91,7 +91,11 @@ def test_local_units_on_every_family_equal_the_definition(name: str) -> None:
     size = SMALL[name].get("img_size", 32)
     backbone = create(name, **SMALL[name])
     options = mlaan.Options(lam_on="none")
-    net = local_network(backbone, "mlaan", options, image_size=size, num_classes=networks.CLASSES).double().train()
+    net = (
+        local_network(backbone, "mlaan", options, image_size=size, num_classes=networks.CLASSES)
+        .double()
+        .train()
+    )
     assert_equals_definition(net, networks.batch(net, size=4, image_size=size))
 
 

@@ -17,6 +17,7 @@ from framework import engines
 from framework.batch import Batch, StepOutput
 from framework.distributed import is_main, rank, world_size
 from framework.engines.step import marked
+from framework.local import methods
 from framework.model import local_network
 from framework.optim import build_optimizer
 
@@ -27,7 +28,7 @@ WEIGHT_DECAY = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and with what. ``method`` is a local method, or "dyadic"."""
+    """What is trained, and with what. ``method`` is a local method with ``options``, or "dyadic"."""
 
     method: str = "dyadic"
     cut: str = "stage"
@@ -40,6 +41,7 @@ class Case:
     dtype: str = "float32"
     precision: str = "fp32"
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         default = asdict(Case())
@@ -92,6 +94,7 @@ def network(case: Case) -> Any:
     net = local_network(
         "resnet8",
         case.method,
+        methods.load(case.method).Options(**case.options),
         image_size=SIZE,
         num_classes=CLASSES,
         cut=case.cut,

@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from framework.data.views import Views
 from framework.data.worker import Decoder
 from framework.errors import UserError
 
+train_loader = partial(TrainLoader, accumulation=1, rank=0, world_size=1, seed=0, workers=0, device="cpu")
+
 
 def our_passes(shards: ShardSet, size: int, batch: int) -> dict[str, Pass]:
     """Whole batches through our loader."""
@@ -57,18 +60,8 @@ def our_passes(shards: ShardSet, size: int, batch: int) -> dict[str, Pass]:
         return sum(len(drawn.samples) for drawn in loader)
 
     def trained(kind: Any, views: int) -> Pass:
-        loader = TrainLoader(
-            shards,
-            Views(kind=kind),
-            image_size=size,
-            batch_size=batch,
-            views_per_image=views,
-            accumulation=1,
-            rank=0,
-            world_size=1,
-            seed=0,
-            workers=0,
-            device="cpu",
+        loader = train_loader(
+            shards, Views(kind=kind), image_size=size, batch_size=batch, views_per_image=views
         )
 
         def run() -> int:
@@ -187,19 +180,10 @@ def _png() -> bytes:
 def _first_batch(folder: Path, share: float) -> tuple[float, float]:
     """Seconds from nothing but imports to the first batch of 256, and the memory that took in MB."""
     before, start = _memory("VmRSS"), time.perf_counter()
-    loader = TrainLoader(
-        ShardSet.open(folder),
-        Views(kind="none"),
-        image_size=32,
-        batch_size=256,
-        views_per_image=1,
-        accumulation=1,
-        rank=0,
-        world_size=1,
-        seed=0,
-        workers=0,
-        device="cpu",
-        window=100_000 if share else 0,
+    window = 100_000 if share else 0
+    shards = ShardSet.open(folder)
+    loader = train_loader(
+        shards, Views(kind="none"), image_size=32, batch_size=256, views_per_image=1, window=window
     )
     step = int(share * loader.steps_per_epoch)
     next(loader.steps(step, step + 1))

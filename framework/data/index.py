@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from framework.data.contents import ARRAYS, HEAD, Contents, file_sha256, parse_classes, tabulate
+from framework.data.contents import ARRAYS, HEAD, Contents, Table, file_sha256, parse_classes, tabulate
 from framework.data.scan import UNLABELLED, Sample, scan_shard
 from framework.errors import UserError
 
@@ -153,6 +153,17 @@ class ShardSet:
     def where(self, i: int) -> str:
         """Where sample ``i`` lies, for people: "shard.tar @ offset"."""
         return f"{self._names[self.table.shard[i]]} @ {self.table.offset[i]}"
+
+    def take(self, samples: np.ndarray) -> ShardSet:
+        """The set of these samples alone; ``samples`` are numbers in ascending order."""
+        table = Table(*(column[samples] for column in self.table))
+        return ShardSet(self.files, self.contents._replace(table=table))
+
+    def thinned(self, count: int | None) -> ShardSet:
+        """At most ``count`` of the samples, evenly spaced; ``None`` for all."""
+        if count is None or count >= len(self):
+            return self
+        return self.take(np.linspace(0, len(self), count, endpoint=False).astype(np.int64))
 
     def prefetch(self, shards: tuple[int, ...]) -> None:
         """Bring the shards of these numbers near, while others are read."""

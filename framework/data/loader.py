@@ -22,7 +22,7 @@ from framework.data.memory import Resident
 from framework.data.order import Job, TrainJobs, eval_jobs
 from framework.data.stream import finished
 from framework.data.views import Views
-from framework.data.worker import Boxer, Decoder, Drawn
+from framework.data.worker import Boxer, Decoder, Drawn, shield
 from framework.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -226,6 +226,7 @@ def _data_loader(
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
+        worker_init_fn=shield,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else every iterator would draw from the global one

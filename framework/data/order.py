@@ -35,6 +35,22 @@ def windowed_order(sizes: np.ndarray, window: int, seed: int, epoch: int) -> np.
     return (np.repeat(start, sizes) + distance * (2.0**-53 * window)).argsort(kind="stable")
 
 
+def balanced(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Ascending numbers of ``share`` of the samples of every class, at least one; smaller shares are part of larger.
+
+    Args:
+        labels: [n] class of every sample.
+        share: above 0, up to 1.
+        seed: picks the samples.
+    """
+    mixed = epoch_order(len(labels), seed, 0)
+    by_class = mixed[labels[mixed].argsort(kind="stable")]
+    counts = np.unique(labels, return_counts=True)[1]
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    wanted = np.maximum(1, np.rint(share * counts)).astype(np.int64)
+    return np.sort(by_class[rank < np.repeat(wanted, counts)])
+
+
 def _random(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     philox = np.random.Philox(key=[seed, _ORDER_STREAM], counter=[0, 0, epoch, stream])
     return np.asarray(philox.random_raw(n))

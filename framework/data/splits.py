@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from framework.config import Data, Recipe
 from framework.data.digits import prepare_digits
 from framework.data.index import ShardSet
 from framework.data.loader import EvalLoader, TrainLoader
-from framework.data.order import AHEAD
+from framework.data.order import AHEAD, balanced
 from framework.data.remote import open_remote
 from framework.data.store import is_url
 from framework.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,13 @@ class Splits:
 
     Attributes:
         train: the images that networks learn from.
-        test: those they are measured on.
+        test: those they are measured on; ``None`` where the folder is missing, then nothing is scored.
         num_classes: of the labels; 0 without labels.
     """
 
     recipe: Recipe
     train: ShardSet
-    test: ShardSet
+    test: ShardSet | None
     num_classes: int
 
     @classmethod
@@ -45,13 +48,32 @@ class Splits:
             if distributed.is_main():  # packs and indexes; the others find that done
                 if data.source == "digits":
                     prepare_digits(Path(data.path))
-                for split in (data.train, data.test):
-                    _open(data, split)
+                _open(data, data.train)
+                if _open_test(data) is None:
+                    logger.warning(
+                        "%s/%s: no such folder, so nothing will be scored (data.test)", data.path, data.test
+                    )
         with distributed.same_outcome():
-            train, test = _open(data, data.train), _open(data, data.test)
+            train, test = _open(data, data.train), _open_test(data)
             if is_url(data.path):
                 _check_window(train, data)
-            return cls(recipe, train, test, _classes(data.num_classes, train, test))
+            classes = _classes(data.num_classes, train, test)
+            if data.share < 1:
+                train = train.take(balanced(train.labels, data.share, recipe.seed))
+            return cls(recipe, train, test, classes)
+
+    @property
+    def held_out(self) -> ShardSet:
+        """The test split.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.test is None:
+            raise UserError(
+                f"{self.recipe.data.path}/{self.recipe.data.test}: no such folder; images to score on are needed"
+            )
+        return self.test
 
     def train_loader(self, views_per_image: int) -> TrainLoader:
         """This rank's share of the training batches: in a pipeline that of its replica, which the first stage reads."""
@@ -93,6 +115,11 @@ def _open(data: Data, split: str) -> ShardSet:
     return ShardSet.open(Path(data.path) / split)
 
 
+def _open_test(data: Data) -> ShardSet | None:
+    missing = not is_url(data.path) and not (Path(data.path) / data.test).exists()
+    return None if missing else _open(data, data.test)
+
+
 def _check_window(train: ShardSet, data: Data) -> None:
     """Refuse a cache that would have to fetch shards again and again."""
     total, largest = sum(train.shards.values()), max(train.shards.values())
@@ -105,16 +132,17 @@ def _check_window(train: ShardSet, data: Data) -> None:
         )
 
 
-def _classes(wanted: int | None, train: ShardSet, test: ShardSet) -> int:
-    for shards in (train, test):
+def _classes(wanted: int | None, train: ShardSet, test: ShardSet | None) -> int:
+    splits = (train,) if test is None else (train, test)
+    for shards in splits:
         highest = int(shards.labels.max())
         if wanted is not None and highest >= wanted:
             raise UserError(
                 f"data.num_classes={wanted}: {shards.folder} has labels up to {highest}, "
                 f"so at least {highest + 1}"
             )
-    names = max((len(shards.classes) for shards in (train, test) if shards.classes), default=0)
-    found = max(names, int(train.labels.max()) + 1, int(test.labels.max()) + 1)
+    names = max((len(shards.classes) for shards in splits if shards.classes), default=0)
+    found = max(names, *(int(shards.labels.max()) + 1 for shards in splits))
     if wanted is not None and wanted < names:
         raise UserError(f"data.num_classes={wanted}: {train.folder} names {names} classes")
     return wanted or found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
@@ -33,6 +36,23 @@ class Drawn(NamedTuple):
     look: Look
     samples: Tensor
     broken: dict[int, str]
+
+
+def shield(worker: int) -> None:
+    """Let only the training process end this worker.
+
+    Slurm signals all processes of a job. Without its workers a rank could not finish its step, and they are told to
+    end when it does. Only a thread that waits for a signal learns who sent it.
+    """
+    numbers = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    threading.Thread(target=_await_parent, args=(numbers,), daemon=True).start()
+
+
+def _await_parent(numbers: set[signal.Signals]) -> None:
+    while signal.sigwaitinfo(numbers).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Decoder(Dataset[Drawn | UserError]):

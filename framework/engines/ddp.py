@@ -5,17 +5,16 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from framework.batch import Batch
 from framework.distributed import device
-from framework.engines import state
-from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, marked, update
+from framework.engines.state import HoldsState
+from framework.engines.step import OptimizerFactory, StepResult, Tally, marked, update
 from framework.execution import LocalNetwork
 
 
-class DDPEngine:
+class DDPEngine(HoldsState):
     """See ``Engine``."""
 
     loads, lag = True, 0
@@ -44,21 +43,6 @@ class DDPEngine:
         result = tally.result()
         update(self.optimizer, self.net, result, lr, self._clip)
         return result
-
-    def whole_net(self) -> LocalNetwork:
-        return self.net
-
-    def model_state(self) -> dict[str, Tensor]:
-        return state.read_model(self.net)
-
-    def load_model_state(self, full: dict[str, Tensor]) -> None:
-        state.write_model(self.net, full)
-
-    def optimizer_state(self) -> OptimizerState:
-        return state.read_optimizer(self.optimizer, self.net)
-
-    def load_optimizer_state(self, full: OptimizerState) -> None:
-        state.write_optimizer(self.optimizer, self.net, full)
 
     def close(self) -> None:
         self._ddp.zero_grad()

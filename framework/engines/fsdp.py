@@ -6,19 +6,18 @@ wrapped on its own would free its weights before they are used for that.
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from framework.batch import Batch
 from framework.distributed import device, world_size
-from framework.engines import state
-from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, Tally, marked, update
+from framework.engines.state import HoldsState
+from framework.engines.step import OptimizerFactory, StepResult, Tally, marked, update
 from framework.errors import UserError
 from framework.execution import LocalNetwork
 
 
-class FSDPEngine:
+class FSDPEngine(HoldsState):
     """See ``Engine``.
 
     Raises:
@@ -49,21 +48,6 @@ class FSDPEngine:
         result = tally.result()
         update(self.optimizer, self.net, result, lr, self._clip)
         return result
-
-    def whole_net(self) -> LocalNetwork:
-        return self.net
-
-    def model_state(self) -> dict[str, Tensor]:
-        return state.read_model(self.net)
-
-    def load_model_state(self, full: dict[str, Tensor]) -> None:
-        state.write_model(self.net, full)
-
-    def optimizer_state(self) -> OptimizerState:
-        return state.read_optimizer(self.optimizer, self.net)
-
-    def load_optimizer_state(self, full: OptimizerState) -> None:
-        state.write_optimizer(self.optimizer, self.net, full)
 
     def close(self) -> None:
         self.net.zero_grad()

@@ -23,7 +23,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         unit_losses: (U,) averaged over micro-batches and ranks; still on the device.
-        skipped: fp16 overflow in some micro-batch on some rank: weights and optimizer are as before.
+        skipped: overflow in some micro-batch on some rank: weights and optimizer are as before.
         arrival: what to wait for before ``unit_losses`` is read, if anything; ``losses`` does.
     """
 
@@ -95,7 +95,7 @@ class Tally:
             self._overflows.append(output.overflow)
 
     def result(self) -> StepResult:
-        """Averages over micro-batches and ranks. In fp16 this waits for the GPU; otherwise it does not."""
+        """Averages over micro-batches and ranks. Where overflow is looked for, this waits for the GPU."""
         losses = mean_over_ranks(torch.stack(self._unit_losses).mean(0))
         return StepResult(losses, bool(self._overflows) and bool(torch.stack(self._overflows).any()))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,20 @@ from framework.execution.routing import LocalNetwork
 from framework.network.norm import frozen_statistics
 
 
-def naive_gradients(network: LocalNetwork, batch: Batch) -> tuple[list[Tensor], dict[nn.Parameter, Tensor]]:
+def naive_gradients(
+    network: LocalNetwork, batch: Batch, bn_update: Literal["once", "all"] = "once"
+) -> tuple[list[Tensor], dict[nn.Parameter, Tensor]]:
     """Unit losses (detached, unweighted), every parameter's gradient of their weighted sum and the penalty.
 
-    Copies in heads follow as in a routed step. A segment's first run moves BatchNorm's statistics, its
-    repetitions do not (FACTS M16).
+    Copies in heads follow as in a routed step.
+
+    Args:
+        network: in training mode.
+        batch: a micro-batch.
+        bn_update: whether only a segment's first run moves BatchNorm's statistics, as in a routed step, or its
+            repetitions do so too, as in MLAAN's code (FACTS M16).
     """
+    network.begin_step()
     segments, units = network.segments, network.plan.units
     losses: dict[int, Tensor] = {}
     gradients: dict[nn.Parameter, Tensor] = {}
@@ -33,7 +42,7 @@ def naive_gradients(network: LocalNetwork, batch: Batch) -> tuple[list[Tensor], 
                 boundary[s + 1] = segments[s](boundary[s])
         x = boundary[unit.first].detach()
         for s in range(unit.first, unit.last + 1):
-            seen = s + 1 in boundary
+            seen = s + 1 in boundary and bn_update == "once"
             with frozen_statistics(network) if seen else nullcontext(), network.autocast(x):
                 x = segments[s](x)
             boundary.setdefault(s + 1, x.detach())

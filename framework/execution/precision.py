@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from framework.distributed import any_over_ranks
 from framework.errors import UserError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,10 +57,7 @@ class LossScales(nn.Module):
 
         Collective: a head that overflowed on one rank has overflowed on all.
         """
-        if dist.is_initialized():
-            overflowed = overflowed.float()
-            dist.all_reduce(overflowed, op=dist.ReduceOp.MAX)
-            overflowed = overflowed > 0
+        overflowed = any_over_ranks(overflowed)
         self.clean_steps.add_(1).masked_fill_(overflowed, 0)
         grown = self.clean_steps >= GROWTH_INTERVAL
         self.scale.mul_(torch.where(overflowed, 0.5, torch.where(grown, 2.0, 1.0)))

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from framework.batch import Batch, StepOutput
+from framework.distributed import any_over_ranks
 from framework.errors import UserError
 from framework.execution.order import moments
 from framework.execution.precision import LossScales, autocast_type
 from framework.execution.step import RoutedStep
+from framework.execution.turns import Turns
 from framework.local.units import Plan, ReadingHead
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
@@ -38,6 +41,9 @@ class LocalNetwork(nn.Module):
         plan: the local units.
         precision: ``"fp32"`` (the parameters' own type), ``"bf16"`` or ``"fp16"`` (autocast).
         channels_last: lay images out so; what follows in the network keeps their layout.
+        frozen: segments that run first, in evaluation mode, and stay as they are.
+        skip_nonfinite: report losses and gradients that are infinite or NaN as ``overflow``; costs a pass over the
+            gradients and one collective a micro-batch. float16 reports them anyway.
     """
 
     def __init__(
@@ -47,11 +53,13 @@ class LocalNetwork(nn.Module):
         plan: Plan,
         precision: str = "fp32",
         channels_last: bool = False,
+        frozen: Sequence[Segment] = (),
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__()
         if len(segments) != plan.segments:
             raise UserError(f"the plan is for {plan.segments} segments, the network has {len(segments)}")
-        self.backbone, self.segments, self.plan = backbone, tuple(segments), plan
+        self.backbone, self.segments, self.plan, self.frozen = backbone, tuple(segments), plan, tuple(frozen)
         heads = {unit.head: unit.name for unit in reversed(plan.units)}
         self.heads = nn.ModuleDict({heads[u.head].replace(".", "_"): u.head for u in plan.units})
         self.moments = moments(plan)
@@ -59,12 +67,29 @@ class LocalNetwork(nn.Module):
         self.low_precision = autocast_type(precision)
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.scales = LossScales(self._call_weights()) if precision == "fp16" else None
+        rings = plan.asynchronous
+        self.turns = (
+            Turns(plan.segments, rings.buffer_size, rings.buffer_order)
+            if rings.async_mode == "buffer"
+            else None
+        )
+        self.skip_nonfinite = skip_nonfinite
         self._overflowed: Tensor | None = None
+        self._between_steps = True
+        self._taken: Tensor | float = 1.0
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode of everything but the frozen segments."""
+        super().train(mode)
+        for module in (module for segment in self.frozen for module in segment.modules()):
+            module.eval()
+        return self
 
     def forward(self, batch: Batch) -> StepOutput:
         """Losses of all units on a batch; in training mode their gradients too."""
         batch = batch._replace(images=self._laid_out(batch.images))
         if self.training and torch.is_grad_enabled():
+            self.begin_step()
             output = self._train(batch)
             self.update_copies(batch, output.overflow)
             return output
@@ -75,6 +100,12 @@ class LocalNetwork(nn.Module):
         """What heads add to the loss for the weights alone (scalar); ``None`` if none does."""
         penalties = [p for head in self._readers() if (p := head.penalty(self.segments)) is not None]
         return torch.stack(penalties).sum() if penalties else None
+
+    def begin_step(self) -> None:
+        """Let the copies that follow after a step do so, before the first micro-batch of the next."""
+        if self._between_steps:
+            self._move_copies("after", self._taken)
+        self._between_steps = False
 
     def update_copies(self, batch: Batch, overflow: Tensor | None = None) -> None:
         """Let the copies in heads follow the segments, if an optimizer step comes next and is not skipped.
@@ -87,10 +118,9 @@ class LocalNetwork(nn.Module):
             self._overflowed = overflow if self._overflowed is None else self._overflowed | overflow
         if not batch.last:
             return
-        amount = 1.0 if self._overflowed is None else (~self._overflowed).float()
-        self._overflowed = None
-        for head in self._readers():
-            head.update_copies(self.segments, amount)
+        self._taken = 1.0 if self._overflowed is None else (~self._overflowed).float()
+        self._overflowed, self._between_steps = None, True
+        self._move_copies("before", self._taken)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -115,31 +145,51 @@ class LocalNetwork(nn.Module):
         return images.to(memory_format=self.layout)
 
     def _last_map(self, images: Tensor) -> Tensor:
-        images = self._laid_out(images)
-        with self.autocast(images):
+        x = self._entering(self._laid_out(images))
+        with self.autocast(x):
             for segment in self.segments:
+                x = segment(x)
+        return self.segments[-1].to_map(x)
+
+    @torch.no_grad()
+    def _entering(self, images: Tensor) -> Tensor:
+        """The input of the first segment that is not frozen."""
+        with self.autocast(images):
+            for segment in self.frozen:
                 images = segment(images)
-        return self.segments[-1].to_map(images)
+        return images
 
     def _train(self, batch: Batch) -> StepOutput:
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step = RoutedStep(self, batch, scales=self.scales.current() if self.scales is not None else None)
-        x = batch.images
-        for s in range(self.plan.segments):
-            x = step.forward(s, x)
-            step.run_heads(s)
-            step.walk(s)
+        if self.turns is not None:
+            self.turns.take(step)
+        else:
+            x = self._entering(batch.images)
+            for s in range(self.plan.segments):
+                x = step.forward(s, x)
+                step.run_heads(s)
+                step.walk(s)
         penalty = self.penalty()
         if penalty is not None:
             add_gradients(penalty, step.gradients)
         result = _output(self.plan, step.losses, penalty.detach() if penalty is not None else None)
-        overflow = self.scales.update(step.take_overflows()) if self.scales is not None else None
+        overflow = self._overflow(step)
         loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
         return StepOutput(loss, result.unit_losses, overflow)
 
+    def _overflow(self, step: RoutedStep) -> Tensor | None:
+        """Whether any loss or gradient on any rank is infinite or NaN, where somebody wants to know."""
+        if self.scales is not None:
+            return self.scales.update(step.take_overflows())
+        if not self.skip_nonfinite:
+            return None
+        seen = [*step.losses.values(), *torch._foreach_norm(list(step.gradients.values()))]
+        return any_over_ranks(~torch.isfinite(torch.stack([x.float() for x in seen])).all())
+
     def _evaluate(self, batch: Batch) -> StepOutput:
         losses: dict[int, Tensor] = {}
-        x = batch.images
+        x = self._entering(batch.images)
         with self.autocast(x):
             for segment, moment in zip(self.segments, self.moments, strict=True):
                 x = segment(x)
@@ -147,6 +197,11 @@ class LocalNetwork(nn.Module):
                     loss = self.plan.units[call.units[0]].head(segment.to_map(x), batch)
                     losses.update(dict.fromkeys(call.units, loss))
         return _output(self.plan, losses, self.penalty())
+
+    def _move_copies(self, when: str, amount: Tensor | float) -> None:
+        for head in self._readers():
+            if head.when == when:
+                head.update_copies(self.segments, amount)
 
     def _readers(self) -> list[ReadingHead]:
         return [head for head in self.heads.values() if isinstance(head, ReadingHead)]

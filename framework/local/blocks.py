@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from framework.errors import UserError
 from framework.network import Segment
@@ -75,15 +76,15 @@ class EmaCopy(nn.Module):
     """A copy of a block that follows it slowly and gets no gradient: copy <- m copy + (1 - m) block.
 
     Its weights are buffers: in the state dict, in no optimizer, and whole on every rank, so that writing to
-    them in the forward pass lasts under FSDP2 too. BatchNorm's running statistics are the copy's own
-    (FACTS M10).
+    them in the forward pass lasts under FSDP2 too.
 
     Args:
         block: what is copied, and followed later.
         momentum: m.
+        statistics: BatchNorm's running statistics follow, too; otherwise they are the copy's own (FACTS M10).
     """
 
-    def __init__(self, block: nn.Module, momentum: float) -> None:
+    def __init__(self, block: nn.Module, momentum: float, statistics: bool = False) -> None:
         super().__init__()
         self.momentum = momentum
         self.block = copy.deepcopy(block)
@@ -91,6 +92,8 @@ class EmaCopy(nn.Module):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
                 module.register_buffer(name, parameter.detach())
+        moving = [n for n, b in block.named_buffers() if b.is_floating_point()] if statistics else []
+        self.names = (*(name for name, _ in block.named_parameters()), *moving)
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output; the gradient flows to ``x``."""
@@ -99,8 +102,53 @@ class EmaCopy(nn.Module):
     @torch.no_grad()
     def follow(self, block: nn.Module, amount: Tensor | float) -> None:
         """Move towards the weights of ``block``, ``amount`` (0 or 1) times."""
-        live = dict(block.named_parameters())
-        copies = [self.block.get_buffer(name) for name in live]
-        steps = torch._foreach_sub(list(live.values()), copies)
-        torch._foreach_mul_(steps, amount * (1.0 - self.momentum))
-        torch._foreach_add_(copies, steps)
+        copies = [self.block.get_buffer(name) for name in self.names]
+        _move(copies, copies, block, self.names, amount * (1.0 - self.momentum))
+
+
+class PulledCopy(nn.Module):
+    """A trained copy of a block that is pulled towards it at every step, as MAN's and MLAAN's Eq. 10 read.
+
+    With p what the optimizer trains and c a buffer, its weights are p + c; the pull w <- m w + (1 - m) block
+    moves c alone. So it lasts under engines that keep the weights elsewhere (ZeRO, FSDP2). Weight decay sees p.
+
+    Args:
+        block: what is copied, and pulls later.
+        momentum: m.
+    """
+
+    def __init__(self, block: nn.Module, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.block = copy.deepcopy(block)
+        self.names = tuple(name for name, _ in self.block.named_parameters())
+        for name in self.names:
+            self.register_buffer(_flat(name), torch.zeros_like(self.block.get_parameter(name)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output with the weights p + c."""
+        return functional_call(self.block, self._weights(), (x,))
+
+    @torch.no_grad()
+    def follow(self, block: nn.Module, amount: Tensor | float) -> None:
+        """Pull the weights towards those of ``block``, ``amount`` (0 or 1) times."""
+        offsets = [self.get_buffer(_flat(name)) for name in self.names]
+        _move(offsets, list(self._weights().values()), block, self.names, amount * (1.0 - self.momentum))
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {n: self.block.get_parameter(n) + self.get_buffer(_flat(n)) for n in self.names}
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_") + "_pull"
+
+
+def _move(
+    moved: list[Tensor], now: list[Tensor], block: nn.Module, names: tuple[str, ...], share: Tensor | float
+) -> None:
+    """Add to ``moved`` a share of the way from ``now`` to what ``block`` calls ``names``."""
+    live: dict[str, Tensor] = dict(block.named_buffers())
+    live.update(block.named_parameters())
+    steps = torch._foreach_sub([live[name] for name in names], now)
+    torch._foreach_mul_(steps, share)
+    torch._foreach_add_(moved, steps)

@@ -19,6 +19,7 @@ from framework.local.trunks import TRUNKS, mlp, residual_block
 from framework.local.units import Task
 from framework.network import Shape
 from framework.network.layers import GlobalAveragePool, initialise
+from framework.schema import NonNegativeInt, Positive, PositiveInt
 
 EMBEDDING = 128
 
@@ -114,6 +115,8 @@ class Projection:
         dec_block: their kind: a bottleneck or a basic block that keeps the channels, or the bottleneck that
             would open the next stage, with twice the channels (FACTS L2).
         dec_strides: their strides; blocks beyond the list have 1 (FACTS L14).
+        dec_width: channels of a bottleneck's 3x3 convolution; ``None`` takes a quarter (FACTS L2).
+        dec_groups: groups of that convolution (FACTS P5).
         dec_trunk: own copies of the next segment ("1 stage") or of all that follow ("full network") before
             the pooling; on the last segment there are none (FACTS L15).
         dec_on_top: blocks on the last segment too (FACTS L3).
@@ -123,21 +126,27 @@ class Projection:
         proj_bn: BatchNorm after none, the hidden, or all layers (FACTS L4).
         objective: what scores the embeddings of the two views.
         temperature: tau of InfoNCE.
+        loss_form: of InfoNCE: anchors and scale.
+        gather_grad: whether the gradient of InfoNCE reaches other ranks' embeddings.
         redundancy: lambda of Barlow Twins.
         vicreg: weights of VICReg's invariance, variance and covariance.
     """
 
-    conv_blocks: int = 0
+    conv_blocks: NonNegativeInt = 0
     dec_block: Literal["bottleneck", "basic", "next_stage"] = "bottleneck"
-    dec_strides: tuple[int, ...] = (2,)
+    dec_strides: tuple[Literal[1, 2], ...] = (2,)
+    dec_width: PositiveInt | None = None
+    dec_groups: PositiveInt = 1
     dec_trunk: Literal["none", "next_stage", "full_network"] = "none"
     dec_on_top: bool = True
-    layers: int | None = None
-    proj_hidden: int | None = None
-    dim: int | None = None
+    layers: PositiveInt | None = None
+    proj_hidden: PositiveInt | None = None
+    dim: PositiveInt | None = None
     proj_bn: Literal["none", "hidden", "all"] = "hidden"
     objective: Literal["infonce", "barlow", "vicreg"] = "infonce"
-    temperature: float = 0.1
+    temperature: Positive = 0.1
+    loss_form: Literal["symmetric", "sum", "one_sided"] = "symmetric"
+    gather_grad: bool = True
     redundancy: float = 0.0051
     vicreg: tuple[float, float, float] = (25.0, 25.0, 1.0)
 
@@ -145,10 +154,8 @@ class Projection:
         """A head on the end of a segment.
 
         Raises:
-            UserError: no layer in the MLP.
+            UserError: a decoder block that these channels can't have.
         """
-        if self.layers is not None and self.layers < 1:
-            raise UserError(f"method.head.layers={self.layers}: must be at least 1")
         blocks, channels = self._blocks(task, segment)
         published = (2, channels, 128) if self.objective == "infonce" else (3, 8192, 8192)
         layers, hidden, dim = (
@@ -170,7 +177,8 @@ class Projection:
         for i in range(self.conv_blocks if self.dec_on_top or not top else 0):
             stride = self.dec_strides[i] if i < len(self.dec_strides) else 1
             out = 2 * channels if self.dec_block == "next_stage" and i == 0 else channels
-            blocks.append(residual_block(channels, out, stride, self.dec_block != "basic"))
+            bottleneck = self.dec_block != "basic"
+            blocks.append(residual_block(channels, out, stride, bottleneck, self.dec_width, self.dec_groups))
             channels = out
         return blocks, channels
 
@@ -179,4 +187,4 @@ class Projection:
             return BarlowTwins(self.redundancy)
         if self.objective == "vicreg":
             return VICReg(*self.vicreg)
-        return InfoNCE(self.temperature)
+        return InfoNCE(self.temperature, self.loss_form, self.gather_grad)

@@ -1,7 +1,7 @@
 """MLAAN's Leap Augmented Module: copies of later blocks between a segment and its classifier (FACTS D3).
 
 With A_j the trainable copies and E the EMA copy of the first listed block,
-``z -> A_n(... A_2(A_1(z) + E(z)))``.
+``z -> A_n(... A_2(A_1(z) + E(z)))``; ``Copies`` has the other readings of the paper.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import zip_longest
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,30 @@ from torch import Tensor, nn
 from framework.batch import Batch
 from framework.errors import UserError
 from framework.local import lam_tables
-from framework.local.blocks import Block, EmaCopy, blocks_of, check_maps
+from framework.local.blocks import Block, EmaCopy, PulledCopy, blocks_of, check_maps
 from framework.local.units import ReadingHead, Task
 from framework.network import Segment, Shape
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How the copies in a LAM learn.
+
+    Attributes:
+        form: the first listed block alone has a moving average, as in the authors' code, or every one, as in
+            the paper's Figure 3 (FACTS M8).
+        weights: a trained and an averaged copy whose outputs add up, or a single one that is trained and pulled
+            towards its block, as Eqs. 9 and 10 read (FACTS M9).
+        momentum: m of the moving average.
+        statistics: BatchNorm's running statistics follow too (FACTS M10).
+        when: the average takes in the weights from before or after a step (FACTS M10).
+    """
+
+    form: Literal["sum_first", "ema_chain"] = "sum_first"
+    weights: Literal["two_copies", "single_pulled"] = "two_copies"
+    momentum: float = 0.995
+    statistics: bool = False
+    when: Literal["before", "after"] = "before"
 
 
 class Lam(nn.Module):
@@ -28,24 +50,39 @@ class Lam(nn.Module):
     Args:
         blocks: what to copy, in order.
         segments: the network's.
-        momentum: m of the EMA copy.
+        copies: how they learn.
     """
 
-    def __init__(self, blocks: Sequence[Block], segments: Sequence[Segment], momentum: float) -> None:
+    def __init__(self, blocks: Sequence[Block], segments: Sequence[Segment], copies: Copies) -> None:
         super().__init__()
-        self.followed = blocks[0]
-        self.aug = nn.ModuleList(copy.deepcopy(block.module(segments)) for block in blocks)
-        self.ema = EmaCopy(blocks[0].module(segments), momentum)
+        modules = [block.module(segments) for block in blocks]
+        self.followed = tuple(blocks if copies.form == "ema_chain" else blocks[:1])
+        following, others = modules[: len(self.followed)], modules[len(self.followed) :]
+        self.aug: nn.ModuleList
+        self.ema: nn.ModuleList
+        if copies.weights == "single_pulled":
+            self.aug = nn.ModuleList(PulledCopy(module, copies.momentum) for module in following)
+            self.aug.extend(copy.deepcopy(module) for module in others)
+            self.ema = nn.ModuleList()
+        else:
+            self.aug = nn.ModuleList(copy.deepcopy(module) for module in modules)
+            self.ema = nn.ModuleList(
+                EmaCopy(module, copies.momentum, copies.statistics) for module in following
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) at the segment's end -> (N, C', H', W') as at the end of the last block."""
-        first, *others = self.aug
         if x.device.type == "cpu" and x.is_contiguous():
             x = _ChannelsLast.apply(x)  # a tenth faster on the CPU
-        x = first(x) + self.ema(x)
-        for block in others:
-            x = block(x)
+        for block, average in zip_longest(self.aug, self.ema):
+            x = block(x) if average is None else block(x) + average(x)
         return x
+
+    def follow(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
+        """Move the copies that follow towards their blocks, ``amount`` (0 or 1) times."""
+        for copied, block in zip(self.ema or self.aug, self.followed, strict=False):
+            assert isinstance(copied, EmaCopy | PulledCopy)
+            copied.follow(block.module(segments), amount)
 
     @torch.no_grad()
     def output_shape(self, shape: Shape) -> Shape:
@@ -74,13 +111,16 @@ class LamHead(ReadingHead):
     Args:
         lam: the copies.
         head: reads their output.
-        updated: whether the EMA copy moves.
+        updated: whether the copies follow.
+        when: before or after the optimizer step.
     """
 
-    def __init__(self, lam: Lam, head: nn.Module, updated: bool = True) -> None:
+    def __init__(
+        self, lam: Lam, head: nn.Module, updated: bool = True, when: Literal["before", "after"] = "before"
+    ) -> None:
         super().__init__()
-        self.lam, self.head, self.updated = lam, head, updated
-        self.reads = (lam.followed.segment,)
+        self.lam, self.head, self.updated, self.when = lam, head, updated, when
+        self.reads = tuple(block.segment for block in lam.followed)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Scalar loss on the segment output ``x`` (N, C, H, W)."""
@@ -100,13 +140,14 @@ class LamHead(ReadingHead):
         return self.head.score(embeddings, batch)  # type: ignore[operator]
 
     def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
-        """Those of the block that the EMA copy follows."""
-        return list(self.lam.followed.module(segments).parameters()) if self.updated else []
+        """Those of the blocks that copies follow."""
+        followed = self.lam.followed if self.updated else ()
+        return [parameter for block in followed for parameter in block.module(segments).parameters()]
 
     def update_copies(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
-        """EMA of the first listed block, with its weights before the step (FACTS M10)."""
+        """The copies follow their blocks."""
         if self.updated:
-            self.lam.ema.follow(self.lam.followed.module(segments), amount)
+            self.lam.follow(segments, amount)
 
 
 @dataclass(frozen=True)
@@ -116,7 +157,7 @@ class LamBuilder:
     Attributes:
         task: with the segments whose blocks are copied.
         lists: names of blocks for segments by name, in place of the published or the rule's.
-        momentum: m of the EMA copies.
+        copies: how they learn.
 
     Raises:
         UserError: ``lists`` names a segment or block that does not exist, or a block that is not later.
@@ -124,7 +165,7 @@ class LamBuilder:
 
     task: Task
     lists: Mapping[str, Sequence[str]]
-    momentum: float
+    copies: Copies
 
     def __post_init__(self) -> None:
         if unknown := set(self.lists) - set(self.task.names):
@@ -145,7 +186,7 @@ class LamBuilder:
         return self._lam(segment, self._later_blocks(segment)[:1])
 
     def _lam(self, segment: int, blocks: Sequence[Block]) -> tuple[Lam, Shape]:
-        lam = Lam(blocks, self.task.segments, self.momentum)
+        lam = Lam(blocks, self.task.segments, self.copies)
         try:
             return lam, lam.output_shape(self.task.shapes[segment])
         except RuntimeError as error:
@@ -161,6 +202,8 @@ class LamBuilder:
         name, blocks = self.task.names[segment], blocks_of(self.task.segments)
         if name in self.lists:
             by_name = {b.name: b for b in later}
+            if not self.lists[name]:
+                raise UserError(f"method.lam_blocks.{name}: must name at least one of {', '.join(by_name)}")
             if wrong := [wanted for wanted in self.lists[name] if wanted not in by_name]:
                 raise UserError(
                     f"method.lam_blocks.{name}: {wrong[0]} is no later block; {', '.join(by_name)} are"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,30 +27,46 @@ class InfoNCE(nn.Module):
     """NT-Xent (SimCLR Eq. 1; LoCo Eq. 1 for one query) with the negatives of all ranks.
 
     Every view of every image is an anchor, its image's other view the positive, all other embeddings
-    of the global batch negatives; the mean is over this rank's anchors. The gradient flows through
-    the gathered embeddings, so that the mean over ranks is the loss of the whole batch.
+    of the global batch negatives; the mean is over this rank's anchors.
 
     Args:
         temperature: tau, 0.1 on ImageNet (SimCLR Table 5).
+        form: "symmetric"; "sum" of the two directions' means, as SimCLR's code has it, twice as much; or
+            "one_sided", with the first views alone as anchors (FACTS L6).
+        gather_grad: the gradient flows through the embeddings of other ranks, so that the mean over ranks is
+            the loss of the whole batch; otherwise they are constants (FACTS L7).
     """
 
     contrasts = True
 
-    def __init__(self, temperature: float = 0.1) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        form: Literal["symmetric", "sum", "one_sided"] = "symmetric",
+        gather_grad: bool = True,
+    ) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.form, self.gather_grad = temperature, form, gather_grad
 
     def forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """Embeddings (2B, D), views stacked view-major, not yet normalised -> scalar loss."""
         with torch.autocast(embeddings.device.type, enabled=False):
             z = F.normalize(_at_least_float32(embeddings), dim=1)
-            everyone = distributed.gather_with_gradient(z)
-            logits = z @ everyone.T / self.temperature
-            anchors = torch.arange(len(z), device=z.device)
+            everyone = self._everyone(z)
+            anchors = torch.arange(len(z) // 2 if self.form == "one_sided" else len(z), device=z.device)
+            logits = z[: len(anchors)] @ everyone.T / self.temperature
             offset = distributed.rank() * len(z)
             itself = F.one_hot(anchors + offset, len(everyone)).bool()
             positives = (anchors + len(z) // 2) % len(z) + offset
-            return F.cross_entropy(logits.masked_fill(itself, -torch.inf), positives)
+            loss = F.cross_entropy(logits.masked_fill(itself, -torch.inf), positives)
+            return 2 * loss if self.form == "sum" else loss
+
+    def _everyone(self, z: Tensor) -> Tensor:
+        if self.gather_grad:
+            return distributed.gather_with_gradient(z)
+        parts = list(distributed.gather_with_gradient(z.detach()).split(len(z)))
+        parts[distributed.rank()] = z
+        return torch.cat(parts)
 
 
 class SupCon(nn.Module):

@@ -50,6 +50,7 @@ class ResizedConv(nn.Conv2d):
 
 def _shifted(size: int, target: int) -> Tensor:
     """(target, 3 * size): linear interpolation from ``size`` points, shifted by -1, 0 and 1 over zeros."""
-    resize = F.interpolate(torch.eye(size)[None], target, mode="linear", align_corners=True)[0].T
-    padded = F.pad(resize, (0, 0, 1, 1))
+    points = torch.eye(size, dtype=torch.float64)  # float32 would place them differently from CPU to CPU
+    resize = F.interpolate(points[None], target, mode="linear", align_corners=True)[0].T
+    padded = F.pad(resize, (0, 0, 1, 1)).to(torch.get_default_dtype())
     return torch.cat([padded[shift : shift + target] for shift in range(3)], 1)

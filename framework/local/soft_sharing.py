@@ -16,18 +16,22 @@ from framework.network import Segment
 class SoftSharedHead(ReadingHead):
     """A head behind an own copy of a segment.
 
-    The penalty is ``coefficient * sum (w_copy - w_segment)^2`` over all weights, those of BatchNorm included;
-    its gradient goes to both. The copy starts equal to the segment.
+    The penalty is ``coefficient * sum (w_copy - w_segment)^2``; its gradient goes to both. The copy starts equal
+    to the segment.
 
     Args:
         task: has the segment.
         segment: its number.
         head: reads the copy's output.
         coefficient: of the penalty.
+        norm: whether it holds BatchNorm's weights, or whatever has at most one dimension, too.
     """
 
-    def __init__(self, task: Task, segment: int, head: nn.Module, coefficient: float) -> None:
+    def __init__(
+        self, task: Task, segment: int, head: nn.Module, coefficient: float, norm: bool = True
+    ) -> None:
         super().__init__()
+        self.norm = norm
         self.copy = own_copy(task.segments[segment])
         self.head, self.coefficient = head, coefficient
         self.reads = (segment,)
@@ -52,4 +56,5 @@ class SoftSharedHead(ReadingHead):
     def penalty(self, segments: Sequence[Segment]) -> Tensor:
         """Scalar."""
         pairs = zip(self.copy.parameters(), segments[self.reads[0]].parameters(), strict=True)
-        return self.coefficient * torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
+        kept = [(a, b) for a, b in pairs if self.norm or a.ndim > 1]
+        return self.coefficient * torch.stack([(a - b).square().sum() for a, b in kept]).sum()

@@ -8,6 +8,7 @@ from itertools import pairwise
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import nn
 
+from framework.errors import UserError
 from framework.network import Shape
 from framework.network.layers import GlobalAveragePool
 
@@ -18,13 +19,45 @@ def conv_bn_relu(channels: int, out: int, kernel: int, stride: int = 1) -> list[
     return [convolution, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
 
 
-def residual_block(channels: int, out: int, stride: int, bottleneck: bool) -> nn.Module:
-    """ResNet's block, with a projection shortcut where the shape changes; a bottleneck has out/4 inside."""
+def residual_block(
+    channels: int, out: int, stride: int, bottleneck: bool, width: int | None = None, groups: int = 1
+) -> nn.Module:
+    """ResNet's block, with a projection shortcut where the shape changes.
+
+    Args:
+        channels: of the input.
+        out: of the output.
+        stride: of its 3x3 convolution, the first of a basic block.
+        bottleneck: of 1x1, 3x3 and 1x1; otherwise a basic block of two 3x3.
+        width: of the bottleneck's 3x3; ``None`` takes a quarter of ``out``.
+        groups: of that convolution.
+
+    Raises:
+        UserError: channels that a bottleneck can't have.
+    """
     changes = stride > 1 or out != channels
     shortcut = downsample_conv(channels, out, kernel_size=1, stride=stride) if changes else None
-    if bottleneck:
-        return Bottleneck(channels, out // 4, stride=stride, downsample=shortcut)
-    return BasicBlock(channels, out, stride=stride, downsample=shortcut)
+    if not bottleneck:
+        return BasicBlock(channels, out, stride=stride, downsample=shortcut)
+    planes, inside = out // 4, width or out // 4
+    if out % 4 or inside % groups:
+        wrong = (
+            f"{out} channels are no multiple of 4"
+            if out % 4
+            else f"{inside} inside can't have {groups} groups"
+        )
+        raise UserError(f"no bottleneck fits: {wrong}; method.head.dec_block=basic is possible")
+    base = (
+        64 * (inside // groups + 0.5) / planes
+    )  # timm's unit for the width of a group, which it rounds down
+    return Bottleneck(
+        channels,
+        planes,
+        stride=stride,
+        downsample=shortcut,
+        cardinality=groups,
+        base_width=base,  # type: ignore[arg-type]  # a float serves
+    )
 
 
 def mlp(widths: Sequence[int], bn: str) -> list[nn.Module]:

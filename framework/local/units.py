@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import Tensor, nn
 
 from framework.errors import UserError
 from framework.network import Segment, Shape
+from framework.schema import NonNegativeInt, PositiveInt
 
 Window = tuple[int, int]
 
@@ -49,9 +51,11 @@ class ReadingHead(nn.Module):
 
     Attributes:
         reads: the segments whose weights it looks at.
+        when: its copies follow with the weights before the optimizer step, or after it.
     """
 
     reads: tuple[int, ...] = ()
+    when: Literal["before", "after"] = "before"
 
     def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
         """The weights that it looks at; fewer than all of ``reads`` cost a pipeline fewer bytes."""
@@ -62,7 +66,7 @@ class ReadingHead(nn.Module):
         return None
 
     def update_copies(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
-        """Move copies towards the segments' weights, once an optimizer step and before it.
+        """Move copies towards the segments' weights, once an optimizer step.
 
         Args:
             segments: all of the network's.
@@ -98,6 +102,24 @@ class LocalUnit:
         return frozenset(range(self.first, self.last + 1)) if self.trains is None else self.trains
 
 
+@dataclass(kw_only=True)
+class Asynchronous:
+    """Options of methods whose modules need not wait for each other (FACTS E3, E4).
+
+    Attributes:
+        async_mode: "buffer": every module draws its input from a ring of what its predecessor has put there (DGL).
+            "sequential": module by module, each for the whole schedule on the frozen lower ones (InfoPro).
+        buffer_size: batches in a ring, 30 in DGL's example; each holds activations, images and labels.
+        buffer_order: of the modules' turns: a new random one every time, or from the bottom up.
+        module: number of the one that a sequential run trains; ``None`` lets ``train.py`` run them all.
+    """
+
+    async_mode: Literal["none", "sequential", "buffer"] = "none"
+    buffer_size: PositiveInt = 30
+    buffer_order: Literal["random", "sequence"] = "random"
+    module: NonNegativeInt | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Local units over a list of segments.
@@ -107,17 +129,19 @@ class Plan:
         segments: number of segments in the network.
         views: augmented views of an image that the heads expect side by side in a batch.
         supervised: whether the heads need labels (and the last one predicts classes).
+        asynchronous: whether modules wait for each other.
 
     Raises:
         UserError: a window outside the network, a weight that is not positive, a unit that trains a segment
             outside its window, a head that reads a segment which the network lacks, a segment that no unit
-            trains, or two units of one name.
+            trains, two units of one name, or asynchronous modules of which several are in one window.
     """
 
     units: tuple[LocalUnit, ...]
     segments: int
     views: int = 1
     supervised: bool = False
+    asynchronous: Asynchronous = field(default_factory=Asynchronous)
 
     def __post_init__(self) -> None:
         for unit in self.units:
@@ -144,6 +168,21 @@ class Plan:
         names = [unit.name for unit in self.units]
         if twice := {n for n in names if names.count(n) > 1}:
             raise UserError(f"two units are called {min(twice)}")
+        mode = self.asynchronous.async_mode
+        if mode != "none" and [(u.first, u.last) for u in self.units] != [
+            (s, s) for s in range(self.segments)
+        ]:
+            raise UserError(f"method.async_mode={mode}: only where every module has a unit of its own")
+
+    def only(self, module: int) -> Plan:
+        """The plan of a network that is this module alone.
+
+        Raises:
+            UserError: there is no such module.
+        """
+        if module >= self.segments:
+            raise UserError(f"method.module={module}: the network has modules 0 to {self.segments - 1}")
+        return replace(self, units=(replace(self.units[module], first=0, last=0),), segments=1)
 
 
 def sliding_windows(segments: int, window: int) -> list[Window]:
@@ -157,3 +196,21 @@ def sliding_windows(segments: int, window: int) -> list[Window]:
             f"method.window={window}: the network has {segments} segments, so 1 to {segments} are possible"
         )
     return [(last - window + 1, last) for last in range(window - 1, segments)]
+
+
+def weigh(
+    units: Sequence[LocalUnit], weights: Sequence[float], reduce: Literal["sum", "mean"]
+) -> tuple[LocalUnit, ...]:
+    """The units with these weights, all 1 where none are given; for "mean" over their number (FACTS L8).
+
+    Raises:
+        UserError: not as many weights as units.
+    """
+    if weights and len(weights) != len(units):
+        raise UserError(
+            f"method.unit_loss_weights: {len(weights)} weights for the {len(units)} units "
+            f"{', '.join(unit.name for unit in units)}"
+        )
+    scale = 1 / len(units) if reduce == "mean" else 1.0
+    each = weights or [1.0] * len(units)
+    return tuple(replace(unit, weight=w * scale) for unit, w in zip(units, each, strict=True))

@@ -125,3 +125,30 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for norm in moving:
             norm.track_running_stats = True
+
+
+class RunningStatistics:
+    """A copy of all BatchNorms' running statistics, which a single batch that is not finite would spoil for ever.
+
+    Args:
+        network: whose statistics are meant.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        statistics = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+        counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        self._kinds = [kind for kind in (statistics, counters) if kind]  # one type each, so one kernel each
+        self._copies = [[torch.empty_like(b) for b in kind] for kind in self._kinds]
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Before a step."""
+        for copies, buffers in zip(self._copies, self._kinds, strict=True):
+            torch._foreach_copy_(copies, buffers)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """After a step that was skipped."""
+        for copies, buffers in zip(self._copies, self._kinds, strict=True):
+            torch._foreach_copy_(buffers, copies)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from framework.errors import UserError
-from framework.optim.groups import parameter_groups
+from framework.optim.groups import Decay, parameter_groups
 from framework.optim.lars import LARS
 from framework.optim.schedule import learning_rate
 
@@ -65,6 +65,7 @@ def build_optimizer(
     nesterov: bool = False,
     weight_decay: float = 1e-6,
     trust: float = 0.001,
+    decay: Decay = "weights",
 ) -> LARS | SGD | AdamW:
     """An optimizer over ``parameter_groups(net)``. Its learning rate is 0 until someone sets one.
 
@@ -73,13 +74,14 @@ def build_optimizer(
         name: ``"lars"``, ``"sgd"`` or ``"adamw"`` (with PyTorch's betas, and decoupled decay).
         momentum: lars and sgd.
         nesterov: sgd only.
-        weight_decay: of weights; norm parameters and biases get none.
+        weight_decay: of weights.
         trust: lars only.
+        decay: whether norm parameters and biases get weight decay too ("all"); see ``parameter_groups``.
 
     Raises:
         UserError: another name, or ``nesterov`` with an optimizer that has none.
     """
-    groups = parameter_groups(net, weight_decay)
+    groups = parameter_groups(net, weight_decay, decay)
     if nesterov and name != "sgd":
         raise UserError(f"optim.nesterov=true: only sgd has it, and optim.name={name}")
     if name == "lars":

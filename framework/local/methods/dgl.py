@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from framework.local.heads import Classifier
-from framework.local.units import LocalUnit, Plan, Task
+from framework.local.units import Asynchronous, LocalUnit, Plan, Task
 
 
 @dataclass
-class Options:
+class Options(Asynchronous):
     """``head``: the auxiliary classifier; the last segment has pooling and a linear layer (FACTS E1)."""
 
     head: Classifier = field(default_factory=lambda: Classifier("mlp_sr_auglocal"))
@@ -22,4 +22,4 @@ def plan(task: Task, options: Options) -> Plan:
     for i in range(len(task)):
         head = Classifier() if i == last else options.head
         units.append(LocalUnit(task.names[i], i, i, head.build(task.shapes[i], task.num_classes)))
-    return Plan(tuple(units), len(task), supervised=True)
+    return Plan(tuple(units), len(task), supervised=True, asynchronous=options)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from framework.errors import UserError
 from framework.local.heads import Classifier
 from framework.local.reconstruction import Reconstruction
-from framework.local.units import LocalUnit, Plan, Task
+from framework.local.units import Asynchronous, LocalUnit, Plan, Task
 
 
 @dataclass
-class Options:
+class Options(Asynchronous):
     """InfoPro with the cross entropy, as later papers compare with it (FACTS E2).
 
     InfoPro* is the same on segments balanced for memory, which is the network's cut: for ResNet-110 K=2, 3
@@ -42,4 +42,4 @@ def plan(task: Task, options: Options) -> Plan:
         units.append(LocalUnit(task.names[i], i, i, local))
     head = Classifier().build(task.shapes[last], task.num_classes)
     units.append(LocalUnit(task.names[last], last, last, head))
-    return Plan(tuple(units), len(task), supervised=True)
+    return Plan(tuple(units), len(task), supervised=True, asynchronous=options)

@@ -9,8 +9,8 @@ from framework.errors import UserError
 from framework.local.blocks import blocks_of
 from framework.local.heads import Projection
 from framework.local.soft_sharing import SoftSharedHead
-from framework.local.units import LocalUnit, Plan, Task, Window, sliding_windows
-from framework.schema import NonNegative
+from framework.local.units import LocalUnit, Plan, Task, Window, sliding_windows, weigh
+from framework.schema import NonNegative, Positive
 
 
 @dataclass
@@ -25,8 +25,11 @@ class Options:
         shared_grad: whether shared weights learn from all their units, or from the uppermost or lowest
             alone; gradients pass through them in any case (FACTS L16).
         soft_share: coefficient of the L2 penalty between two copies of every shared segment; 0 shares one.
+        soft_share_norm: the penalty holds BatchNorm's weights, too (FACTS L17).
         loco_losses: the units of Figure 1, or one on the first segment more, which trains it too or, as a
             ``monitor``, only its own head (FACTS L1).
+        unit_loss_weights: of the units in order; none means all 1 (FACTS L8).
+        unit_loss_reduce: the weighted losses add up, or are averaged.
         head: one strided residual block, pooling and a 2-layer MLP (LoCo section 3.3, Table 4 row 11).
     """
 
@@ -34,7 +37,10 @@ class Options:
     share_blocks: int | None = None
     shared_grad: Literal["both", "upper", "lower"] = "both"
     soft_share: NonNegative = 0.0
+    soft_share_norm: bool = True
     loco_losses: Literal["figure1", "with_first_stage", "monitor_first_stage"] = "figure1"
+    unit_loss_weights: tuple[Positive, ...] = ()
+    unit_loss_reduce: Literal["sum", "mean"] = "sum"
     head: Projection = field(default_factory=lambda: Projection(conv_blocks=1))
 
 
@@ -63,7 +69,12 @@ def plan(task: Task, options: Options) -> Plan:
     if options.loco_losses == "monitor_first_stage":
         head = options.head.build(task, 0)
         units.insert(0, LocalUnit(f"{task.names[0]}/monitor", 0, 0, head, trains=frozenset()))
-    return Plan(tuple(units), len(task), views=2)
+    return _plan(units, task, options)
+
+
+def _plan(units: list[LocalUnit], task: Task, options: Options) -> Plan:
+    weighed = weigh(units, options.unit_loss_weights, options.unit_loss_reduce)
+    return Plan(weighed, len(task), views=2)
 
 
 def _partly_shared(task: Task, shared: int) -> list[Window]:
@@ -100,7 +111,9 @@ def _softly_shared(task: Task, options: Options) -> Plan:
         )
     units = []
     for i in range(n - 2):
-        head = SoftSharedHead(task, i + 1, options.head.build(task, i + 1), options.soft_share)
+        head = SoftSharedHead(
+            task, i + 1, options.head.build(task, i + 1), options.soft_share, options.soft_share_norm
+        )
         units.append(LocalUnit(task.names[i + 1], i, i, head))
     units.append(LocalUnit(task.names[-1], n - 2, n - 1, options.head.build(task, n - 1)))
-    return Plan(tuple(units), n, views=2)
+    return _plan(units, task, options)

@@ -11,7 +11,7 @@ from torch import nn
 
 from framework.errors import UserError
 from framework.local.heads import Classifier
-from framework.local.lam import LamBuilder, LamHead
+from framework.local.lam import Copies, LamBuilder, LamHead
 from framework.local.reconstruction import Reconstruction
 from framework.local.units import LocalUnit, Plan, Task
 from framework.schema import Fraction
@@ -39,7 +39,7 @@ def plan(task: Task, options: Options) -> Plan:
         UserError: the next block's structure is not known, or a module's lambdas are both 0.
     """
     last = len(task) - 1
-    lams = LamBuilder(task, {}, options.ema_m)
+    lams = LamBuilder(task, {}, Copies(momentum=options.ema_m))
     units = []
     for i in range(last):
         lam, shape = lams.next_block(i)

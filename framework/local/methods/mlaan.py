@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from framework.local.heads import Classifier
-from framework.local.lam import LamBuilder, LamHead
+from framework.local.lam import Copies, LamBuilder, LamHead
 from framework.local.reconstruction import Reconstruction
 from framework.local.units import LocalUnit, Plan, Task, sliding_windows
 from framework.schema import Fraction, NonNegative
@@ -33,8 +33,12 @@ class Options:
         last_loss: the last module's two units as weighted, or the window alone with weight 1 (FACTS M5).
         lam_on: which units have a LAM (FACTS M1).
         lam_blocks: names of blocks to copy, by segment, in place of the authors' lists (FACTS M11).
-        ema_m: momentum of the EMA copies (FACTS M7).
-        ema_update: whether all copies move, or only those of the last module but one (FACTS M6).
+        lam_form: the first block of a list alone has a moving average, or every one (FACTS M8).
+        lam_weights: a trained and an averaged copy, or a single one, trained and pulled (FACTS M9).
+        ema_m: momentum of the moving averages (FACTS M7).
+        ema_update: whether all of them move, or only those of the last module but one (FACTS M6).
+        ema_when: before or after the optimizer step (FACTS M10).
+        ema_buffers: BatchNorm's running statistics follow too (FACTS M10).
     """
 
     window: int = 2
@@ -47,8 +51,12 @@ class Options:
     last_loss: Literal["weighted", "cascaded_only"] = "weighted"
     lam_on: Literal["cascaded", "independent", "both", "none"] = "cascaded"
     lam_blocks: dict[str, list[str]] = field(default_factory=dict)
+    lam_form: Literal["sum_first", "ema_chain"] = "sum_first"
+    lam_weights: Literal["two_copies", "single_pulled"] = "two_copies"
     ema_m: Fraction = 0.995
     ema_update: Literal["all", "last_only"] = "all"
+    ema_when: Literal["before", "after"] = "before"
+    ema_buffers: bool = False
 
 
 def plan(task: Task, options: Options) -> Plan:
@@ -59,7 +67,10 @@ def plan(task: Task, options: Options) -> Plan:
     """
     n, k = len(task), options.window
     windows = sliding_windows(n, k)
-    lams = LamBuilder(task, options.lam_blocks, options.ema_m)
+    copies = Copies(
+        options.lam_form, options.lam_weights, options.ema_m, options.ema_buffers, options.ema_when
+    )
+    lams = LamBuilder(task, options.lam_blocks, copies)
     extra = range(k - 1) if options.indep_on_first else ()
     units = [_unit(task, options, lams, "single", i, i) for i in extra]
     for first, last in windows[:-1]:
@@ -84,7 +95,8 @@ def _unit(
     if head is None or not weight:
         return None
     if lam is not None:
-        head = LamHead(lam, head, options.ema_update == "all" or last == len(task) - 2)
+        updated = options.ema_update == "all" or last == len(task) - 2
+        head = LamHead(lam, head, updated, options.ema_when)
     return LocalUnit(f"{task.names[last]}/{kind}", first, last, head, weight)
 
 

@@ -1,0 +1,1 @@
+"""What to look at after training: every analysis of the papers, on one or several run folders."""

@@ -1,0 +1,112 @@
+"""What the commands in ``tools`` share: arguments, errors of one line, where numbers and pictures go."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from framework import distributed, metrics
+from framework.analysis.runs import Run, open_runs
+from framework.data.contents import replace as replace_file
+from framework.errors import LocalError, UserError
+
+
+def run_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser for run folders, overrides of their recipes, and a folder for what is found."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = "a run folder such as runs/quickstart; after them key=value over their recipes, such as data.path=/data"
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help=what)
+    parser.add_argument("--out", type=Path, help="folder for the results; default: in the first run")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, out: str = "analysis") -> argparse.Namespace:
+    """Arguments with ``runs`` as opened ``Run``s and ``out`` as a folder, by default that one of the first run.
+
+    Raises:
+        UserError: as ``open_runs``.
+    """
+    arguments = parser.parse_intermixed_args()
+    folders, overrides = told_apart(arguments.runs)
+    arguments.runs = open_runs(folders, overrides)
+    arguments.out = arguments.out or arguments.runs[0].folder / out
+    return arguments
+
+
+def told_apart(texts: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Run folders and overrides ``key=value``.
+
+    Raises:
+        UserError: no folder.
+    """
+    overrides = [text for text in texts if "=" in text and not Path(text).exists()]
+    folders = [Path(text) for text in texts if text not in overrides]
+    if not folders:
+        raise UserError("name a run folder, such as runs/quickstart")
+    return folders, overrides
+
+
+def only_run(runs: list[Run]) -> Run:
+    """The one run that was named.
+
+    Raises:
+        UserError: there are several.
+    """
+    if len(runs) > 1:
+        raise UserError(f"one run folder at a time; {len(runs)} are given")
+    return runs[0]
+
+
+def leave(folder: Path, name: str, numbers: Mapping[str, Any], figure: Figure | None = None) -> None:
+    """Write ``name.json`` and, for a picture, ``name.png``, each whole or not at all, and say where.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    metrics.write_result(folder / f"{name}.json", numbers)
+    written = f"{folder / name}.json"
+    if figure is not None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        write_bytes(folder / f"{name}.png", buffer.getvalue())
+        written += f", {name}.png"
+    print(f"written: {written}", flush=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def status(work: Callable[[], None]) -> int:
+    """Do the work of a command; its exit status. What a person can mend becomes one line."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        work()
+    except UserError as error:
+        if distributed.launched_rank() == 0 or isinstance(error, LocalError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    distributed.stop()
+    return 0

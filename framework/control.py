@@ -1,0 +1,85 @@
+"""What a run is asked for from outside: by signals, or by files touched in its folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+
+from framework import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # preemption; Slurm's --signal before the time limit
+GO_ON_LATER = 75  # exit status (EX_TEMPFAIL of sysexits.h): start the same command again
+LOOK_EVERY = 1.0  # seconds between two looks for touched files: each costs a file server a question
+
+
+class Request(IntEnum):
+    """The more urgent, the larger.
+
+    ``SAVE`` and ``STOP`` are files ``save-now`` and ``stop-now`` in the run folder; ``LEAVE`` is a signal, after
+    which the run is to be started again.
+    """
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+    LEAVE = 3
+
+
+FILES = {Request.SAVE: "save-now", Request.STOP: "stop-now"}
+
+
+def leave_at_once(*_: object) -> None:
+    """Signal handler outside the loop, where nothing needs saving."""
+    print("signal received: leaving, to be started again", file=sys.stderr, flush=True)
+    os._exit(GO_ON_LATER)  # not through Python's exit, which waits for processes and threads
+
+
+class Requests:
+    """Listens while training steps run. A second signal changes nothing: the first is being followed already.
+
+    Args:
+        run_dir: folder of the run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._signalled = False
+        self._looked = time.monotonic()
+
+    def __enter__(self) -> Requests:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def ask(self) -> Callable[[], Request]:
+        """The most urgent request that any rank has met by now; collective, so that all ranks follow it at once.
+
+        Who calls the answer waits for ranks that are behind.
+        """
+        mine = Request.LEAVE if self._signalled else self._touched()
+        largest = distributed.max_over_ranks(mine)
+        return lambda: Request(largest())
+
+    def done(self, request: Request) -> None:
+        """Take away the file of a request that has been followed."""
+        if distributed.is_main() and request in FILES:
+            (self._run_dir / FILES[request]).unlink(missing_ok=True)
+
+    def _touched(self) -> Request:
+        if not distributed.is_main() or time.monotonic() - self._looked < LOOK_EVERY:
+            return Request.NOTHING
+        self._looked = time.monotonic()
+        found = [request for request, name in FILES.items() if (self._run_dir / name).exists()]
+        return max(found, default=Request.NOTHING)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True

@@ -1,0 +1,4 @@
+"""From a pretrained backbone to a Mask R-CNN in Detectron2.
+
+``layouts``, ``conversion`` and ``files`` do without Detectron2; the other modules import it.
+"""

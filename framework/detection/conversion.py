@@ -1,0 +1,223 @@
+"""A backbone's tensors from wherever they are, checked against the network that they claim to be.
+
+Nothing is unpickled but tensors: safetensors, or ``torch.load`` with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from framework import checkpoint, network
+from framework.detection.layouts import NETWORKS, Layout
+from framework.errors import UserError
+
+#: ``network.args`` that change training or initial values, but not what the trained network computes
+HARMLESS = {"zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"}
+
+
+class Source(NamedTuple):
+    """Where tensors came from.
+
+    Attributes:
+        where: for messages.
+        tensors: by timm's names.
+        network: timm's name of the network, None if the file does not say.
+    """
+
+    where: str
+    tensors: dict[str, Tensor]
+    network: str | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """The tensors of a network, all of them, and what else there was.
+
+    Attributes:
+        network: one of ``layouts.NETWORKS``.
+        tensors: by timm's names; no classifier, no step counters.
+        unused: name of every other tensor -> why it is not used.
+    """
+
+    network: str
+    tensors: dict[str, Tensor]
+    unused: dict[str, str]
+
+    def renamed(self, names: Layout) -> dict[str, Tensor]:
+        """The tensors under another library's names."""
+        return {names(name): tensor for name, tensor in self.tensors.items()}
+
+
+def read(path: Path) -> Source:
+    """The backbone of a run folder, a checkpoint, or a safetensors or PyTorch file with timm's names.
+
+    Raises:
+        UserError: there is none, it is damaged, or it would have to be unpickled.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such run folder, checkpoint or file")
+    if path.suffix == ".safetensors":
+        return Source(str(path), _backbone_of(_safetensors(path)))
+    if path.suffix in (".pth", ".pt", ".bin", ".tar"):
+        return Source(str(path), _backbone_of(torch_file(path)))
+    raise UserError(
+        f"{path}: not read: give a run folder, a checkpoint, a .safetensors or a .pth file"
+        + (" (unpickling a .pkl would run whatever code it names)" if path.suffix == ".pkl" else "")
+    )
+
+
+def from_timm(name: str, pretrained: bool) -> Source:
+    """timm's own weights of an architecture, or random ones.
+
+    Raises:
+        UserError: the network can't be converted, or has no weights within reach.
+    """
+    architecture = name.split(".")[0]
+    if architecture not in NETWORKS:
+        raise UserError(f"--timm {name}: must be one of {', '.join(NETWORKS)}")
+    try:
+        net = network.create(name, pretrained=pretrained)
+    except (OSError, RuntimeError) as error:  # no connection, no such weights
+        raise UserError(f"--timm {name} --pretrained: no weights: {str(error).splitlines()[0]}") from error
+    return Source(f"timm's {name}", net.state_dict(), architecture)
+
+
+def match(source: Source) -> Match:
+    """Find the network that the tensors belong to, and nothing but the network.
+
+    Raises:
+        UserError: a tensor of the network is missing or of another shape, or the network has one more, so
+            that a detector would keep an initial value or compute something else.
+    """
+    tensors = {n: t for n, t in source.tensors.items() if not n.endswith("num_batches_tracked")}
+    candidates = [source.network] if source.network else NETWORKS
+    if source.network and source.network not in NETWORKS:
+        raise UserError(f"{source.where}: {source.network} can't be converted; {', '.join(NETWORKS)} can")
+    faults = {name: _faults(tensors, expected(name)) for name in candidates}
+    best = min(faults, key=lambda name: len(faults[name]))
+    shapes = expected(best)
+    if faults[best]:
+        matched = sum(name in tensors and tensors[name].shape == shape for name, shape in shapes.items())
+        if not matched:
+            raise UserError(
+                f"{source.where}: no backbone: none of its {len(tensors)} tensors ({_some(tensors)}) is one of "
+                f"{best}'s, which are called {_some(shapes)}"
+            )
+        raise UserError(
+            f"{source.where}: no whole {best}: {matched} of its {len(shapes)} tensors match; {_some(faults[best])}"
+        )
+    unused = {name: _why_unused(name) for name in source.tensors if name not in shapes}
+    return Match(best, {name: tensors[name] for name in shapes}, unused)
+
+
+@cache
+def expected(name: str) -> Mapping[str, torch.Size]:
+    """Shapes of a network's tensors by timm's names, step counters left out; nothing is computed."""
+    with torch.device("meta"):
+        state = network.create(name).state_dict()
+    return {key: t.shape for key, t in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def build(match: Match) -> nn.Module:
+    """timm's network with these tensors, in evaluation mode."""
+    net = network.create(match.network)
+    net.load_state_dict(match.tensors, strict=False)  # the counters alone are missing
+    return net.eval()
+
+
+def torch_file(path: Path) -> dict[str, Tensor]:
+    """The state dict of a .pth file, also one below ``state_dict`` or ``model``; nothing but tensors is unpickled.
+
+    Raises:
+        UserError: the file is damaged, or holds anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: damaged, or holds more than tensors, and is not unpickled: save its state dict alone"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or no PyTorch file: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise UserError(f"{path}: holds no state dict, that is names with tensors")
+    return content
+
+
+def _faults(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> list[str]:
+    faults = []
+    for name, shape in shapes.items():
+        if name not in tensors:
+            faults.append(f"{name} is missing")
+        elif tensors[name].shape != shape:
+            faults.append(f"{name} is {tuple(tensors[name].shape)} and not {tuple(shape)}")
+    # A tensor more inside the stages (squeeze-and-excitation, say) makes it another network.
+    own = {name.partition(".")[0] for name in shapes}
+    extra = (name for name in tensors if name not in shapes and name.partition(".")[0] in own)
+    return [*faults, *(f"{name} is one too many" for name in extra)]
+
+
+def _why_unused(name: str) -> str:
+    if name.endswith("num_batches_tracked"):
+        return "a step counter"
+    return "the classifier" if name.startswith("fc.") else "no tensor of the backbone"
+
+
+def _some(names: Any) -> str:
+    first = [str(name) for name in names][:3]
+    return ", ".join(first) + (" ..." if len(names) > len(first) else "")
+
+
+def _read_folder(path: Path) -> Source:
+    if (path / checkpoint.MANIFEST).exists():
+        state, model = checkpoint.read_model(path)
+        return Source(str(path), _backbone_of(model), _network_of(path, OmegaConf.create(state["recipe"])))
+    if not (path / "recipe.yaml").exists():
+        raise UserError(f"{path}: neither a run folder (no recipe.yaml) nor a checkpoint (no manifest.json)")
+    name = _network_of(path, OmegaConf.load(path / "recipe.yaml"))
+    exported = path / "backbone.safetensors"
+    if exported.exists():
+        return Source(str(exported), _safetensors(exported), name)
+    folder = checkpoint.newest(path)
+    if folder is None:
+        raise UserError(f"{path}: holds neither backbone.safetensors nor a checkpoint yet")
+    return Source(str(folder), _backbone_of(checkpoint.read_model(folder)[1]), name)
+
+
+def _network_of(path: Path, recipe: Any) -> str:
+    changed = {key: value for key, value in recipe.network.args.items() if key not in HARMLESS}
+    if changed:
+        raise UserError(
+            f"{path}: network.args={changed} makes another {recipe.network.name} than detectors are built with"
+        )
+    return str(recipe.network.name)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged, or no safetensors file: {error}") from error
+
+
+def _backbone_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is below ``backbone``, where there is such a thing; DDP's ``module`` is taken off."""
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    below = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+    return below or tensors

@@ -1,0 +1,108 @@
+"""Where a run goes on, and whether it may under this number of ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from torch import nn
+
+from framework import checkpoint, distributed
+from framework.config import Recipe
+from framework.engines import Engine
+from framework.errors import UserError
+from framework.execution import LocalNetwork
+from framework.local.objectives import SupCon
+from framework.loop import Position
+
+
+def restore(recipe: Recipe, engine: Engine) -> Position:
+    """Load the checkpoint that ``resume`` asks for; where to go on.
+
+    Raises:
+        UserError: the checkpoint is damaged, of another network or batch, or needs another number of ranks; a
+            fresh run would mix with an old one.
+    """
+    run_dir = Path(recipe.run_dir)
+    folder = _chosen(recipe, run_dir)
+    if folder is None:
+        return Position()
+    state = checkpoint.load(folder, engine)
+    with distributed.same_outcome():
+        _check_batch(folder, state, recipe, engine.net)
+    with distributed.same_outcome():
+        if distributed.is_main():
+            for name in checkpoint.set_aside_later(run_dir, state["step"]):
+                print(f"later than {folder.name}, renamed: {name}", flush=True)
+            print(f"going on from {folder}", flush=True)
+    return Position(**state["position"])
+
+
+def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
+    own = recipe.resume in ("auto", "never")
+    # What else than "auto" is said counts for the first start. Slurm's next one is to go on, not to begin again.
+    started_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    if not own and not started_again:
+        return Path(recipe.resume)
+    folder = checkpoint.newest(run_dir)
+    if folder and recipe.resume == "never" and not started_again:
+        raise UserError(
+            f"resume=never: {run_dir} already holds {folder.name}; name another run_dir, or resume=auto"
+        )
+    return folder if folder or own else Path(recipe.resume)
+
+
+class Sets(NamedTuple):
+    """How many images a step's nonlinear parts see together; losses depend on it, and on no other split.
+
+    Attributes:
+        contrast: images that are contrasted; ``None`` without a contrastive loss.
+        norm: images that BatchNorm averages over; ``None`` without BatchNorm.
+    """
+
+    contrast: int | None
+    norm: int | None
+
+    @classmethod
+    def of(cls, network: LocalNetwork, recipe: Mapping[str, Any], ranks: int, micro_batches: int) -> Sets:
+        """Of a recipe on so many ranks and micro-batches."""
+        contrast = not network.plan.supervised or any(isinstance(m, SupCon) for m in network.modules())
+        norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+        batch, pipeline = recipe["train"]["batch_size"], recipe["pipeline"]
+        together = batch if pipeline["contrast"] == "batch" else batch // micro_batches
+        replicas = 1 if recipe["network"]["sync_bn"] else ranks // pipeline["stages"]
+        return cls(together if contrast else None, batch // micro_batches // replicas if norm else None)
+
+
+def _check_batch(folder: Path, state: dict[str, Any], recipe: Recipe, net: LocalNetwork) -> None:
+    """Refuse to go on where the numbers could not be those of the run that began.
+
+    Raises:
+        UserError: see there.
+    """
+    then, before = yaml.safe_load(state["recipe"]), state["ranks"]
+    here, now = asdict(recipe), distributed.world_size()
+    batch = then["train"]["batch_size"]
+    if batch != recipe.train.batch_size:
+        raise UserError(
+            f"{folder}: its steps are of {batch} images, and a step is a place in the data: "
+            f"train.batch_size={recipe.train.batch_size} must be {batch}"
+        )
+    micro_batches = then["pipeline"]["micro_batches"] or then["train"]["accumulation"]
+    old = Sets.of(net, then, before, micro_batches)
+    new = Sets.of(net, here, now, recipe.micro_batches)
+    for what, was, is_now in zip(("losses contrast", "BatchNorm averages over"), old, new, strict=True):
+        if was != is_now:
+            fits = (n for n in range(1, batch + 1) if batch % n == 0 and Sets.of(net, here, now, n) == old)
+            number = next(fits, None)
+            remedy = f"start {before} ranks" if number is None else f"set train.accumulation={number}"
+            raise UserError(
+                f"{folder}: {what} {was} images there ({before} ranks, micro-batches: {micro_batches}) and {is_now} "
+                f"here ({now} ranks, micro-batches: {recipe.micro_batches}, network.sync_bn="
+                f"{str(recipe.network.sync_bn).lower()}): {remedy}, with network.sync_bn="
+                f"{str(then['network']['sync_bn']).lower()} as before"
+            )

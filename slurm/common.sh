@@ -1,0 +1,68 @@
+# Shared by the job scripts of this folder. Submit them from the root of the repository; what follows the script's
+# name on the command line goes to the recipe.
+#
+# The cluster's particulars come from sbatch's flags (--partition --account --nodes --gpus-per-node --time ...; for the
+# first two also from SBATCH_PARTITION and SBATCH_ACCOUNT) and from the environment:
+#
+#   DATA       the recipe's data.path
+#   RUNS       folder of the run folders; runs if not set
+#   PYTHON     interpreter; .venv/bin/python if not set
+#   CONTAINER  image.sif (Apptainer) or an image of enroot (pyxis) in which PYTHON is
+#   MOUNTS     what the container sees besides this folder: /data:/data,...
+
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+FRUITLESS=3 # starts in a row without a new checkpoint, after which a job that fails is not started again
+
+# A build that was killed leaves a lock on which later ones would wait: each start gets a cache of its own.
+export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/extensions-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the loader's workers are processes
+
+# Python with the arguments given, one task of Slurm for each rank. When one ends the others get half a minute: they may
+# be about to report the same, or wait for it for ever.
+on_all_ranks() {
+  local launch=(srun --kill-on-bad-exit=0 --wait=30)
+  case ${CONTAINER:-} in
+    "") ;;
+    *.sif) launch+=(apptainer exec --nv --bind "$PWD${MOUNTS:+,$MOUNTS}" "$CONTAINER") ;;
+    *)
+      launch+=(--container-image="$CONTAINER" --container-workdir="$PWD")
+      launch+=(--container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}")
+      ;;
+  esac
+  "${launch[@]}" "$PYTHON" "$@"
+}
+
+newest_checkpoint() {
+  find "$1" -path '*/checkpoints/step-*' -name state.json -print0 2> /dev/null | xargs -0 -r ls -t | head -n 1
+}
+
+# Train a recipe; start the job again unless it is done (exit status 0) or somebody must mend something (2).
+train() {
+  local recipe=$1 run_dir argument before status state count
+  shift
+  run_dir=${RUNS:-runs}/$(basename "$recipe" .yaml)
+  for argument in "$@"; do
+    [[ $argument == run_dir=* ]] && run_dir=${argument#run_dir=}
+  done
+  trap : TERM # comes at the time limit; this shell has to outlive its ranks
+  before=$(newest_checkpoint "$run_dir")
+  on_all_ranks framework/train.py "$recipe" run_dir="$run_dir" ${DATA:+data.path="$DATA"} "$@"
+  status=$?
+  state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
+  echo "$(date '+%F %T') start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID ended with status $status, $state"
+  # Slurm itself starts a preempted job again, and a cancelled one is not to be started.
+  [[ $status == [02] || $state != JobState=@(RUNNING|TIMEOUT) ]] && exit "$status"
+  count=0
+  if [[ $(newest_checkpoint "$run_dir") == "$before" ]]; then
+    count=$(($(cat "$run_dir/fruitless-starts" 2> /dev/null || echo 0) + 1))
+  fi
+  mkdir -p "$run_dir"
+  echo "$count" > "$run_dir/fruitless-starts"
+  if ((count >= FRUITLESS)); then
+    echo "$FRUITLESS starts in a row left no new checkpoint: not started again" >&2
+    exit "$status"
+  fi
+  scontrol requeue "$SLURM_JOB_ID"
+}

@@ -1,0 +1,8 @@
+#!/bin/bash
+# Linear evaluation of a run, after LoCo's protocol: sbatch slurm/linear_eval.sh RUN_DIR [option or key=value ...]
+#SBATCH --job-name=linear_eval
+#SBATCH --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8
+#SBATCH --time=24:00:00 --requeue --open-mode=append --output=%x-%j.log
+
+source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
+on_all_ranks tools/linear_eval.py "$@" ${DATA:+data.path="$DATA"}

@@ -1,0 +1,382 @@
+"""What needs no Detectron2: names, refusals, files that are not unpickled, subsets, toy sets, averages, protocols."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import yaml
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from framework import checkpoint, network
+from framework.detection import conversion, files
+from framework.detection.conversion import Source
+from framework.detection.layouts import NETWORKS, RESNETS, layout
+from framework.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes" / "detectron2"
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+def tool(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    return tool(name)["main"]()
+
+
+def weights(name: str = "resnet18") -> dict[str, Tensor]:
+    """Every tensor drawn, BatchNorms included, so that no two are alike."""
+    generator = torch.Generator().manual_seed(0)
+    state = network.create(name).state_dict()
+    return {
+        key: t if t.dtype == torch.int64 else torch.rand(t.shape, generator=generator)
+        for key, t in state.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> dict[str, Tensor]:
+    return weights()
+
+
+def detectron2_names(depth: int) -> Iterator[str]:
+    """Detectron2's names of a ResNet, counted out from its structure."""
+
+    def convolution(name: str) -> Iterator[str]:
+        yield f"{name}.weight"
+        yield from (f"{name}.norm.{key}" for key in ("weight", "bias", "running_mean", "running_var"))
+
+    yield from convolution("stem.conv1")
+    for stage, blocks in enumerate(BLOCKS[depth], start=2):
+        for block in range(blocks):
+            for number in range(1, (3 if depth >= 50 else 2) + 1):
+                yield from convolution(f"res{stage}.{block}.conv{number}")
+            if block == 0 and (stage > 2 or depth >= 50):
+                yield from convolution(f"res{stage}.0.shortcut")
+
+
+@pytest.mark.parametrize(("name", "depth"), RESNETS.items())
+def test_resnets_get_detectron2_and_torchvision_names(name: str, depth: int) -> None:
+    shapes = conversion.expected(name)
+    names = [layout("detectron2", name)(key) for key in shapes]
+    assert sorted(names) == sorted(detectron2_names(depth))
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)().state_dict()
+    theirs = {k: v.shape for k, v in theirs.items() if "fc." not in k and "num_batches" not in k}
+    assert {layout("torchvision", name)(key): shape for key, shape in shapes.items()} == theirs
+    assert {layout("mmdet", name)(key) for key in shapes} == {f"backbone.{key}" for key in theirs}
+
+
+@pytest.mark.parametrize("name", ["presnet50", "shufflenetv2_50"])
+def test_own_networks_keep_every_tensor_apart_and_clear_of_the_box_head(name: str) -> None:
+    """Detectron2 matches names by their ends; the box head has a conv1, conv2, conv3 and conv4 of its own."""
+    names = [layout("detectron2", name)(key) for key in conversion.expected(name)]
+    assert len(set(names)) == len(names)
+    assert all(key.split(".")[0] in {"stem", "tail", *(f"res{i}" for i in range(2, 8))} for key in names)
+    assert not [a for a in names for b in names if a != b and a.endswith(f".{b}")]
+    assert layout("torchvision", name) is None and layout("mmdet", name) is None
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_network_is_found_by_its_tensors(name: str) -> None:
+    with torch.device("meta"):
+        tensors = network.create(name).state_dict()
+    found = conversion.match(Source("x", {**tensors, "fc.weight": torch.zeros(1)}))
+    assert found.network == name and len(found.tensors) == len(conversion.expected(name))
+    assert found.unused.pop("fc.weight") == "the classifier"
+    assert set(found.unused.values()) == {"a step counter"}
+
+
+Damage = Callable[[dict[str, Tensor]], object]
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "missing": (lambda t: t.pop("layer4.1.bn2.running_var"), "layer4.1.bn2.running_var is missing"),
+    "shape": (
+        lambda t: t.update({"conv1.weight": torch.zeros(64, 1, 7, 7)}),
+        "conv1.weight is (64, 1, 7, 7)",
+    ),
+    "extra": (
+        lambda t: t.update({"layer1.0.se.fc1.weight": torch.zeros(1)}),
+        "layer1.0.se.fc1.weight is one too",
+    ),
+    "cifar": (lambda t: (t.clear(), t.update(weights("resnet20"))), "no backbone: none of its 105 tensors"),
+    "head": (
+        lambda t: (t.clear(), t.update({"heads.0.mlp.0.weight": torch.zeros(1)})),
+        "no backbone: none of",
+    ),
+    "empty": (lambda t: t.clear(), "no backbone: none of its 0 tensors"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=list(DAMAGES))
+def test_what_would_leave_a_weight_at_its_initial_value_is_refused(
+    resnet18: dict[str, Tensor],
+    damage: Damage,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tensors = dict(resnet18)
+    damage(tensors)
+    save_file(tensors, tmp_path / "x.safetensors")
+    output = tmp_path / "out.pkl"
+    assert run_tool(monkeypatch, "convert_to_detectron2", tmp_path / "x.safetensors", "-o", output) == 1
+    error = capsys.readouterr().err
+    assert message in error and "x.safetensors" in error and error.count("\n") == 1
+    assert not output.exists()
+
+
+def test_every_kind_of_source_gives_the_same_file(
+    resnet18: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"network": {"name": "resnet18", "args": {"zero_init_last": False}}}
+    heads = {"heads.0.weight": torch.zeros(3)}
+    inside = {f"backbone.{name}": tensor for name, tensor in resnet18.items()} | heads
+    run = tmp_path / "run"
+    state = {"format": checkpoint.FORMAT, "recipe": OmegaConf.to_yaml(recipe)}
+    checkpoint._write(run / "checkpoints" / "step-00000007", inside, {}, state)
+    (run / "recipe.yaml").write_text(OmegaConf.to_yaml(recipe))
+    unfinished = conversion.read(run).tensors  # from the checkpoint: nothing is exported yet
+    save_file(resnet18, run / "backbone.safetensors")
+    torch.save({"state_dict": {f"module.{k}": t for k, t in resnet18.items()}}, tmp_path / "ddp.pth")
+    sources = [run, run / "checkpoints" / "step-00000007", run / "backbone.safetensors", tmp_path / "ddp.pth"]
+    assert all(torch.equal(unfinished[name], tensor) for name, tensor in resnet18.items())
+    for source in sources:
+        output = tmp_path / "out.pkl"
+        assert run_tool(monkeypatch, "convert_to_detectron2", source, "-o", output) == 0
+        content = files.read_pickle(output)
+        assert (content["__author__"], content["matching_heuristics"]) == ("stagewise", True)
+        arrays = content["model"]
+        assert sorted(arrays) == sorted(detectron2_names(18))
+        assert np.array_equal(arrays["res3.0.shortcut.norm.bias"], resnet18["layer2.0.downsample.1.bias"])
+        assert np.array_equal(arrays["stem.conv1.weight"], resnet18["conv1.weight"])
+
+
+def test_other_layouts_load_where_they_belong(
+    resnet18: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(resnet18, tmp_path / "x.safetensors")
+    for to in ("torchvision", "mmdet"):
+        arguments = (tmp_path / "x.safetensors", "-o", tmp_path / f"{to}.pth", "--to", to)
+        assert run_tool(monkeypatch, "convert_to_detectron2", *arguments) == 0
+    net = torchvision.models.resnet18()
+    outcome = net.load_state_dict(torch.load(tmp_path / "torchvision.pth"), strict=False)
+    assert set(outcome.missing_keys) == {"fc.weight", "fc.bias"} and outcome.unexpected_keys == []
+    ours = network.create("resnet18").eval()
+    ours.load_state_dict(resnet18)
+    net.fc = torch.nn.Identity()
+    image = torch.rand(1, 3, 64, 64)
+    assert torch.equal(net.eval()(image), ours(image))
+    mmdet = torch.load(tmp_path / "mmdet.pth")["state_dict"]
+    assert torch.equal(mmdet["backbone.layer4.1.bn2.bias"], resnet18["layer4.1.bn2.bias"])
+
+
+class Trap:
+    """A pickle of this makes a folder when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["x.pkl", "x.pth", "x.safetensors"])
+def test_pickles_from_elsewhere_are_not_run(name: str, tmp_path: Path) -> None:
+    path, sprung = tmp_path / name, tmp_path / "sprung"
+    path.write_bytes(pickle.dumps({"model": {"x": Trap(sprung)}, "__author__": "someone"}))
+    with pytest.raises(UserError, match=name):
+        conversion.read(path)
+    with pytest.raises(UserError, match=r"calls posix.mkdir, so it is more than arrays"):
+        files.read_pickle(path)
+    assert not sprung.exists()
+    pickle.loads(path.read_bytes())  # the trap is a good one
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pkl"])
+def test_a_damaged_file_is_named(suffix: str, resnet18: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".safetensors":
+        save_file(resnet18, path)
+    elif suffix == ".pth":
+        torch.save(resnet18, path)
+    else:
+        files.write(path, "detectron2", "resnet18", resnet18)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=f"x{suffix}: damaged"):
+        files.read_pickle(path) if suffix == ".pkl" else conversion.read(path)
+
+
+def test_a_run_of_a_network_that_detectors_lack_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("network: {name: presnet50, args: {pres_resize: pre}}")
+    with pytest.raises(UserError, match="pres_resize"):
+        conversion.read(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("network: {name: resnet32, args: {}}")
+    with pytest.raises(UserError, match="nor a checkpoint yet"):
+        conversion.read(tmp_path)
+    save_file(weights("resnet32"), tmp_path / "backbone.safetensors")
+    with pytest.raises(UserError, match="resnet32 can't be converted; resnet18, "):
+        conversion.match(conversion.read(tmp_path))
+
+
+def annotations(images: int) -> dict[str, Any]:
+    """Images with numbers far apart, one or two objects each."""
+    numbers = range(7, 7 + 3 * images, 3)
+    objects = [{"id": 10 * n + i, "image_id": n} for n in numbers for i in range(1 + n % 2)]
+    return {"categories": ["x"], "images": [{"id": n} for n in numbers], "annotations": objects}
+
+
+def test_subsets_depend_on_split_and_image_numbers_alone() -> None:
+    subset = tool("make_coco_splits")["subset"]
+    content = annotations(500)
+    chosen = {split: [i["id"] for i in subset(content, 50, split)["images"]] for split in range(1, 6)}
+    # Recorded: another machine, Python or order in the file must not change them.
+    assert chosen[1][:6] == GOLDEN
+    backwards = {**content, "images": content["images"][::-1]}
+    assert {i["id"] for i in subset(backwards, 50, 1)["images"]} == set(chosen[1])
+    assert {i["id"] for i in subset(content, 10, 1)["images"]} < set(chosen[1])
+    for split, numbers in chosen.items():
+        assert len(set(numbers)) == 50
+        kept = subset(content, 50, split)
+        assert kept["categories"] == ["x"]
+        expected = [item["id"] for item in content["annotations"] if item["image_id"] in set(numbers)]
+        assert [item["id"] for item in kept["annotations"]] == expected
+    overlaps = [len(set(chosen[a]) & set(chosen[b])) for a in chosen for b in chosen if a < b]
+    assert max(overlaps) < 15  # 5 by chance
+    counts = sum(np.bincount(np.searchsorted(range(7, 1507, 300), chosen[s]), minlength=6) for s in chosen)
+    assert min(counts[1:]) > 25  # 50 by chance: every part of the numbers is drawn from
+
+
+GOLDEN = [37, 85, 91, 103, 145, 172]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("toys")
+    make = tool("make_toy_coco")
+    for kind in ("coco", "cityscapes"):
+        make[f"make_{kind}"](root, 6)
+    return root
+
+
+def test_toy_coco_shows_what_it_says(toys: Path) -> None:
+    shapes = {shape.coco: shape for shape in tool("make_toy_coco")["SHAPES"]}
+    for split, images in (("train", 6), ("val", 2)):
+        content = json.loads((toys / f"coco/annotations/instances_{split}2017.json").read_text())
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        assert len(names) == 80 and (names[1], names[13], names[90]) == ("person", "stop sign", "toothbrush")
+        assert len(content["images"]) == images
+        for item in content["annotations"]:
+            picture = Image.open(toys / f"coco/{split}2017/{item['image_id']:012d}.jpg")
+            x, y, width, height = item["bbox"]
+            inside = picture.getpixel((round(x + width / 2), round(y + height / 2)))
+            assert np.abs(np.subtract(inside, shapes[names[item["category_id"]]].colour)).max() < 12
+            assert 0.4 < item["area"] / (width * height) < 1.01
+            xs, ys = np.reshape(item["segmentation"], (-1, 2)).T
+            assert (xs.min(), ys.min(), np.ptp(xs), np.ptp(ys)) == (x, y, width, height)
+
+
+def test_toy_cityscapes_maps_agree_with_polygons(toys: Path) -> None:
+    truths = sorted((toys / "cityscapes/gtFine").glob("*/toytown/*_gtFine_polygons.json"))
+    assert len(truths) == 8
+    for path in truths:
+        content = json.loads(path.read_text())
+        stem = str(path).removesuffix("polygons.json")
+        instances = np.array(Image.open(f"{stem}instanceIds.png"))
+        labels = np.array(Image.open(f"{stem}labelIds.png"))
+        assert instances.dtype == np.uint16 or instances.max() < 2**16
+        assert np.array_equal(np.where(instances < 1000, instances, instances // 1000), labels)
+        assert len(np.unique(instances)) == len(content["objects"])  # the road is one of them
+        picture = (
+            str(path).replace("gtFine_polygons.json", "leftImg8bit.png").replace("gtFine", "leftImg8bit")
+        )
+        assert Image.open(picture).size == (content["imgWidth"], content["imgHeight"]) == labels.shape[::-1]
+
+
+def test_toy_sets_are_the_same_every_time_and_spare_what_is_there(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_tool(monkeypatch, "make_toy_coco", tmp_path, "--images", 6) == 0
+    made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert made == {p.relative_to(toys): p.read_bytes() for p in toys.rglob("*") if p.is_file()}
+    assert run_tool(monkeypatch, "make_toy_coco", tmp_path, "--images", 9) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert made == {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_splits_are_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, ap in ((1, 10.0), (2, 11.0), (10, 13.5)):
+        folder = tmp_path / f"split{split}"
+        folder.mkdir()
+        result = {"test": ["coco_2017_val"], "bbox": {"AP": ap, "AP50": 20.0}, "segm": {"AP": ap / 2}}
+        (folder / "result.json").write_text(json.dumps(result))
+    assert run_tool(monkeypatch, "average_splits", tmp_path) == 0
+    average = json.loads((tmp_path / "average.json").read_text())
+    assert average["splits"] == ["split1", "split2", "split10"]
+    assert average["bbox"]["AP"] == {"mean": pytest.approx(11.5), "spread": 3.5}
+    assert average["segm"]["AP"] == {"mean": pytest.approx(5.75), "spread": 1.75}
+    (tmp_path / "split2" / "result.json").unlink()
+    assert run_tool(monkeypatch, "average_splits", tmp_path) == 1
+    assert "split2/result.json: can't be read" in capsys.readouterr().err
+
+
+def test_pictures_colour_the_object_and_nothing_else() -> None:
+    draw = tool("draw_detections")["draw"]
+    image = torch.full((3, 120, 160), 128, dtype=torch.uint8)
+    masks = torch.zeros(1, 120, 160, dtype=torch.bool)
+    masks[0, 60:80, 60:80] = True
+    box = torch.tensor([[50.0, 50.0, 90.0, 90.0]])
+    drawn = draw(image, box, masks, ["kite"], torch.tensor([0.9]))
+    changed = (drawn != image).any(0)
+    assert changed[60:80, 60:80].all() and changed[50, 50:90].all()
+    assert not changed[95:].any() and not changed[:, 150:].any()
+    assert torch.equal(draw(image, box[:0], masks[:0], [], torch.zeros(0)), image)
+
+
+def protocol(name: str) -> dict[str, Any]:
+    """A recipe and those it is based on, the nearer going first."""
+    content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    base = protocol(content.pop("_BASE_").removesuffix(".yaml")) if "_BASE_" in content else {}
+    return OmegaConf.to_container(OmegaConf.merge(base, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "epochs"),
+    [
+        ("coco_1x_frozen", 118_287, 12.2),
+        ("cityscapes_64ep_frozen", 2975, 64),
+        ("coco_10k_finetune", 10_000, 96),
+        ("coco_1k_finetune", 1000, 240),
+    ],
+)
+def test_protocols_last_as_long_as_the_papers_say(name: str, images: int, epochs: float) -> None:
+    solver = protocol(name)["SOLVER"]
+    assert solver["MAX_ITER"] * solver["IMS_PER_BATCH"] / images == pytest.approx(epochs, rel=0.01)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_protocol_normalises_as_pretraining_does(path: Path) -> None:
+    model = protocol(path.stem)["MODEL"]
+    assert np.allclose(np.array(model["PIXEL_MEAN"]) / 255, (0.485, 0.456, 0.406), atol=1e-3)
+    assert np.allclose(np.array(model["PIXEL_STD"]) / 255, (0.229, 0.224, 0.225), atol=1e-3)
+    assert protocol(path.stem)["INPUT"]["FORMAT"] == "RGB"

@@ -1,0 +1,294 @@
+"""Runs that are killed, signalled, starved of disk, poisoned and frozen: what they lose, which is nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pool import Pool
+from ranks import Ranks, Trouble, samples
+from runs import ROOT, assert_same_run, losses, run, starts, toy, weights
+from test_checkpoint import FILES, MANIFEST
+
+from framework import checkpoint
+from framework.control import GO_ON_LATER
+from framework.train import MEND_FIRST
+
+RECIPE = str(ROOT / "recipes" / "loco_r50_800ep.yaml")
+STEPS = 40
+PoolOf = Callable[[int], Pool]
+Start = Callable[..., Ranks]
+
+
+def arguments(folder: Path, *overrides: str) -> list[str]:
+    """A run of ``STEPS`` steps that saves after every second."""
+    length = (f"train.max_steps={STEPS}", "train.epochs=10", "checkpoint.every_steps=2", "data.workers=0")
+    return [RECIPE, *toy(folder, *length, *overrides)]
+
+
+def start(folder: Path, *overrides: str, trouble: Trouble | None = None, world: int = 2) -> Ranks:
+    """Start, or start again, the run in ``folder``."""
+    return Ranks(arguments(folder, *overrides), world, folder / "record", trouble)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, pool: PoolOf) -> Path:
+    """The run to compare with; ``pool`` has the server imported what ranks need."""
+    folder = tmp_path_factory.mktemp("faults") / "undisturbed"
+    with start(folder) as ranks:
+        assert ranks.statuses() == [0, 0], ranks.printed
+    return folder
+
+
+def finish(folder: Path, *overrides: str) -> None:
+    """Start again and run to the end."""
+    with start(folder, *overrides) as ranks:
+        assert ranks.statuses() == [0, 0], ranks.printed
+
+
+def steps_done(folder: Path) -> int:
+    log = folder / "run" / "metrics.jsonl"
+    return sum(b'"losses"' in line for line in log.read_bytes().splitlines()) if log.exists() else 0
+
+
+def kill_somewhere(folder: Path, chance: random.Random) -> str:
+    """Start, and kill one rank: in mid-step, in mid-save or in mid-rename; which of them."""
+    moments = {
+        "mid-save": Trouble(0, "kill", event="open", path="state.json", count=chance.randint(1, 4)),
+        "mid-rename": Trouble(0, "kill", event="os.rename", path=".partial", count=chance.randint(2, 4)),
+        "after the rename": Trouble(0, "kill", event="open", path="checkpoints", count=chance.randint(1, 3)),
+        "mid-step": None,
+        "mid-write": None,
+    }
+    moment = chance.choice(list(moments))
+    with start(folder, trouble=moments[moment]) as ranks:
+        if moment == "mid-step":
+            before = steps_done(folder)
+            ranks.until(lambda: steps_done(folder) > before or not ranks.processes[0].is_alive())
+            time.sleep(chance.uniform(0, 0.3))
+            ranks.signal(signal.SIGKILL, chance.randrange(2))
+        elif moment == "mid-write":
+            ranks.until(lambda: any(folder.glob("run/checkpoints/.step-*.partial")))
+            time.sleep(chance.uniform(0, 0.01))
+            ranks.signal(signal.SIGKILL, 0)
+        ranks.first_end()
+    return moment
+
+
+def kill_often(folder: Path, kills: int, seed: int) -> set[str]:
+    """So many starts that are killed, and one that is not; at which moments."""
+    chance = random.Random(seed)
+    moments = {kill_somewhere(folder, chance) for _ in range(kills)}
+    finish(folder)
+    return moments
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_is_the_undisturbed_one(tmp_path: Path, undisturbed: Path) -> None:
+    kill_often(tmp_path, 3, seed=1)
+    assert_same_run(tmp_path, undisturbed, STEPS)
+    assert samples(tmp_path / "record") == samples(undisturbed / "record")
+    assert not list(tmp_path.glob("run/checkpoints/.*")), "half-written folders are left"
+
+
+@pytest.mark.soak
+def test_twenty_five_kills_lose_nothing(tmp_path: Path, undisturbed: Path) -> None:
+    assert len(kill_often(tmp_path, 25, seed=0)) == 5, "not every moment was met"
+    assert_same_run(tmp_path, undisturbed, STEPS)
+    assert samples(tmp_path / "record") == samples(undisturbed / "record")
+    assert starts(tmp_path) >= 20
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_a_run_with_trouble_of_every_kind_loses_nothing(tmp_path: Path, undisturbed: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    kill_somewhere(tmp_path, chance)
+    leave(tmp_path, chance.choice([signal.SIGTERM, signal.SIGUSR1]), chance.randrange(2))
+    damage_newest(tmp_path, chance)
+    kill_somewhere(tmp_path, chance)
+    finish(tmp_path)
+    assert_same_run(tmp_path, undisturbed, STEPS)
+    assert samples(tmp_path / "record") == samples(undisturbed / "record")
+
+
+def damage_newest(folder: Path, chance: random.Random) -> None:
+    """Flip a bit of one file of the newest checkpoint, or cut it off."""
+    newest = checkpoint.newest(folder / "run")
+    if newest is None or len(list(newest.parent.glob("step-*"))) < 2:
+        return
+    file = newest / chance.choice([*FILES, MANIFEST])
+    content = bytearray(file.read_bytes())
+    if chance.random() < 0.5:
+        del content[chance.randrange(len(content)) :]
+    else:
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+
+
+def leave(folder: Path, number: int, rank: int) -> None:
+    """Start, and ask one rank to leave."""
+    before = steps_done(folder)
+    with start(folder) as ranks:
+        ranks.until(lambda: steps_done(folder) > before or not ranks.running)
+        if ranks.processes[rank].is_alive():
+            ranks.signal(number, rank)
+        assert set(ranks.statuses()) <= {GO_ON_LATER, 0}, ranks.printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+def test_a_signal_to_any_rank_saves_and_ends_all(
+    tmp_path: Path, undisturbed: Path, number: int, rank: int
+) -> None:
+    with start(tmp_path, "checkpoint.every_steps=1000") as ranks:
+        ranks.until(lambda: steps_done(tmp_path) >= 3)
+        ranks.signal(number, rank)
+        ranks.signal(number, rank)  # a second one is no reason to leave without saving
+        assert ranks.statuses() == [GO_ON_LATER, GO_ON_LATER], ranks.printed
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert f"stopped after step {int(saved.name[5:])};" in ranks.printed
+    assert 3 <= int(saved.name[5:]) == steps_done(tmp_path)
+    assert not (tmp_path / "run" / "result.json").exists()
+    finish(tmp_path)
+    assert_same_run(tmp_path, undisturbed, STEPS)
+
+
+@pytest.mark.slow
+def test_touched_files_save_and_stop(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with start(
+        tmp_path, "checkpoint.every_steps=100000", "train.max_steps=100000", "train.epochs=9999"
+    ) as ranks:
+        ranks.until(lambda: steps_done(tmp_path) >= 2)
+        (folder / "save-now").touch()
+        ranks.until(lambda: any(folder.glob("checkpoints/step-*")))
+        saved_at = int(next(folder.glob("checkpoints/step-*")).name[5:])
+        ranks.until(lambda: steps_done(tmp_path) > saved_at + 2)
+        assert not (folder / "save-now").exists()
+        (folder / "stop-now").touch()
+        assert ranks.statuses() == [0, 0], ranks.printed
+    assert not (folder / "stop-now").exists()
+    newest = checkpoint.newest(folder)
+    assert newest is not None and int(newest.name[5:]) == steps_done(tmp_path) > saved_at
+    assert "the same command goes on from there" in ranks.printed
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path, undisturbed: Path) -> None:
+    with start(tmp_path) as ranks:  # packs nothing: the folder of the digits is the other run's
+        ranks.until(lambda: steps_done(tmp_path) >= 4)
+        pid = ranks.processes[0].pid
+        assert pid is not None
+        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, hard))
+        ranks.until(lambda: "its lines wait" in ranks.printed)
+        ranks.until(lambda: "training goes on" in ranks.printed)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+        assert ranks.statuses() == [0, 0], ranks.printed
+    assert "can't be written" in ranks.printed
+    assert_same_run(tmp_path, undisturbed, STEPS)
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_is_an_error_at_the_end(tmp_path: Path) -> None:
+    with start(tmp_path, "train.max_steps=5") as ranks:
+        ranks.until(lambda: steps_done(tmp_path) >= 1)
+        pid = ranks.processes[0].pid
+        assert pid is not None
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]))
+        assert ranks.statuses() == [MEND_FIRST, MEND_FIRST]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_a_poisoned_step_is_as_if_it_had_not_been(tmp_path: Path, undisturbed: Path, engine: str) -> None:
+    poison = Trouble(1, "poison", at_step=4)
+    keep = ("checkpoint.every_steps=1", "checkpoint.keep=20", f"engine={engine}", "train.max_steps=7")
+    with start(tmp_path, "faults.nonfinite=skip", *keep, trouble=poison) as ranks:
+        assert ranks.statuses() == [0, 0], ranks.printed
+    before, after = weights(tmp_path, 4), weights(tmp_path, 5)
+    assert all((after[name] == tensor).all() for name, tensor in before.items())
+    assert losses(tmp_path)[4] == dict.fromkeys(losses(tmp_path)[4]), "null, not finite"
+    following = weights(tmp_path, 6)
+    assert any((following[name] != tensor).any() for name, tensor in before.items())
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["nonfinite_steps"] == 1
+    if engine == "deepspeed":  # and looking for poison changes nothing
+        assert losses(tmp_path)[:4] == losses(undisturbed)[:4]
+
+
+@pytest.mark.slow
+def test_too_much_poison_stops_the_run_with_a_line(tmp_path: Path) -> None:
+    poison = Trouble(0, "poison", at_step=3)
+    with start(tmp_path, trouble=poison) as ranks:
+        assert ranks.statuses() == [MEND_FIRST, MEND_FIRST]
+    assert "is nan at step 3: lower optim.lr=0.5" in ranks.printed
+    assert ranks.printed.count("error: ") == 1
+    lines = ("faults.nonfinite=skip", "faults.nonfinite_limit=1", "optim.lr=1e30", "optim.warmup_epochs=0")
+    with start(tmp_path / "diverged", *lines) as ranks:
+        assert ranks.statuses() == [MEND_FIRST, MEND_FIRST], ranks.printed
+    assert "is the 2th with a loss or gradient that is not finite" in ranks.printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sleep", "lock"])
+def test_a_rank_that_hangs_is_told_from_those_that_wait(tmp_path: Path, kind: str) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    with start(tmp_path, "faults.hang_seconds=4", trouble=Trouble(1, kind, 3, path=str(lock))) as ranks:
+        assert ranks.statuses() == [GO_ON_LATER, GO_ON_LATER], ranks.printed
+    waiting, hanging = ((tmp_path / "run" / f"hang-rank0000{rank}.txt").read_text() for rank in (0, 1))
+    first = hanging.splitlines()[0]
+    assert "no step for 4 s after step 3" in first and first in ranks.printed
+    if kind == "sleep":
+        assert "in recorded_batch" not in waiting and "in <lambda> (tests/ranks.py" in first
+    else:
+        assert f"waits for the lock {lock} of an extension's build" in first
+    assert "loop.py" in waiting and "loop.py" in hanging, "the stacks"
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_ranks_and_zero_stages(tmp_path: Path, pool: PoolOf, undisturbed: Path) -> None:
+    for ranks, stage, last in [(2, 1, 4), (1, 2, 8), (4, 0, 12)]:
+        argv = arguments(tmp_path, f"zero_stage={stage}", f"train.max_steps={last}")
+        assert set(pool(ranks).run(run, argv)) == {""}
+    for ours, theirs in zip(losses(tmp_path), losses(undisturbed)[:12], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.accumulation=2"],
+            "losses contrast 64 images there (2 ranks, micro-batches: 1) and 32 here",
+        ),
+        (["network.sync_bn=false"], "BatchNorm averages over 64 images there"),
+        (["train.batch_size=32"], "train.batch_size=32 must be 64"),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused(
+    tmp_path: Path, pool: PoolOf, overrides: list[str], message: str
+) -> None:
+    assert set(pool(2).run(run, arguments(tmp_path, "train.max_steps=2"))) == {""}
+    changed = arguments(tmp_path, *overrides, "train.max_steps=4")
+    (refusal,) = set(pool(2).run(run, changed))
+    assert message in refusal and "\n" not in refusal
+
+
+@pytest.mark.slow
+def test_a_batch_norm_for_each_rank_keeps_its_images_by_accumulation(tmp_path: Path, pool: PoolOf) -> None:
+    supervised = ("method.name=dgl", "network.sync_bn=false", "views.kind=cifar")
+    assert set(pool(2).run(run, arguments(tmp_path, *supervised, "train.max_steps=2"))) == {""}
+    (refusal,) = pool(1).run(run, arguments(tmp_path, *supervised, "train.max_steps=4"))
+    assert refusal.endswith("set train.accumulation=2, with network.sync_bn=false as before")
+    assert pool(1).run(
+        run, arguments(tmp_path, *supervised, "train.max_steps=4", "train.accumulation=2")
+    ) == [""]

@@ -1,0 +1,224 @@
+"""Jobs on a real Slurm cluster of two nodes: submitted, out of time, preempted, cut off from a node, cancelled."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import slurm_cluster
+from pool import Pool
+from runs import ROOT, assert_same_run, run, starts, toy
+from slurm_cluster import Cluster, until
+
+from framework.metrics import read_log
+
+OPTIONS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=2")
+LENGTH = ["train.epochs=1000", "checkpoint.every_steps=20"]
+PATIENCE = 900.0  # seconds; a start takes some 20 on two quiet cores, and a requeued job waits for 10
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(slurm_cluster.missing() is not None, reason=slurm_cluster.missing() or ""),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes. In a folder of its own, since the path of a socket must be short."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        cluster = Cluster(Path(folder))
+        yield cluster
+        cluster.close()
+
+
+class Reference(NamedTuple):
+    """The same run on two ranks without Slurm, of ``steps`` steps."""
+
+    folder: Path
+    steps: int
+
+
+@pytest.fixture(scope="module")
+def references(
+    tmp_path_factory: pytest.TempPathFactory, pool: Callable[[int], Pool]
+) -> tuple[Reference, Reference]:
+    """A run of some seconds and its continuation to more than a minute, as long as this machine takes for that."""
+    base = tmp_path_factory.getbasetemp()
+    short, long = base / "short", base / "long"
+    argv = [str(ROOT / "recipes" / "loco_r50_800ep.yaml"), *LENGTH]
+    assert pool(2).run(
+        run, [*argv, *toy(short, "data.workers=0", "train.max_steps=40")], timeout=PATIENCE
+    ) == ["", ""]
+    per_second = read_log(short / "run" / "metrics.jsonl")[-1]["images_per_second"] / 64
+    steps = [math.ceil(seconds * per_second) + 60 for seconds in (20, 100)]
+    for folder, last in zip((short, long), steps, strict=True):
+        more = toy(folder, "data.workers=0", f"train.max_steps={last}")
+        assert pool(2).run(run, [*argv, *more], timeout=PATIENCE) == ["", ""]
+        if folder is short:
+            shutil.copytree(short, long)
+    return Reference(short, steps[0]), Reference(long, steps[1])
+
+
+@pytest.fixture
+def undisturbed(references: tuple[Reference, Reference]) -> Reference:
+    """The short run."""
+    return references[0]
+
+
+class Job:
+    """``slurm/loco_800ep.sh`` at toy size on both nodes, its run in ``folder / "run"``."""
+
+    def __init__(
+        self, cluster: Cluster, folder: Path, steps: int, *overrides: str, options: tuple[str, ...] = ()
+    ) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.log = folder / "job.log"
+        folder.mkdir(exist_ok=True)
+        more = (*OPTIONS, "--time=30", f"--output={self.log}", *options)
+        # No name server knows the nodes.
+        variables = {"MASTER_ADDR": "127.0.0.1", "TMPDIR": str(folder)}
+        arguments = toy(folder, *LENGTH, f"train.max_steps={steps}", *overrides)
+        self.id = cluster.submit("slurm/loco_800ep.sh", *arguments, options=more, **variables)
+
+    @property
+    def state(self) -> str:
+        """Such as ``RUNNING``."""
+        return self.cluster.job(self.id)["JobState"]
+
+    @property
+    def restarts(self) -> int:
+        """How often Slurm has started it again."""
+        return int(self.cluster.job(self.id)["Restarts"])
+
+    def until_checkpoint(self) -> None:
+        """Wait until it has saved at least once and trains on."""
+        until(
+            lambda: any(self.folder.glob("run/checkpoints/step-*")), PATIENCE, f"no checkpoint:\n{self.text}"
+        )
+
+    def until_done(self) -> None:
+        """Wait for the end, which must be a good one."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        until(lambda: self.state in ended and not self.cluster.processes(self.id), PATIENCE, "not done")
+        assert self.state == "COMPLETED", self.text
+
+    @property
+    def text(self) -> str:
+        """What it printed so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def test_a_job_over_two_nodes_is_the_same_run(
+    cluster: Cluster, tmp_path: Path, undisturbed: Reference
+) -> None:
+    job = Job(cluster, tmp_path, undisturbed.steps)
+    job.until_done()
+    assert_same_run(tmp_path, *undisturbed)
+    assert (job.restarts, starts(tmp_path)) == (0, 1)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_job_that_runs_out_of_time_goes_on(
+    cluster: Cluster, tmp_path: Path, references: tuple[Reference, Reference]
+) -> None:
+    long = references[1]
+    job = Job(cluster, tmp_path, long.steps, options=("--time=2", "--signal=USR1@15"))
+    job.until_done()
+    assert job.restarts >= 1 and "ended with status 75, JobState=RUNNING" in job.text
+    assert_same_run(tmp_path, *long)
+
+
+def test_a_preempted_job_saves_and_comes_back(
+    cluster: Cluster, tmp_path: Path, undisturbed: Reference
+) -> None:
+    job = Job(cluster, tmp_path, undisturbed.steps)
+    job.until_checkpoint()
+    (tmp_path / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
+    cluster.submit(
+        str(tmp_path / "urgent.sh"),
+        options=("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"),
+    )
+    until(lambda: job.restarts == 1, 60, "not preempted")
+    until(lambda: "stopped after step" in job.text, 60, "did not save")
+    job.until_done()
+    assert_same_run(tmp_path, *undisturbed)
+    assert starts(tmp_path) == 2
+
+
+@pytest.mark.parametrize("fate", ["set down", "lost"])
+def test_a_job_outlives_a_node(cluster: Cluster, tmp_path: Path, undisturbed: Reference, fate: str) -> None:
+    job = Job(cluster, tmp_path, undisturbed.steps)
+    job.until_checkpoint()
+    if fate == "lost":
+        cluster.lose_node("n2")
+    else:
+        cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    until(lambda: job.restarts == 1, 120, "not started again")
+    if fate == "lost":
+        cluster.start_node("n2")
+    else:
+        cluster.ask("scontrol", "update", "nodename=n2", "state=resume")
+    job.until_done()
+    assert_same_run(tmp_path, *undisturbed)
+
+
+def test_a_rank_that_hangs_is_reported_and_the_job_goes_on(
+    cluster: Cluster, tmp_path: Path, undisturbed: Reference
+) -> None:
+    job = Job(cluster, tmp_path, undisturbed.steps, "faults.hang_seconds=15")
+    job.until_checkpoint()
+    (frozen,) = (pid for pid in cluster.processes(job.id, "n2") if rank_of(pid) == 1)
+    os.kill(frozen, signal.SIGSTOP)
+    until(lambda: job.restarts == 1, 120, "not started again")
+    report = (tmp_path / "run" / "hang-rank00000.txt").read_text()
+    assert "rank 0 on" in report and "no step for 15 s after step" in report and "loop.py" in report
+    job.until_done()
+    assert_same_run(tmp_path, *undisturbed)
+
+
+def test_a_crash_is_started_again_and_a_mistake_is_not(
+    cluster: Cluster, tmp_path: Path, undisturbed: Reference
+) -> None:
+    job = Job(cluster, tmp_path, undisturbed.steps)
+    job.until_checkpoint()
+    (victim,) = (pid for pid in cluster.processes(job.id, "n1") if rank_of(pid) == 0)
+    os.kill(victim, signal.SIGKILL)
+    job.until_done()
+    assert job.restarts == 1
+    assert_same_run(tmp_path, *undisturbed)
+    wrong = Job(cluster, tmp_path, undisturbed.steps, "optim.name=sgd")
+    until(lambda: wrong.state == "FAILED", PATIENCE, "not ended")
+    assert wrong.restarts == 0
+    assert wrong.text.count("error: ") == 1 and "optimizer is LARS, and optim.name asks for SGD" in wrong.text
+
+
+def test_nothing_survives_scancel_but_the_checkpoint(
+    cluster: Cluster, tmp_path: Path, undisturbed: Reference
+) -> None:
+    job = Job(cluster, tmp_path, undisturbed.steps, "data.workers=2")
+    job.until_checkpoint()
+    assert len(cluster.processes(job.id)) >= 2 * 3, "two ranks with two workers each"
+    cluster.ask("scancel", job.id)
+    until(lambda: not cluster.processes(job.id), 30, "processes survived")
+    assert job.state == "CANCELLED" and job.restarts == 0
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert "stopped after step" in job.text and (saved[-1] / "manifest.json").exists()
+
+
+def rank_of(pid: int) -> int | None:
+    """Rank of a training process, ``None`` of any other."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    of_train = b"framework/train.py" in words and b"python" in words[0]
+    workers_parent = b"framework/train.py" in Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+    if not of_train or (workers_parent and b"python" in Path(f"/proc/{parent}/cmdline").read_bytes()):
+        return None
+    return next(int(v.split(b"=")[1]) for v in environment if v.startswith(b"SLURM_PROCID="))

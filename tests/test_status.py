@@ -1,0 +1,85 @@
+"""The table of runs: read while a run writes, after it was interrupted, and when it is over."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from framework import config
+from framework.errors import UserError
+from framework.metrics import MetricLog, write_result, write_whole
+from framework.status import RunStatus, table
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
+
+
+def new_run(folder: Path) -> MetricLog:
+    """A run of 25 epochs of 4 steps of 64 images each."""
+    write_whole(folder / "recipe.yaml", config.to_yaml(config.load([str(RECIPE)])))
+    return MetricLog(folder / "metrics.jsonl", {})
+
+
+def write(log: MetricLog, steps: range, **more: object) -> None:
+    for step in steps:
+        losses = {"layer2": 4.0 - step / 100, "layer3": 3.5}
+        numbers = {"images_per_second": 128.0, "skipped": False, **more}
+        log.write(step, epoch=(step + 1) / 4, lr=0.1, losses=losses, **numbers)
+
+
+def drawn(*runs: RunStatus) -> str:
+    """The cells of the table, each row in a line."""
+    console = Console(file=io.StringIO(), width=250)
+    console.print(table(runs))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_is_followed_through_restarts(tmp_path: Path) -> None:
+    log = new_run(tmp_path)
+    run = RunStatus(tmp_path)
+    assert "0/0" in drawn(run)
+    write(log, range(20))
+    drawn(run)
+    assert run.steps == (20, 100) and run.per_second == 2.0 and run.state == "running"
+    assert run.remaining == "0:00:40"
+    assert run.losses == "layer2 3.810  layer3 3.500"
+    write(log, range(20, 22), skipped=True)
+    log.close()
+    log = MetricLog(tmp_path / "metrics.jsonl", {}, step=10)
+    drawn(run)
+    assert run.starts == 2 and run.skipped_steps == 0, "what was skipped past the checkpoint has not been"
+    write(log, range(10, 12), skipped=True)
+    row = drawn(run).splitlines()[3]
+    assert "12/100" in row and "0 images, 2 steps" in row and "none" in row
+    log.close()
+
+
+def test_the_newest_whole_checkpoint_is_shown_with_what_was_skipped(tmp_path: Path) -> None:
+    write(new_run(tmp_path), range(8))
+    for step, broken in ((4, 1), (8, 3)):
+        state = {"position": {"step": step, "broken": broken}}
+        write_whole(tmp_path / f"checkpoints/step-{step:08d}/state.json", json.dumps(state))
+    (tmp_path / "checkpoints" / "step-00000012").mkdir()
+    assert "3 images, 0 steps" in drawn(RunStatus(tmp_path))
+    assert "step 8, 0:00:0" in drawn(RunStatus(tmp_path))
+
+
+def test_silence_and_the_end_are_told(tmp_path: Path) -> None:
+    log = new_run(tmp_path)
+    write(log, range(8))
+    run = RunStatus(tmp_path)
+    old = time.time() - 3600
+    os.utime(tmp_path / "metrics.jsonl", (old, old))
+    assert "silent for 1:00:0" in drawn(run)
+    write_result(tmp_path / "result.json", {})
+    assert "finished" in drawn(run)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: not the folder of a run: recipe.yaml can't be read"):
+        RunStatus(tmp_path / "nowhere")

@@ -1,0 +1,83 @@
+"""TensorBoard's and Weights & Biases' files hold what the log holds; one that fails is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framework import config
+from framework.config import Recipe
+from framework.metrics import MetricLog, read_log
+from framework.trackers import Logs, open_trackers
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    return config.load([str(RECIPE), f"run_dir={folder}", *overrides])
+
+
+def write(folder: Path, steps: range, *overrides: str, start: int = 0) -> None:
+    """One start of a run: its steps, logged as the recipe says."""
+    of = recipe(folder, *overrides)
+    log = MetricLog(folder / "metrics.jsonl", {}, start)
+    with Logs(log, open_trackers(of, start), of.logging.every_steps) as logs:
+        for step in steps:
+            logs.write(step, epoch=step / 4, lr=0.1, losses={"layer2": 2.0**-step}, skipped=False)
+
+
+def test_tensorboard_has_every_step_once_however_often_a_run_starts(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    write(tmp_path, range(6), "logging.tensorboard=true")
+    write(tmp_path, range(4, 9), "logging.tensorboard=true", start=4)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {e.step: e.value for e in events.Scalars("losses/layer2")} == {s: 2.0**-s for s in range(9)}
+    assert {"lr", "epoch", "skipped"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.slow
+def test_weights_and_biases_keeps_one_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    for start in (0, 3):
+        write(tmp_path, range(start, start + 3), "logging.wandb=offline", start=start)
+    name = (tmp_path / "wandb-id.txt").read_text()
+    files = list(tmp_path.glob(f"wandb/offline-run-*/run-{name}.wandb"))
+    assert files and all(b"losses/layer2" in file.read_bytes() for file in files)
+
+
+def test_entries_come_as_often_as_asked(tmp_path: Path) -> None:
+    write(tmp_path, range(10), "logging.every_steps=4")
+    assert [e["step"] for e in read_log(tmp_path / "metrics.jsonl") if "losses" in e] == [0, 4, 8]
+
+
+class Failing:
+    """Takes two steps."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.closed = False
+
+    def write(self, step: int, numbers: Mapping[str, Any]) -> None:
+        if step == 2:
+            raise ConnectionError("no route to host")
+        self.taken.append(step)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failing = Failing()
+    with Logs(MetricLog(tmp_path / "m.jsonl", {}), [failing], 1) as logs:
+        for step in range(5):
+            logs.write(step, epoch=0.0, lr=0.1, losses={})
+    assert failing.taken == [0, 1]
+    assert len(read_log(tmp_path / "m.jsonl")) == 6
+    assert [r.getMessage() for r in caplog.records] == [
+        "Failing is left out from step 2 on: no route to host"
+    ]

@@ -1,0 +1,117 @@
+"""What checkpoints cost: the time that saving takes from training, and how long a resumed run takes to its first step.
+
+    python tools/bench_checkpoint.py [--recipe recipes/loco_r50_800ep.yaml] [--batch 8] [--image-size 64]
+
+Saving: training steps are timed, then a save, then as many steps while the checkpoint is written beside them. Its cost
+is the time that it holds training up, and what the steps beside the writing take more than the median of the others.
+Resuming: a new process goes on from that checkpoint; the clock starts when its imports are done and stops when the log
+has its first step. The images are scikit-learn's digits, enlarged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from framework import config, distributed
+from framework.data.splits import Splits
+from framework.loop import Loop, Position
+from framework.model import recipe_network
+from framework.train import build_engine
+
+EPOCH = 1_281_167 // 4096  # steps between two saves by default: an epoch of ImageNet in LoCo's batches
+ROOT = Path(__file__).resolve().parents[1]
+TOY = [
+    "data.source=digits",
+    "data.num_classes=10",
+    "data.workers=0",
+    "train.precision=fp32",
+    "network.channels_last=false",
+    "optim.lr=0.01",
+    "optim.warmup_epochs=0",
+    "evaluate.knn=false",
+]
+CHILD = """
+import sys, time
+from framework import train
+print(time.time(), flush=True)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "loco_r50_800ep.yaml"))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=8, help="before each save, and beside its writing")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [arguments.recipe, f"data.path={folder}/digits", f"run_dir={folder}/run", *TOY]
+        argv += [f"data.image_size={arguments.image_size}", f"train.batch_size={arguments.batch}"]
+        step, cost = saving(argv, arguments.steps, arguments.rounds)
+        first = resuming([*argv, f"train.max_steps={1 + 2 * arguments.steps * arguments.rounds}"])
+    print(
+        f"a step takes {step:.3f} s, a save {cost:.3f} s of the training's time, or {cost / step:.2f} steps"
+    )
+    print(f"a save after every {EPOCH} such steps takes {cost / step / EPOCH:.2%} of their time")
+    print(f"a resumed run has done its first step {first:.1f} s after its imports")
+
+
+def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
+    """Median seconds of a step, and of what a save costs; a checkpoint is left."""
+    distributed.start()
+    recipe = config.load(argv)
+    splits = Splits.open(recipe)
+    net = recipe_network(recipe, splits.num_classes)
+    loader = splits.train_loader(net.plan.views)
+    batches = loader.steps(0, sys.maxsize)
+    loop = Loop(recipe, build_engine(recipe, net), loader, Position())
+
+    def timed_step() -> float:
+        start = time.perf_counter()
+        loop.engine.step(next(batches), recipe.optim.lr).unit_losses.tolist()  # waits for the GPU
+        loop.position.step += 1
+        return time.perf_counter() - start
+
+    timed_step()
+    quiet, costs = [], []
+    for _ in range(rounds):
+        quiet += [timed_step() for _ in range(steps)]
+        start = time.perf_counter()
+        loop.save()
+        held_up = time.perf_counter() - start
+        beside = [timed_step() for _ in range(steps)]
+        costs.append(held_up + sum(beside) - steps * statistics.median(quiet))
+        loop.saver.wait()
+    loop.position.step -= 1  # the first, which was not timed
+    loop.save()
+    loop.saver.wait()
+    distributed.stop()
+    return statistics.median(quiet), statistics.median(costs)
+
+
+def resuming(argv: list[str]) -> float:
+    """Seconds from the end of a new process's imports to the end of its first step."""
+    log = Path(config.load(argv).run_dir) / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, "-c", CHILD, *argv], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        imported = float(child.stdout.readline())
+        while not (log.exists() and '"losses"' in log.read_text()):
+            time.sleep(0.02)
+        seconds = time.time() - imported
+        child.kill()
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Turn a pretrained backbone into a file that Detectron2 (or torchvision, or mmdetection) starts from.
+
+    python tools/convert_to_detectron2.py RUN_DIR -o backbone.pkl [--verify]
+    python tools/convert_to_detectron2.py --timm resnet50.tv_in1k --pretrained -o supervised.pkl
+
+The source is a run folder, a checkpoint, or a safetensors or .pth file with timm's names, of a ResNet-18, 34, 50,
+101 or 152, a PResNet-50 or a ShuffleNet v2-50. Every tensor of the network must be there, or nothing is written.
+--verify loads the file into Detectron2's backbone and compares the features of one image, level by level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from framework.detection import conversion, files
+from framework.detection.conversion import Match
+from framework.detection.layouts import NETWORKS, layout
+from framework.errors import UserError
+
+
+def main() -> int:
+    """Convert; returns the exit status."""
+    arguments = _arguments()
+    try:
+        if arguments.timm:
+            source = conversion.from_timm(arguments.timm, arguments.pretrained)
+        else:
+            source = conversion.read(arguments.source)
+        match = conversion.match(source)
+        names = layout(arguments.to, match.network)
+        if names is None:
+            raise UserError(
+                f"--to {arguments.to}: {arguments.to} has no {match.network}; --to detectron2 has"
+            )
+        files.write(arguments.output, arguments.to, match.network, match.renamed(names))
+        _report(source.where, match, arguments.output)
+        if arguments.verify:
+            _verify(match, arguments.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _report(where: str, match: Match, output: Path) -> None:
+    count = len(match.tensors)
+    print(f"{where}: {match.network}: {count} of {count} tensors matched, written to {output}")
+    for why, number in Counter(match.unused.values()).items():
+        names = [name for name, reason in match.unused.items() if reason == why]
+        print(f"not used: {number} ({why}): {', '.join(names[:3])}{' ...' if number > 3 else ''}")
+
+
+def _verify(match: Match, output: Path) -> None:
+    try:
+        from framework.detection import verification
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--verify needs Detectron2 ({error}); README, Detection, says how to install it"
+        ) from error
+    levels = verification.compare(match, output)
+    table = Table("level", "shape", "largest feature", "largest difference", title=match.network)
+    for level in levels:
+        shape = "x".join(map(str, level.shape))
+        table.add_row(level.name, shape, f"{level.largest:.4g}", f"{level.difference:.3g}")
+    Console().print(table)
+    verification.check(levels)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "source", nargs="?", type=Path, help="run folder, checkpoint, .safetensors or .pth file"
+    )
+    source.add_argument("--timm", metavar="ARCH", help=f"random weights of {', '.join(NETWORKS)}")
+    parser.add_argument("--pretrained", action="store_true", help="timm's weights instead (downloads them)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+    parser.add_argument(
+        "--to", choices=list(files.SUFFIXES), default="detectron2", help="whose names and format"
+    )
+    parser.add_argument("--verify", action="store_true", help="compare features; needs Detectron2")
+    arguments = parser.parse_args()
+    if arguments.verify and arguments.to != "detectron2":
+        parser.error("--verify compares with Detectron2, so it goes with --to detectron2")
+    if arguments.pretrained and not arguments.timm:
+        parser.error("--pretrained goes with --timm")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())
