@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import Outcome, Run, advance, alone, build, errors, factory, micro_batches, network, rate, train
+from pipelines import (
+    Outcome,
+    Run,
+    advance,
+    alone,
+    build,
+    errors,
+    factory,
+    micro_batches,
+    network,
+    rate,
+    train,
+)
 from torch import Tensor
 
 from framework.batch import Batch
@@ -34,7 +46,11 @@ QUICK = [
 ]
 METHODS = [
     *(Run(case, 2, 1 + number % 4) for number, case in enumerate(networks.CASES) if case != "loco-soft"),
-    *(Run(case, 4, 1 + number % 4) for number, case in enumerate(networks.CASES) if networks.CASES[case][2] == "block"),
+    *(
+        Run(case, 4, 1 + number % 4)
+        for number, case in enumerate(networks.CASES)
+        if networks.CASES[case][2] == "block"
+    ),
 ]
 GRIDS = [
     Run("loco", 2, 2, replicas=2, optimizer="lars"),
@@ -126,7 +142,9 @@ def test_an_overflow_in_one_stage_skips_the_step_in_all(pool: PoolOf) -> None:
     assert [flags for flags, *_ in results] == [[True, False]] * 2
     _, before, after = results[0]
     moved = {
-        name.rsplit(".", 1)[1] for name, value in before.model.items() if not torch.equal(value, after.model[name])
+        name.rsplit(".", 1)[1]
+        for name, value in before.model.items()
+        if not torch.equal(value, after.model[name])
     }
     assert moved <= {"running_mean", "running_var", "num_batches_tracked", "scale", "clean_steps"}
     assert all(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -117,7 +117,8 @@ def test_a_message_that_never_comes_is_named() -> None:
     mixed = {0: layout, 1: silent}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "framework.execution.simulation.program", lambda _, stage, steps: program(mixed[stage], stage, steps)
+            "framework.execution.simulation.program",
+            lambda _, stage, steps: program(mixed[stage], stage, steps),
         )
         with pytest.raises(Deadlock, match="stage 0 at ReceiveCotangents"):
             simulate(layout, lambda *_: 1.0, 2)
@@ -147,7 +148,8 @@ def test_every_piece_of_work_is_done_once_by_the_owner_and_in_order() -> None:
                     if isinstance(w, Pass | Release):
                         assert done.index(w.segment) < done.index(w)
                         assert all(
-                            done.index(w) <= done.index(r) for r in done
+                            done.index(w) <= done.index(r)
+                            for r in done
                             if isinstance(r, Release) and r.segment == w.segment
                         )
 
@@ -171,7 +173,9 @@ def test_memory_is_bounded_by_the_window() -> None:
         top = layout.placement.stages - 1
         for stage in range(top + 1):
             last = layout.placement.span(stage)[-1]
-            spanned = [s for s in range(last + 1, len(layout.moments)) if layout.moments[s].crossing(last + 1)]
+            spanned = [
+                s for s in range(last + 1, len(layout.moments)) if layout.moments[s].crossing(last + 1)
+            ]
             furthest = layout.placement.stage_of(spanned[-1]) - stage if spanned else 0
             assert layout.reach(stage) == furthest
 
@@ -243,9 +247,7 @@ def test_copies_that_follow_cost_nothing_until_the_owner_is_more_than_a_step_beh
     kinds = moments(named_plan("gim", stages))
 
     def period(micro_batches: int, lag: int, reads: set[tuple[int, int]]) -> float:
-        layout = Layout(
-            kinds, balanced([1.0] * stages, stages), micro_batches, frozenset(reads), lam_lag=lag
-        )
+        layout = Layout(kinds, balanced([1.0] * stages, stages), micro_batches, frozenset(reads), lam_lag=lag)
         return simulate(layout, costs_of(layout, unit_costs(stages)), 40).period() / micro_batches
 
     far, near = {(0, stages - 1)}, {(0, 1)}
@@ -272,7 +274,7 @@ def test_the_dearest_stage_is_as_cheap_as_can_be(costs: list[int], data: st.Data
     placement = balanced(costs, stages)
 
     def dearest(bounds: tuple[int, ...]) -> int:
-        return max(sum(costs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+        return max(sum(costs[a:b]) for a, b in pairwise(bounds))
 
     def splits(start: int, parts: int) -> Iterator[tuple[int, ...]]:
         if parts == 1:

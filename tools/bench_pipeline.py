@@ -64,9 +64,9 @@ def main() -> int:
     arguments = parser.parse_args()
     rows, timelines = simulated(arguments) if arguments.simulate else measured(arguments)
     show(rows)
-    if arguments.json:
+    if arguments.json and arguments.simulate:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    title, ours = list(timelines.items())[-1]
+    ours = list(timelines.values())[-1]
     if arguments.png:
         draw_timelines(timelines, arguments.png, seconds=_length(ours))
     if arguments.trace:
@@ -86,14 +86,20 @@ def _length(stages: Stages) -> float:
 def show(rows: list[Row]) -> None:
     """Print the rows as a table."""
     table = Table()
-    for column in ("method", "stages", "micro-batches", "throughput / 1F1B", "idle", "simulated", "1F1B idle"):
+    for column in (
+        "method",
+        "stages",
+        "micro-batches",
+        "throughput / 1F1B",
+        "idle",
+        "simulated",
+        "1F1B idle",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
-        idle = "-" if row["idle_fraction"] is None else f"{row['idle_fraction']:.2f}"
-        numbers = (f"{row[key]:.2f}" for key in ("idle_fraction_simulated", "idle_fraction_1f1b"))
-        table.add_row(
-            row["method"], str(row["stages"]), str(row["micro_batches"]), f"{row['ratio_throughput']:.2f}", idle, *numbers
-        )
+        keys = ("ratio_throughput", "idle_fraction", "idle_fraction_simulated", "idle_fraction_1f1b")
+        numbers = ("-" if row[key] is None else f"{row[key]:.2f}" for key in keys)
+        table.add_row(row["method"], str(row["stages"]), str(row["micro_batches"]), *numbers)
     Console(width=110).print(table)
 
 
@@ -128,7 +134,9 @@ def _all_events(ran: Simulation) -> Stages:
 
 def _simulation(method: str, stages: int, micro_batches: int, arguments: argparse.Namespace) -> Simulation:
     length = {"bp": stages, "loco": min(2, stages)}.get(method, 1)
-    units = [LocalUnit(str(last), first, last, nn.Identity()) for first, last in sliding_windows(stages, length)]
+    units = [
+        LocalUnit(str(last), first, last, nn.Identity()) for first, last in sliding_windows(stages, length)
+    ]
     plan = Plan(tuple(units), stages)
     reads = frozenset((stage, stages - 1) for stage in range(stages - 1) if method == "lam")
     layout = Layout(
@@ -147,7 +155,7 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages
     methods = (arguments.methods or "gim,dgl,loco").split(",")
     cases = list(product(methods, _numbers(arguments.micro_batches)))
     rows, timelines = [], {}
-    with _ranks(stages, arguments) as ranks, Progress(console=Console(stderr=True)) as progress:
+    with _Ranks(stages, arguments) as ranks, Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=len(cases))
         for method, micro_batches in cases:
             for rank in ranks:
@@ -156,9 +164,14 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages
             layout = answers[0]["layout"]
             rows.append(_row(method, micro_batches, layout, answers))
             first = [[answer[kind][0] for answer in answers] for kind in ("theirs", "ours")]
-            names = (f"DeepSpeed 1F1B, {micro_batches} micro-batches", f"{method}, {micro_batches} micro-batches")
+            names = (
+                f"DeepSpeed 1F1B, {micro_batches} micro-batches",
+                f"{method}, {micro_batches} micro-batches",
+            )
             timelines = dict(zip(names, first, strict=True))
             progress.advance(task)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     return rows, timelines
 
 
@@ -217,18 +230,22 @@ def _kind(instruction: Instruction) -> tuple[type[Instruction], int | None]:
     return type(instruction), fields.get("segment", fields.get("moment"))
 
 
-class _ranks:  # noqa: N801
+class _Ranks:
     """One process a stage, each with its end of a pipe; gone afterwards."""
 
     def __init__(self, stages: int, arguments: argparse.Namespace) -> None:
-        context = mp.get_context("spawn")
+        import stock_pipeline  # noqa: F401  # once for all ranks
+
+        context = mp.get_context("fork")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self._processes, self._pipes = [], []
         for rank in range(stages):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, stages, port, arguments), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, stages, port, arguments), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -261,7 +278,8 @@ def _serve(pipe: Any, rank: int, stages: int, port: int, arguments: argparse.Nam
     torch.set_num_threads(1)
     distributed.start()
     while True:
-        pipe.send(_compare(*pipe.recv(), stages, arguments))
+        method, micro_batches = pipe.recv()
+        pipe.send(_compare(method, micro_batches, stages, arguments))
 
 
 def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -291,7 +309,7 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
         options=Pipeline(stages=stages),
     )
     theirs = OneForwardOneBackward(end_to_end, optimizer, spread, batches)
-    steps = 3 + -(-6 // micro_batches)
+    steps = 2 + -(-4 // micro_batches)
     found: dict[str, Any] = {"ours": [], "theirs": [], "layout": ours.layout}
     for round_ in range(1 + arguments.rounds):
         ours.events = []

@@ -2,6 +2,7 @@
 
     python tools/show_plan.py recipes/quickstart.yaml [key=value ...] [--json PATH] [--png PATH]
 
+With ``pipeline.stages=N`` also which stage gets what, and how busy each will be if time goes as FLOPs do.
 Parameters, FLOPs and activations are counted with tensors that have no values; nothing is computed or loaded.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +22,8 @@ from framework import config
 from framework.config import Recipe
 from framework.cost import PlanCost, plan_cost
 from framework.errors import UserError
+from framework.model import recipe_network
+from framework.pipeline.balance import StageForecast, stage_forecast
 from framework.plan_picture import draw_plan
 
 CLASSES = 1000  # where neither the recipe nor its data say
@@ -37,10 +42,14 @@ def main() -> int:
     try:
         recipe = config.load([arguments.recipe, "data.path=unused", *arguments.overrides])
         classes = 10 if recipe.data.source == "digits" else recipe.data.num_classes or CLASSES
-        cost = plan_cost(recipe, classes, recipe.train.batch_size // recipe.train.accumulation)
+        cost = plan_cost(recipe, classes, recipe.train.batch_size // recipe.micro_batches)
+        stages = stage_forecast(recipe, recipe_network(recipe, classes), cost) if recipe.pipelined else []
         show(recipe, cost)
+        if stages:
+            show_stages(recipe, stages)
         if arguments.json:
-            arguments.json.write_text(json.dumps(cost.as_dict(), indent=1) + "\n")
+            content = cost.as_dict() | ({"stages": [asdict(stage) for stage in stages]} if stages else {})
+            arguments.json.write_text(json.dumps(content, indent=1) + "\n")
         if arguments.png:
             draw_plan(cost, arguments.png, f"{recipe.name}: {recipe.method.name} on {recipe.network.name}")
     except (UserError, OSError) as error:
@@ -79,6 +88,32 @@ def show(recipe: Recipe, cost: PlanCost) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def show_stages(recipe: Recipe, stages: Sequence[StageForecast]) -> None:
+    """Print what each pipeline stage has and how busy it will be."""
+    console, pipeline = Console(width=110), recipe.pipeline
+    balance = f"balance={pipeline.balance}" if isinstance(pipeline.balance, str) else "as listed"
+    table = Table(
+        title=f"{len(stages)} pipeline stages, {balance}, {recipe.micro_batches} micro-batch(es) a step"
+    )
+    for column in ("stage", "segments", "parameters", "GFLOP a micro-batch", "follows stage", "utilisation"):
+        table.add_column(column, justify="left" if column == "segments" else "right")
+    for number, stage in enumerate(stages):
+        names = stage.segments if len(stage.segments) < 4 else (stage.segments[0], "..", stage.segments[-1])
+        follows = ", ".join(map(str, stage.follows)) or "-"
+        sizes = f"{stage.parameters:,}", f"{stage.flops / 1e9:.2f}", follows, f"{stage.utilisation:.2f}"
+        table.add_row(str(number), " ".join(names), *sizes)
+    console.print(table)
+    mean = sum(stage.utilisation for stage in stages) / len(stages)
+    console.print(
+        f"Predicted utilisation {mean:.2f}, {stages[0].speedup:.2f}x the throughput of end-to-end 1F1B on the same "
+        "stages, if time goes as FLOPs do and messages are free.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if pipeline.balance == "time":
+        console.print("balance=time measures at the start of a run; here FLOPs stand in.", highlight=False)
 
 
 if __name__ == "__main__":

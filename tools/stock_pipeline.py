@@ -84,7 +84,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.steps = nn.Sequential(*net.segments[number].modules())
         heads = [unit.head for unit in net.plan.units if unit.last == number]
-        self.trunk = heads[0].trunk if heads else nn.Identity()
+        self.trunk: Any = heads[0].trunk if heads else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.trunk(self.steps(x))
@@ -134,7 +134,7 @@ class OneForwardOneBackward:
         self, net: LocalNetwork, make_optimizer: Callable[[nn.Module], Any], spread: Placement, batches: list[Batch]
     ) -> None:
         join_ranks()
-        objective = net.plan.units[-1].head.objective
+        objective: Any = net.plan.units[-1].head.objective
 
         def loss(output: Tensor, labels: Tensor) -> Tensor:
             with distributed.replicas("alone"):

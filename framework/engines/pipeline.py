@@ -134,7 +134,9 @@ class PipelinedEngine:
         mine = {}
         if self._leads:
             entries = self.net.state_dict()
-            mine = {name: entries[name] for name, stage in self._owners.items() if stage == self._worker.stage}
+            mine = {
+                name: entries[name] for name, stage in self._owners.items() if stage == self._worker.stage
+            }
         gathered = gather_tensors(mine)
         return {name: gathered[name] for name in self._owners} if is_main() else {}
 
@@ -191,7 +193,8 @@ class PipelinedEngine:
             return
         self._parked = True
         entries = self.net.state_dict(keep_vars=True)
-        followed = {id(p) for owner in range(self.placement.stages) for p in self._following.weights(self._worker.stage, owner)}
+        stages = range(self.placement.stages)
+        followed = {id(p) for owner in stages for p in self._following.weights(self._worker.stage, owner)}
         for name, stage in self._owners.items():
             if stage != self._worker.stage and id(entries[name]) not in followed:
                 entries[name].data = entries[name].data.cpu()

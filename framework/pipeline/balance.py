@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,13 +15,37 @@ from framework.config import Recipe
 from framework.cost import PlanCost, plan_cost
 from framework.errors import UserError
 from framework.execution import LocalNetwork
-from framework.execution.order import Moment, Release
+from framework.execution.order import Moment, Release, moments
 from framework.execution.placement import Costs, Placement, balanced, listed
+from framework.execution.schedule import Layout
+from framework.execution.simulation import costs_of, simulate
 from framework.execution.step import RoutedStep, contrasts
-from framework.local.units import ReadingHead
+from framework.local.units import LocalUnit, Plan, ReadingHead
 from framework.network.norm import frozen_statistics
+from framework.pipeline.following import Following
 
 _ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What a stage has, and how it fares if time goes as FLOPs do and messages are free.
+
+    Attributes:
+        segments: their names.
+        parameters: of segments and heads.
+        flops: of a micro-batch's training.
+        follows: stages whose weights heads here follow.
+        utilisation: share of the time at work.
+        speedup: throughput of the pipeline, in that of end-to-end 1F1B on the same stages.
+    """
+
+    segments: tuple[str, ...]
+    parameters: int
+    flops: float
+    follows: tuple[int, ...]
+    utilisation: float
+    speedup: float
 
 
 def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
@@ -29,7 +55,7 @@ def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
         UserError: more stages than segments, or a list that does not fit; heads that can't do ``contrast=batch``.
     """
     pipeline, segments = recipe.pipeline, len(net.segments)
-    _check_alone(net, pipeline.stages)
+    _check_alone(recipe, net)
     if pipeline.contrast == "batch":
         for unit in net.plan.units:
             if contrasts(unit.head) and not hasattr(unit.head, "embed"):
@@ -43,28 +69,66 @@ def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
     images = recipe.train.batch_size // recipe.micro_batches
     if pipeline.balance == "time":
         costs = distributed.from_main(measured(recipe, net, images).per_segment(net.moments))
+        return balanced(costs, pipeline.stages)
+    with distributed.replicas("alone"):
+        cost = plan_cost(recipe, num_classes, images)
+    return balanced(counted(cost, net.moments, pipeline.balance), pipeline.stages)
+
+
+def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[StageForecast]:
+    """What each stage would have and do, without running anything.
+
+    Raises:
+        UserError: as ``place``.
+    """
+    pipeline = recipe.pipeline
+    if isinstance(pipeline.balance, list):
+        placement = listed(pipeline.balance, len(net.segments), pipeline.stages)
     else:
-        with distributed.replicas("alone"):
-            costs = counted(plan_cost(recipe, num_classes, images), net.moments, pipeline.balance)
-    return balanced(costs, pipeline.stages)
+        balance = "flops" if pipeline.balance == "time" else pipeline.balance
+        placement = balanced(counted(cost, net.moments, balance), pipeline.stages)
+    following, costs = Following(net, placement), flops(cost, net.moments)
+    contrast = pipeline.contrast == "batch"
+    layout = Layout(net.moments, placement, recipe.micro_batches, following.reads, contrast, pipeline.lam_lag)
+    ran = simulate(layout, costs_of(layout, costs))
+    top = LocalUnit("end-to-end", 0, len(net.segments) - 1, net.plan.units[-1].head)
+    whole = Layout(moments(Plan((top,), len(net.segments))), placement, recipe.micro_batches)
+    end_to_end = simulate(whole, costs_of(whole, replace(costs, heads=costs.heads[-1:])))
+    parameters, per_segment = counted(cost, net.moments, "parameters"), costs.per_segment(net.moments)
+    return [
+        StageForecast(
+            tuple(net.segments[s].name for s in placement.span(stage)),
+            round(sum(parameters[s] for s in placement.span(stage))),
+            sum(per_segment[s] for s in placement.span(stage)),
+            tuple(sorted(owner for reader, owner in following.reads if reader == stage)),
+            ran.utilisation()[stage],
+            end_to_end.period() / ran.period(),
+        )
+        for stage in range(placement.stages)
+    ]
 
 
-def _check_alone(net: LocalNetwork, stages: int) -> None:
+def _check_alone(recipe: Recipe, net: LocalNetwork) -> None:
     """Refuse what needs the whole network in one process."""
-    if stages > 1 and net.turns is not None:
-        raise UserError(f"method.async_mode=buffer: must be none with pipeline.stages={stages}")
-    if stages > 1 and any(isinstance(u.head, ReadingHead) and u.head.when == "after" for u in net.plan.units):
-        raise UserError(f"method.ema_when=after: must be before with pipeline.stages={stages}")
+    late = any(isinstance(unit.head, ReadingHead) and unit.head.when == "after" for unit in net.plan.units)
+    for needs, setting in (
+        (net.turns is not None, "method.async_mode=buffer: must be none"),
+        (late, "method.ema_when=after: must be before"),
+        (getattr(recipe.method.options, "ema_buffers", False), "method.ema_buffers=true: must be false"),
+        (recipe.faults.nonfinite == "skip", "faults.nonfinite=skip: must be stop"),
+    ):
+        if needs and recipe.pipeline.stages > 1:
+            raise UserError(f"{setting} with pipeline.stages={recipe.pipeline.stages}")
 
 
-def counted(cost: PlanCost, moments: tuple[Moment, ...], balance: str) -> list[float]:
+def counted(cost: PlanCost, kinds: Sequence[Moment], balance: str) -> list[float]:
     """What each segment and the heads on it cost: training FLOPs, parameters or bytes.
 
     Bytes are the activations that autograd keeps, and weight, gradient and momentum in float32.
     """
     if balance == "flops":
-        return flops(cost, moments).per_segment(moments)
-    units = [[u for u in cost.units if u.last == s] for s in range(len(moments))]
+        return flops(cost, kinds).per_segment(kinds)
+    units = [[u for u in cost.units if u.last == s] for s in range(len(kinds))]
     parameters = [
         float(segment.parameters + sum(u.parameters for u in above))
         for segment, above in zip(cost.segments, units, strict=True)
@@ -78,10 +142,10 @@ def counted(cost: PlanCost, moments: tuple[Moment, ...], balance: str) -> list[f
     return [a + h + 12 * p for a, h, p in zip(saved, heads, parameters, strict=True)]
 
 
-def flops(cost: PlanCost, moments: tuple[Moment, ...]) -> Costs:
+def flops(cost: PlanCost, kinds: Sequence[Moment]) -> Costs:
     """Costs in FLOPs: a pass for input gradients costs a forward, one for weight gradients two (DESIGN 4)."""
     forward = tuple(float(segment.flops) for segment in cost.segments)
-    heads = tuple(3.0 * cost.units[call.units[0]].flops for moment in moments for call in moment.heads)
+    heads = tuple(3.0 * cost.units[call.units[0]].flops for moment in kinds for call in moment.heads)
     return Costs(forward, forward, tuple(2 * f for f in forward), heads)
 
 

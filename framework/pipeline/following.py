@@ -43,13 +43,13 @@ class Following:
                 continue
             if stage in {owner[p] for p in weights}:
                 raise UserError(
-                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} follows weights of its own stage "
-                    "and of others; put them on one stage with pipeline.balance=[...]"
+                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} follows weights of its own "
+                    "stage and of others; put them on one stage with pipeline.balance=[...]"
                 )
             if type(head).penalty is not ReadingHead.penalty:
                 raise UserError(
-                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} pulls at the weights of another "
-                    "stage (soft sharing); put the two on one stage with pipeline.balance=[...]"
+                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} pulls at the weights of "
+                    "another stage (soft sharing); put the two on one stage with pipeline.balance=[...]"
                 )
             self.remote[stage].append(head)
             for parameter in weights:

@@ -55,7 +55,7 @@ class Sender:
             self._finish(self._under_way.popleft())
         while self._under_way and all(work.is_completed() for work, _ in self._under_way[0]):
             self._finish(self._under_way.popleft())
-        with _named(self._peer, self._timeout, "takes no messages any more"):
+        with _Named(self._peer, self._timeout, "takes no messages any more"):
             self._under_way.append([(self._post(part), part) for part in parts])
 
     def flush(self) -> None:
@@ -69,7 +69,7 @@ class Sender:
         return work
 
     def _finish(self, message: list[tuple[dist.Work, Tensor]]) -> None:
-        with _named(self._peer, self._timeout, "does not take what was sent to it"):
+        with _Named(self._peer, self._timeout, "does not take what was sent to it"):
             for work, _ in message:
                 work.wait(timedelta(seconds=self._timeout))
 
@@ -88,20 +88,22 @@ class Receiver:
             LocalError: the peer is gone, or silent for too long.
         """
         if self._like is None:
-            description = torch.empty(1 + _DIMENSIONS, _DIMENSIONS, dtype=torch.int64, device=distributed.device())
+            description = torch.empty(
+                1 + _DIMENSIONS, _DIMENSIONS, dtype=torch.int64, device=distributed.device()
+            )
             self._fill(description)
             self._like = _described(description)
         return [self._fill(torch.empty_like(like, device=distributed.device())) for like in self._like]
 
     def _fill(self, tensor: Tensor) -> Tensor:
-        with _named(self._peer, self._timeout, "has sent nothing"):
+        with _Named(self._peer, self._timeout, "has sent nothing"):
             work = dist.irecv(_dense(tensor), self._peer.rank, group=self._group)
             assert work is not None
             work.wait(timedelta(seconds=self._timeout))
         return tensor
 
 
-class _named:  # noqa: N801
+class _Named:
     """Turns a broken connection or a time-out into a line that names the rank at the other end."""
 
     def __init__(self, peer: Peer, timeout: float, silence: str) -> None:

@@ -54,6 +54,7 @@ class Worker:
         self._grid, self._timeout = grid, timeout
         self._images_above = any(_needs_images(net, s) for s in range(self.span.stop, len(net.segments)))
         self._skips: deque[bool] = deque()
+        self._x = torch.empty(0)  # on its way through the segments
         self._connect()
         self.begin_step([])
 
