@@ -96,17 +96,10 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
     Raises:
         UserError: as ``local_network``.
     """
-    recipe = replace(recipe, network=replace(recipe.network, sync_bn=False))  # costs the same, and needs no GPU
-    net = recipe_network(recipe, num_classes)
-    name = "bp" if net.plan.supervised else "simclr"
-    end_to_end = recipe_network(
-        replace(recipe, method=Method(name, methods.load(name).Options())), num_classes
-    )
+    net, whole_net = _networks(recipe, num_classes)
     with FakeTensorMode() as mode:
-        for network in (net, end_to_end):
-            _drop_values(network, mode)
+        peak, whole = _peaks(net, whole_net, mode, images, recipe.data.image_size)
         batch = _batch(net, images, recipe.data.image_size)
-        peak, whole = _peak(net, batch), _peak(end_to_end, batch)
         return PlanCost(
             tuple(_segment_costs(net, batch)),
             tuple(_unit_costs(net, batch)),
@@ -115,6 +108,34 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
             whole,
             whole / peak,
         )
+
+
+def peak_bytes(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]:
+    """``peak_activation_bytes`` and ``end_to_end_activation_bytes`` of a ``PlanCost`` alone, much sooner."""
+    net, whole_net = _networks(recipe, num_classes)
+    with FakeTensorMode() as mode:
+        return _peaks(net, whole_net, mode, images, recipe.data.image_size)
+
+
+def end_to_end(recipe: Recipe, supervised: bool) -> Recipe:
+    """The recipe with one loss on top of the network: BP's, or SimCLR's."""
+    name = "bp" if supervised else "simclr"
+    return replace(recipe, method=Method(name, methods.load(name).Options()))
+
+
+def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetwork]:
+    recipe = replace(recipe, network=replace(recipe.network, sync_bn=False))  # costs the same, and needs no GPU
+    net = recipe_network(recipe, num_classes)
+    return net, recipe_network(end_to_end(recipe, net.plan.supervised), num_classes)
+
+
+def _peaks(
+    net: LocalNetwork, whole_net: LocalNetwork, mode: FakeTensorMode, images: int, image_size: int
+) -> tuple[int, int]:
+    for network in (net, whole_net):
+        _drop_values(network, mode)
+    batch = _batch(net, images, image_size)
+    return _peak(net, batch), _peak(whole_net, batch)
 
 
 def _drop_values(net: nn.Module, mode: FakeTensorMode) -> None:

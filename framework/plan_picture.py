@@ -15,13 +15,23 @@ _READABLE = 16  # segments whose names fit under their boxes
 
 
 def draw_plan(cost: PlanCost, picture: Path, title: str = "") -> None:
+    """Write ``plan_figure`` as a PNG.
+
+    Args:
+        cost: the plan, with sizes.
+        picture: the PNG to write.
+        title: above the picture.
+    """
+    plan_figure(cost, title).savefig(picture)
+
+
+def plan_figure(cost: PlanCost, title: str = "") -> Figure:
     """Draw the network from left to right, and above it every unit's window, each in a lane that is free there.
 
     The arrow in a window is its gradient: it starts at the loss and ends at the gradient boundary.
 
     Args:
         cost: the plan, with sizes.
-        picture: the PNG to write.
         title: above the picture.
     """
     lanes = _lanes(cost.units)
@@ -36,7 +46,7 @@ def draw_plan(cost: PlanCost, picture: Path, title: str = "") -> None:
     axes.set_ylim(-0.75, height + 0.7)
     axes.axis("off")
     axes.set_title(title, loc="left", fontsize=11)
-    figure.savefig(picture)
+    return figure
 
 
 def _lanes(units: tuple[UnitCost, ...]) -> list[int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from pool import Pool, start_server
+from trained import make_both
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -26,3 +28,10 @@ def pool() -> Iterator[Callable[[int], Pool]]:
     yield get
     for standing in pools.values():
         standing.close()
+
+
+@pytest.fixture(scope="session")
+def both_runs(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A LoCo run and a GIM run of the same small network on digits, four steps each; not to be changed."""
+    loco, gim = pool(1).run(make_both, tmp_path_factory.mktemp("runs"))[0]
+    return Path(loco), Path(gim)

@@ -23,11 +23,12 @@ from framework.batch import Batch
 from framework.errors import UserError
 from framework.execution import LocalNetwork
 from framework.local.heads import Classifier
-from framework.local.methods import dgl, infopro
+from framework.local.methods import dgl, infopro, mlaan
 from framework.local.units import Asynchronous, LocalUnit, Plan
 from framework.metrics import read_log
 from framework.model import local_network, parts
 from framework.network import Shape
+from framework.pipeline.balance import place
 from framework.train import train as train_recipe
 from tests import networks
 from tests.networks import CLASSES
@@ -134,7 +135,7 @@ def test_windows_can_not_wait_for_nobody() -> None:
     heads = [Classifier().build(Shape(4, 4, 4), 2) for _ in range(3)]
     units = [LocalUnit(f"u{i}", max(0, i - 1), i, heads[i]) for i in range(3)]
     with pytest.raises(UserError, match="async_mode=buffer: only where every module has a unit of its own"):
-        Plan(tuple(units), 3, asynchronous=Asynchronous("buffer"))
+        Plan(tuple(units), 3, asynchronous=Asynchronous(async_mode="buffer"))
 
 
 def test_modules_one_after_another_are_trained_on_frozen_outputs() -> None:
@@ -224,3 +225,25 @@ def test_a_sequential_recipe_trains_module_after_module(
     pool(2).run(run, argv)  # goes on from the end of each module
     for folder in folders:
         assert sum("losses" in entry for entry in read_log(folder / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (
+            "dgl",
+            dgl.Options(async_mode="buffer"),
+            "method.async_mode=buffer: must be none with pipeline.stages=2",
+        ),
+        (
+            "mlaan",
+            mlaan.Options(ema_when="after"),
+            "method.ema_when=after: must be before with pipeline.stages=2",
+        ),
+    ],
+)
+def test_a_pipeline_refuses_what_needs_one_process(method: str, options: Any, message: str) -> None:
+    net = local_network("resnet8", method, options, image_size=16, num_classes=CLASSES, cut="block")
+    recipe = config.load([str(Path(__file__).parents[1] / "recipes/quickstart.yaml"), "pipeline.stages=2"])
+    with pytest.raises(UserError, match=message):
+        place(recipe, net, CLASSES)

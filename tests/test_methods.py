@@ -426,6 +426,10 @@ BAD = [
         "lam_blocks.layer1.1: layer3.0 can't follow each other",
     ),
     (
+        lambda: build("mlaan", mlaan.Options(lam_blocks={"layer2.1": []})),
+        "lam_blocks.layer2.1: must name at least one of layer3.0, layer3.1",
+    ),
+    (
         lambda: build("mlaan", mlaan.Options(lam_blocks={"layer9": []})),
         "no segment layer9; they are called layer1.0, layer1.1",
     ),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from framework import config
 from framework.batch import Batch
+from framework.composition import merge, recipe_files
 from framework.config import Recipe
 from framework.execution import LocalNetwork
 from framework.model import recipe_network
@@ -140,3 +143,99 @@ def test_locos_ablations_differ_as_the_tables_say() -> None:
     }
     assert linears["Table 4 row 9"] == linears["Table 4 row 10"] == linears["Table 4 row 12"] == 4
     assert linears["Table 4 row 1"] == linears["Table 4 row 2"] == linears["Table 4 row 11"] == 2
+
+
+#: MLAAN Table 1: error of ResNet-32 with K=8 and 16, then ResNet-110 with K=32 and 55
+MLAAN_TABLE_1 = {
+    "cifar10": {
+        "dgl": (11.63, 14.08, 12.51, 14.45),
+        "dglstar": (6.25, 6.36, 5.38, 5.42),
+        "infopro": (11.51, 12.93, 12.26, 13.22),
+        "infoprostar": (6.37, 6.37, 5.41, 5.60),
+        "mlaan": (6.36, 6.51, 5.41, 6.02),
+        "bp": (6.37, 6.37, 5.42, 5.42),
+    },
+    "stl10": {
+        "dgl": (25.05, 27.14, 25.67, 28.16),
+        "dglstar": (19.35, 19.02, 19.54, 19.66),
+        "infopro": (27.32, 29.28, 28.58, 29.20),
+        "infoprostar": (19.21, 19.21, 19.51, 19.24),
+        "mlaan": (19.34, 19.96, 20.46, 19.66),
+        "bp": (19.35, 19.35, 19.67, 19.67),
+    },
+    "svhn": {
+        "dgl": (4.83, 5.05, 5.12, 5.36),
+        "dglstar": (2.79, 2.73, 2.78, 2.90),
+        "infopro": (5.61, 5.97, 5.89, 6.11),
+        "infoprostar": (2.97, 2.95, 2.87, 2.90),
+        "mlaan": (2.85, 2.82, 2.79, 2.89),
+        "bp": (2.99, 2.99, 2.92, 2.92),
+    },
+}
+K = (("r32", 8), ("r32", 16), ("r110", 32), ("r110", 55))
+#: table -> recipe -> what the first line must say; detection (Tables 2 and 3) starts from the recipes of its column
+OTHER_TABLES = {
+    "MLAAN Table 2": {
+        "bp_r34": "25.38/7.90",
+        "mlaan_r34": "25.31/7.88",
+        "bp_r101": "22.03/5.93",
+        "mlaan_r101": "21.69/5.72",
+        "bp_r152": "21.60/5.92",
+        "mlaan_r152": "21.34/5.74",
+    },
+    "LoCo Table 1": {
+        "simclr_r50_800ep": "69.8",
+        "gim_r50_800ep": "64.7",
+        "loco_r50_800ep": "69.5",
+        "simclr_sh50_800ep": "69.1",
+        "gim_sh50_800ep": "63.5",
+        "loco_sh50_800ep": "69.3",
+    },
+    "LoCo Table 2": {"simclr_sh50_100ep": "32.5", "gim_sh50_100ep": "27.3", "loco_sh50_100ep": "31.8"},
+    "LoCo Table 7": {"simclr_pr50_100ep": "66.8", "gim_pr50_100ep": "52.6", "loco_pr50_100ep": "66.6"},
+}
+
+
+def claims() -> Iterator[tuple[str, str, str]]:
+    """(table, recipe, number) of the tables whose rows are recipes of their own."""
+    for data, methods in MLAAN_TABLE_1.items():
+        for method, errors in methods.items():
+            for (network, k), error in zip(K, errors, strict=True):
+                name = f"bp_{network}_{data}" if method == "bp" else f"{method}_{network}_k{k}_{data}"
+                yield "MLAAN Table 1", name, f"{error:.2f}"
+    for table, recipes in OTHER_TABLES.items():
+        for name, number in recipes.items():
+            yield table, name, number
+
+
+def test_every_row_of_the_other_tables_has_a_recipe_that_says_so() -> None:
+    wrong = []
+    for table, name, number in claims():
+        path = RECIPES / f"{name}.yaml"
+        head = path.read_text().splitlines()[0] if path.exists() else ""
+        if not re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", head) or table.split()[-1] not in head:
+            wrong.append((table, name, number))
+    assert wrong == []
+
+
+def test_no_recipe_repeats_its_bases() -> None:
+    for name in NAMES:
+        text = (RECIPES / f"{name}.yaml").read_text()
+        own = OmegaConf.to_container(OmegaConf.create(text))
+        defaults = own.pop("defaults", [])  # type: ignore[union-attr]
+        for key in _leaves(own):
+            base = OmegaConf.select(OmegaConf.create(_merged(defaults)), key)
+            assert base != OmegaConf.select(OmegaConf.create(own), key), (name, key)
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _merged(defaults: list[str]) -> Any:
+    trees = [source.tree for default in defaults for source in recipe_files(RECIPES / f"{default}.yaml")]
+    return merge({}, *trees)

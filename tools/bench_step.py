@@ -30,16 +30,19 @@ from framework.execution.routing import LocalNetwork
 from framework.local import LocalUnit
 from framework.local.heads import Classifier, Projection
 from framework.local.methods import bp, dgl, gim, infopro, loco, mlaan, simclr
+from framework.local.trunks import TRUNKS
 from framework.model import local_network
+from framework.network import Cut
 
 CLASSES = 10
 CONTRASTIVE = ("simclr", "gim", "loco")
 
 
 def options(method: str, head: str, window: int) -> Any:
-    """The method's options: its own head (``paper``), or pooling and one linear layer (``gap``)."""
+    """The method's options: its own head (``paper``), pooling and linear (``gap``), or a classifier's kind."""
     contrast: Any = {"head": Projection(layers=1)} if head == "gap" else {}
-    classify: Any = {"head": Classifier("linear")} if head == "gap" else {}
+    kind = "linear" if head == "gap" else head
+    classify: Any = {} if head == "paper" else {"head": Classifier(kind)}
     return {
         "bp": lambda: bp.Options(),
         "simclr": lambda: simclr.Options(**contrast),
@@ -53,8 +56,11 @@ def options(method: str, head: str, window: int) -> Any:
     }[method]()
 
 
-def build(method: str, arguments: argparse.Namespace, image_size: int, cut: str) -> LocalNetwork:
-    """The network with the method's units, from the same random weights each time."""
+def build(method: str, arguments: argparse.Namespace, image_size: int, cut: Cut) -> LocalNetwork:
+    """The network with the method's units, from the same random weights each time.
+
+    With ``--modules`` the stem is a module of its own for DGL and InfoPro, as in the papers.
+    """
     torch.manual_seed(0)
     name = {"mlm": "mlaan", "lam": "mlaan"}.get(method, method)
     opts = options(method, arguments.head, arguments.window)
@@ -66,6 +72,7 @@ def build(method: str, arguments: argparse.Namespace, image_size: int, cut: str)
         image_size=image_size,
         num_classes=classes,
         cut=cut,
+        stem_as_module=bool(arguments.modules) and method in ("dgl", "infopro"),
         channels_last=arguments.channels_last,
     ).train()
 
@@ -121,7 +128,7 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
     cifar = (int(arguments.network.removeprefix("resnet")) - 2) % 6 == 0 and arguments.network != "resnet50"
     size = arguments.image_size or (32 if cifar else 128)
-    cut = arguments.cut or ("block" if cifar else "stage")
+    cut = arguments.modules or arguments.cut or ("block" if cifar else "stage")
     views = 2 if method in CONTRASTIVE else 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.randn(arguments.batch, 3, size, size, device=device)
@@ -140,6 +147,7 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "network": arguments.network,
         "method": method,
+        "modules": len(network.segments),
         "window": arguments.window if method in ("loco", "mlm", "mlaan") else None,
         "head": arguments.head,
         "image_size": size,
@@ -202,6 +210,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table(title="one training step, ratio to end-to-end")
     for column in (
         "network",
+        "K",
         "method",
         "window",
         "head",
@@ -211,10 +220,11 @@ def show(rows: list[dict[str, Any]]) -> None:
         "repeated",
         "activations",
     ):
-        table.add_column(column, justify="right" if column not in ("network", "method", "head") else "left")
+        table.add_column(column, justify="left" if column in ("network", "method", "head") else "right")
     for r in rows:
         table.add_row(
             f"{r['network']} @ {r['image_size']}",
+            str(r["modules"]),
             r["method"],
             str(r["window"] or "-"),
             r["head"],
@@ -240,11 +250,15 @@ def main() -> None:
     )
     parser.add_argument("--window", type=int, default=2, help="segments in a window (loco, mlm, mlaan)")
     parser.add_argument(
-        "--head", choices=("gap", "paper"), default="paper", help="the method's own head, or GAP + linear"
+        "--head",
+        choices=("gap", "paper", *TRUNKS),
+        default="paper",
+        help="the method's own head, GAP + linear, or (dgl, infopro) a kind of classifier",
     )
     parser.add_argument(
         "--cut", choices=("stage", "block"), help="default: blocks for CIFAR networks, stages for others"
     )
+    parser.add_argument("--modules", type=int, help="K as the papers count it, in place of --cut")
     parser.add_argument("--image-size", type=int, help="default: 32 for CIFAR networks, 128 for others")
     parser.add_argument("--batch", type=int, default=64, help="images in a step (both views counted)")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after two to warm up")

@@ -37,10 +37,10 @@ def main() -> int:
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE ..., MODEL.WEIGHTS at least")
     arguments = parser.parse_args()
     try:
-        detector = load(arguments.config, arguments.opts)
+        detector = load(arguments.config, arguments.score, arguments.opts)
         arguments.output.mkdir(parents=True, exist_ok=True)
         for path in track(arguments.images, "drawing"):
-            picture = draw(*detector.find(_read(path), arguments.score))
+            picture = draw(*detector.find(_read(path)))
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(arguments.output / f"{path.stem}.png")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,8 +49,8 @@ def main() -> int:
     return 0
 
 
-def load(config: Path, opts: list[str]) -> Any:
-    """A detector with its weights.
+def load(config: Path, score: float, opts: list[str]) -> Any:
+    """A detector with its weights, which leaves out what scores less than ``score``.
 
     Raises:
         UserError: Detectron2 or a file is missing, or the weights are not those of the whole detector.
@@ -59,7 +59,7 @@ def load(config: Path, opts: list[str]) -> Any:
         from framework.detection.detector import Detector
     except ModuleNotFoundError as error:
         raise UserError(f"{error}: README, Detection, says how to install Detectron2") from error
-    return Detector(config, opts)
+    return Detector(config, [*opts, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(score)])
 
 
 def draw(image: Tensor, boxes: Tensor, masks: Tensor, names: list[str], scores: Tensor) -> Tensor:
@@ -83,7 +83,15 @@ def draw(image: Tensor, boxes: Tensor, masks: Tensor, names: list[str], scores: 
     size = max(10, image.shape[1] // 40)
     drawn = draw_segmentation_masks(image, masks, alpha=0.45, colors=colours)
     return draw_bounding_boxes(
-        drawn, boxes, labels, colours, width=max(1, size // 8), font=findfont("DejaVu Sans"), font_size=size
+        drawn,
+        boxes,
+        labels,
+        colours,
+        width=max(1, size // 8),
+        font=findfont("DejaVu Sans"),
+        font_size=size,
+        label_colors="white",
+        fill_labels=True,
     )
 
 

@@ -25,15 +25,13 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
     )
     what = "a run folder such as runs/quickstart; after them key=value over their recipes, such as data.path=/data"
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help=what)
-    parser.add_argument(
-        "--out", type=Path, help="folder for JSON and PNG; default: analysis/ in the first run"
-    )
+    parser.add_argument("--out", type=Path, help="folder for the results; default: in the first run")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Arguments with ``runs`` as opened ``Run``s and ``out`` as a folder.
+def parse(parser: argparse.ArgumentParser, out: str = "analysis") -> argparse.Namespace:
+    """Arguments with ``runs`` as opened ``Run``s and ``out`` as a folder, by default that one of the first run.
 
     Raises:
         UserError: as ``open_runs``.
@@ -41,7 +39,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     folders, overrides = told_apart(arguments.runs)
     arguments.runs = open_runs(folders, overrides)
-    arguments.out = arguments.out or arguments.runs[0].folder / "analysis"
+    arguments.out = arguments.out or arguments.runs[0].folder / out
     return arguments
 
 

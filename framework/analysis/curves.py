@@ -94,7 +94,7 @@ def loss_curves(log: Path, picture: Path, title: str = "") -> None:
     """
     losses = read_losses(log)
     figure = Figure(figsize=(7.5, 4.2), dpi=160, layout="constrained")
-    _draw_units(figure, figure.add_subplot(), losses, title)
+    draw_units(figure, figure.add_subplot(), losses, title)
     figure.savefig(picture)
 
 
@@ -115,7 +115,7 @@ def compare_curves(runs: Mapping[str, Losses]) -> Figure:
         if run is None:
             panel.set_axis_off()
         else:
-            _draw_units(figure, panel, run[1], run[0], inside=True)
+            draw_units(figure, panel, run[1], run[0], inside=True)
     shown = np.concatenate([losses.smooth().ravel() for losses in runs.values()])
     _scale(axes[0], shown)
     return figure
@@ -136,7 +136,8 @@ def score_curves(runs: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence
     return figure
 
 
-def _draw_units(figure: Figure, axes: Axes, losses: Losses, title: str, inside: bool = False) -> None:
+def draw_units(figure: Figure, axes: Axes, losses: Losses, title: str, inside: bool = False) -> None:
+    """One run: low units dark, high ones light; the legend stands inside the axes or to their right."""
     smooth, units = losses.smooth(), len(losses.units)
     colors = colormaps["viridis"](np.linspace(0.05, 0.85, units))
     for name, raw, line, color in zip(losses.units, losses.values.T, smooth.T, colors, strict=True):

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
@@ -75,10 +76,14 @@ def _check_files(name: str) -> None:
 
 
 def _provide_cityscapes_scripts() -> None:
-    """Detectron2 since May 2024 imports Cityscapes' scripts by the name that they have inside Meta."""
+    """Make Cityscapes' scripts (2.3) run: Detectron2 imports them by the name that they have inside Meta, and NumPy
+    2.4 has dropped ``in1d`` and counts in integers of its own, which their JSON of all matches can't take. Nobody
+    reads that file, and it would land in the working folder.
+    """
     for package in ("cityscapesscripts", "shapely"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"Cityscapes needs the package {package}: pip install cityscapesscripts shapely")
+    vars(np).setdefault("in1d", np.isin)
     inside = "deeplearning.projects.cityscapesApi"
     parts = inside.split(".")
     for length in range(1, len(parts) + 1):
@@ -91,6 +96,7 @@ def _provide_cityscapes_scripts() -> None:
         ".evaluation",
         ".evaluation.evalInstanceLevelSemanticLabeling",
     ):
-        sys.modules[f"{inside}.cityscapesscripts{module}"] = importlib.import_module(
+        sys.modules[f"{inside}.cityscapesscripts{module}"] = scripts = importlib.import_module(
             f"cityscapesscripts{module}"
         )
+    vars(scripts)["writeDict2JSON"] = lambda content, path: None

@@ -17,7 +17,7 @@ class Detector:
 
     Args:
         config: YAML file that it was trained with.
-        opts: ``KEY VALUE`` overrides; ``MODEL.WEIGHTS`` must be there.
+        opts: ``KEY VALUE`` overrides, ``MODEL.WEIGHTS`` among them.
 
     Raises:
         UserError: a file is missing or damaged, or the weights are not those of the whole detector.
@@ -31,8 +31,8 @@ class Detector:
         self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 
     @torch.no_grad()
-    def find(self, image: Tensor, score: float) -> tuple[Tensor, Tensor, Tensor, list[str], Tensor]:
-        """What is seen with at least ``score`` on an image (3, H, W) uint8, RGB.
+    def find(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, list[str], Tensor]:
+        """What is on an image (3, H, W) uint8, RGB.
 
         Returns:
             The image, boxes (N, 4) as x0, y0, x1, y1 in pixels, masks (N, H, W) bool, class names, scores (N,).
@@ -43,6 +43,5 @@ class Detector:
         height, width = image.shape[1:]
         (output,) = self.model([{"image": x, "height": height, "width": width}])
         found = output["instances"].to("cpu")
-        found = found[found.scores >= score]
         names = [self.classes[number] for number in found.pred_classes.tolist()]
         return image, found.pred_boxes.tensor, found.pred_masks, names, found.scores

@@ -134,7 +134,7 @@ class Projection:
 
     conv_blocks: NonNegativeInt = 0
     dec_block: Literal["bottleneck", "basic", "next_stage"] = "bottleneck"
-    dec_strides: tuple[PositiveInt, ...] = (2,)
+    dec_strides: tuple[Literal[1, 2], ...] = (2,)
     dec_width: PositiveInt | None = None
     dec_groups: PositiveInt = 1
     dec_trunk: Literal["none", "next_stage", "full_network"] = "none"

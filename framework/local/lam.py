@@ -202,6 +202,8 @@ class LamBuilder:
         name, blocks = self.task.names[segment], blocks_of(self.task.segments)
         if name in self.lists:
             by_name = {b.name: b for b in later}
+            if not self.lists[name]:
+                raise UserError(f"method.lam_blocks.{name}: must name at least one of {', '.join(by_name)}")
             if wrong := [wanted for wanted in self.lists[name] if wanted not in by_name]:
                 raise UserError(
                     f"method.lam_blocks.{name}: {wrong[0]} is no later block; {', '.join(by_name)} are"

@@ -46,7 +46,7 @@ def residual_block(
             if out % 4
             else f"{inside} inside can't have {groups} groups"
         )
-        raise UserError(f"a bottleneck is impossible here: {wrong}; dec_block=basic is possible")
+        raise UserError(f"no bottleneck fits: {wrong}; method.head.dec_block=basic is possible")
     base = (
         64 * (inside // groups + 0.5) / planes
     )  # timm's unit for the width of a group, which it rounds down

@@ -102,7 +102,7 @@ class LocalUnit:
         return frozenset(range(self.first, self.last + 1)) if self.trains is None else self.trains
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Asynchronous:
     """Options of methods whose modules need not wait for each other (FACTS E3, E4).
 

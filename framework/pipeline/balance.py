@@ -16,6 +16,7 @@ from framework.execution import LocalNetwork
 from framework.execution.order import Moment, Release
 from framework.execution.placement import Costs, Placement, balanced, listed
 from framework.execution.step import RoutedStep, contrasts
+from framework.local.units import ReadingHead
 from framework.network.norm import frozen_statistics
 
 _ROUNDS = 3
@@ -28,6 +29,7 @@ def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
         UserError: more stages than segments, or a list that does not fit; heads that can't do ``contrast=batch``.
     """
     pipeline, segments = recipe.pipeline, len(net.segments)
+    _check_alone(net, pipeline.stages)
     if pipeline.contrast == "batch":
         for unit in net.plan.units:
             if contrasts(unit.head) and not hasattr(unit.head, "embed"):
@@ -47,6 +49,14 @@ def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
     return balanced(costs, pipeline.stages)
 
 
+def _check_alone(net: LocalNetwork, stages: int) -> None:
+    """Refuse what needs the whole network in one process."""
+    if stages > 1 and net.turns is not None:
+        raise UserError(f"method.async_mode=buffer: must be none with pipeline.stages={stages}")
+    if stages > 1 and any(isinstance(u.head, ReadingHead) and u.head.when == "after" for u in net.plan.units):
+        raise UserError(f"method.ema_when=after: must be before with pipeline.stages={stages}")
+
+
 def counted(cost: PlanCost, moments: tuple[Moment, ...], balance: str) -> list[float]:
     """What each segment and the heads on it cost: training FLOPs, parameters or bytes.
 
@@ -62,7 +72,9 @@ def counted(cost: PlanCost, moments: tuple[Moment, ...], balance: str) -> list[f
     if balance == "parameters":
         return parameters
     saved = [segment.activation_bytes for segment in cost.segments]
-    heads = [sum(max(0, u.activation_bytes - sum(saved[u.first : u.last + 1])) for u in above) for above in units]
+    heads = [
+        sum(max(0, u.activation_bytes - sum(saved[u.first : u.last + 1])) for u in above) for above in units
+    ]
     return [a + h + 12 * p for a, h, p in zip(saved, heads, parameters, strict=True)]
 
 
