@@ -40,6 +40,7 @@ TOY = [
 CHILD = """
 import sys, time
 from framework import train
+from framework.engines import deepspeed, pipeline
 print(time.time(), flush=True)
 sys.exit(train.main(sys.argv[1:]))
 """
