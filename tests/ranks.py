@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -167,7 +168,8 @@ def _record_samples(path: Path, rank: int, trouble: Trouble | None) -> None:
         return steps(self, start, stop)
 
     def recorded_batch(self: Any, drawn: Any, images: Any) -> Any:
-        with path.open("a") as file:
+        # A full disk is the run's trouble, not that of who looks on.
+        with contextlib.suppress(OSError), path.open("a") as file:
             file.write(json.dumps([rank, self.at, drawn.samples.tolist()]) + "\n")
         if trouble is not None and self.at == trouble.at_step:
             images = _HAPPENS[trouble.kind](images, trouble.path)

@@ -11,6 +11,7 @@ has its first step. The images are scikit-learn's digits, enlarged.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,7 @@ TOY = [
 CHILD = """
 import sys, time
 from framework import train
+from framework.engines import deepspeed, pipeline
 print(time.time(), flush=True)
 sys.exit(train.main(sys.argv[1:]))
 """
@@ -103,7 +105,9 @@ def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
 def resuming(argv: list[str]) -> float:
     """Seconds from the end of a new process's imports to the end of its first step."""
     log = Path(config.load(argv).run_dir) / "metrics.jsonl"
-    with subprocess.Popen([sys.executable, "-c", CHILD, *argv], stdout=subprocess.PIPE, text=True) as child:
+    alone = {name: value for name, value in os.environ.items() if name not in distributed.LAUNCH_VARIABLES}
+    command = [sys.executable, "-c", CHILD, *argv]
+    with subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         imported = float(child.stdout.readline())
         while not (log.exists() and '"losses"' in log.read_text()):
