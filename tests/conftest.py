@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from pool import Pool, start_server
-from trained import make_both
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -33,5 +32,7 @@ def pool() -> Iterator[Callable[[int], Pool]]:
 @pytest.fixture(scope="session")
 def both_runs(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A LoCo run and a GIM run of the same small network on digits, four steps each; not to be changed."""
+    from trained import make_both  # needs the whole package, which most tests do not
+
     loco, gim = pool(1).run(make_both, tmp_path_factory.mktemp("runs"))[0]
     return Path(loco), Path(gim)

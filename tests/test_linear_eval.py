@@ -22,6 +22,7 @@ from framework.analysis.linear_eval import PROTOCOLS, Protocol, Rows, State, acc
 from framework.analysis.runs import Run
 from framework.data.order import epoch_order
 from framework.errors import UserError
+from framework.metrics import read_log
 
 SHORT = Protocol(lr=0.5, momentum=0.9, nesterov=True, epochs=4, batch_size=64, drops=(2, 3))
 
@@ -170,3 +171,19 @@ def test_the_command_on_augmented_images(both_runs: tuple[Path, Path], tmp_path:
     again = command(folder, "--cached")
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1].endswith("let it train until one is")
+
+
+@pytest.mark.slow
+def test_measuring_during_training_does_not_touch_the_encoder(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    from trained import make_run
+
+    weights, logs = [], []
+    for name, more in (("without", ()), ("with", ("evaluate.every_epochs=1", "evaluate.images=200"))):
+        folder = tmp_path / name
+        common = ("train.max_steps=30", "evaluate.linear=true")
+        pool(1).run(make_run, folder, "run", *common, *more)
+        weights.append((folder / "run" / "backbone.safetensors").read_bytes())
+        logs.append([e for e in read_log(folder / "run" / "metrics.jsonl") if "scores" in e])
+    assert weights[0] == weights[1]
+    assert logs[0] == [] and [entry["step"] for entry in logs[1]] == [21]
+    assert 50 < logs[1][0]["scores"]["knn_top1"] <= 100
