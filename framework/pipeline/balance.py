@@ -55,6 +55,10 @@ def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
         UserError: more stages than segments, or a list that does not fit; heads that can't do ``contrast=batch``.
     """
     pipeline, segments = recipe.pipeline, len(net.segments)
+    if net.turns is not None:
+        raise UserError(
+            f"pipeline.stages={pipeline.stages}: method.async_mode=buffer lets modules take turns in one process"
+        )
     if pipeline.contrast == "batch":
         for unit in net.plan.units:
             if contrasts(unit.head) and not hasattr(unit.head, "embed"):
