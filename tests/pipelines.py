@@ -44,7 +44,8 @@ class Run:
     def __str__(self) -> str:
         default = Run("")
         return " ".join(
-            [self.case] + [f"{k}={v}" for k, v in vars(self).items() if k != "case" and v != getattr(default, k)]
+            [self.case]
+            + [f"{k}={v}" for k, v in vars(self).items() if k != "case" and v != getattr(default, k)]
         )
 
     @property
@@ -158,7 +159,9 @@ def errors(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     ]
     assert flat[0].keys() == flat[1].keys()
     return {
-        name: float((value.double() - flat[1][name].double()).abs().max() / flat[1][name].abs().max().clamp_min(1e-3))
+        name: float(
+            (value.double() - flat[1][name].double()).abs().max() / flat[1][name].abs().max().clamp_min(1e-3)
+        )
         for name, value in flat[0].items()
         if value.numel()
     }

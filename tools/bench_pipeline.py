@@ -52,6 +52,9 @@ def main() -> int:
     parser.add_argument("--methods", help="with commas; default gim,dgl,loco, with --simulate gim,loco,lam")
     parser.add_argument("--network", default="resnet50", help="any network that can be cut")
     parser.add_argument("--cut", default="stage", choices=("stage", "block"))
+    parser.add_argument(
+        "--head", choices=("gap", "paper"), default="gap", help="GAP + linear, or the method's own head"
+    )
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--images", type=int, default=16, help="in a micro-batch, both views counted")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")

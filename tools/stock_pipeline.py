@@ -11,6 +11,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from bench_step import CONTRASTIVE, options
 from deepspeed.runtime.pipe import schedule as stock
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -57,9 +58,14 @@ _ALIKE: dict[type, Callable[[int], Instruction]] = {
 def network(method: str, arguments: argparse.Namespace) -> LocalNetwork:
     """The benchmark's network under a method, from the same random weights each time."""
     torch.manual_seed(0)
-    classes = 0 if method in ("gim", "loco", "simclr") else CLASSES
+    classes = 0 if method in CONTRASTIVE else CLASSES
     return local_network(
-        arguments.network, method, image_size=arguments.image_size, num_classes=classes, cut=arguments.cut
+        arguments.network,
+        method,
+        options(method, arguments.head, window=2),
+        image_size=arguments.image_size,
+        num_classes=classes,
+        cut=arguments.cut,
     ).train()
 
 
@@ -131,7 +137,11 @@ class OneForwardOneBackward:
     """End-to-end training of ``net`` in DeepSpeed's pipeline."""
 
     def __init__(
-        self, net: LocalNetwork, make_optimizer: Callable[[nn.Module], Any], spread: Placement, batches: list[Batch]
+        self,
+        net: LocalNetwork,
+        make_optimizer: Callable[[nn.Module], Any],
+        spread: Placement,
+        batches: list[Batch],
     ) -> None:
         join_ranks()
         objective: Any = net.plan.units[-1].head.objective

@@ -145,14 +145,14 @@ class LocalNetwork(nn.Module):
         return images.to(memory_format=self.layout)
 
     def _last_map(self, images: Tensor) -> Tensor:
-        x = self._entering(self._laid_out(images))
+        x = self.entering(self._laid_out(images))
         with self.autocast(x):
             for segment in self.segments:
                 x = segment(x)
         return self.segments[-1].to_map(x)
 
     @torch.no_grad()
-    def _entering(self, images: Tensor) -> Tensor:
+    def entering(self, images: Tensor) -> Tensor:
         """The input of the first segment that is not frozen."""
         with self.autocast(images):
             for segment in self.frozen:
@@ -165,7 +165,7 @@ class LocalNetwork(nn.Module):
         if self.turns is not None:
             self.turns.take(step)
         else:
-            x = self._entering(batch.images)
+            x = self.entering(batch.images)
             for s in range(self.plan.segments):
                 x = step.forward(s, x)
                 step.run_heads(s)
@@ -189,7 +189,7 @@ class LocalNetwork(nn.Module):
 
     def _evaluate(self, batch: Batch) -> StepOutput:
         losses: dict[int, Tensor] = {}
-        x = self._entering(batch.images)
+        x = self.entering(batch.images)
         with self.autocast(x):
             for segment, moment in zip(self.segments, self.moments, strict=True):
                 x = segment(x)

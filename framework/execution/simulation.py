@@ -91,9 +91,7 @@ def simulate(layout: Layout, duration: Duration, steps: int | None = None, ahead
     channels: dict[tuple[str, int, int], _Channel] = defaultdict(_Channel)
     while any(clock.instruction is not None for clock in clocks):
         if not sum(clock.run(duration, channels, ahead) for clock in clocks):
-            waiting = (
-                f"stage {c.number} at {c.instruction}" for c in clocks if c.instruction is not None
-            )
+            waiting = (f"stage {c.number} at {c.instruction}" for c in clocks if c.instruction is not None)
             raise Deadlock("; ".join(waiting))
     return Simulation(tuple(tuple(clock.events) for clock in clocks), steps)
 

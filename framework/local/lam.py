@@ -56,6 +56,7 @@ class Lam(nn.Module):
     def __init__(self, blocks: Sequence[Block], segments: Sequence[Segment], copies: Copies) -> None:
         super().__init__()
         modules = [block.module(segments) for block in blocks]
+        self._statistics = copies.statistics
         self.followed = tuple(blocks if copies.form == "ema_chain" else blocks[:1])
         following, others = modules[: len(self.followed)], modules[len(self.followed) :]
         self.aug: nn.ModuleList
@@ -77,6 +78,11 @@ class Lam(nn.Module):
         for block, average in zip_longest(self.aug, self.ema):
             x = block(x) if average is None else block(x) + average(x)
         return x
+
+    @property
+    def may_be_late(self) -> bool:
+        """Nothing that copies follow, or that they are, changes but for the blocks' weights at a step."""
+        return bool(self.ema) and not self._statistics
 
     def follow(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
         """Move the copies that follow towards their blocks, ``amount`` (0 or 1) times."""
@@ -120,7 +126,8 @@ class LamHead(ReadingHead):
     ) -> None:
         super().__init__()
         self.lam, self.head, self.updated, self.when = lam, head, updated, when
-        self.reads = tuple(block.segment for block in lam.followed)
+        self.reads = tuple(dict.fromkeys(block.segment for block in lam.followed))
+        self.may_be_late = lam.may_be_late
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Scalar loss on the segment output ``x`` (N, C, H, W)."""

@@ -52,10 +52,12 @@ class ReadingHead(nn.Module):
     Attributes:
         reads: the segments whose weights it looks at.
         when: its copies follow with the weights before the optimizer step, or after it.
+        may_be_late: copies that follow "before" the step end up the same if they do so before the next forward.
     """
 
     reads: tuple[int, ...] = ()
     when: Literal["before", "after"] = "before"
+    may_be_late = True
 
     def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
         """The weights that it looks at; fewer than all of ``reads`` cost a pipeline fewer bytes."""

@@ -20,7 +20,7 @@ from framework.execution.placement import Costs, Placement, balanced, listed
 from framework.execution.schedule import Layout
 from framework.execution.simulation import costs_of, simulate
 from framework.execution.step import RoutedStep, contrasts
-from framework.local.units import LocalUnit, Plan, ReadingHead
+from framework.local import LocalUnit, Plan
 from framework.network.norm import frozen_statistics
 from framework.pipeline.following import Following
 
@@ -110,11 +110,8 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
 
 def _check_alone(recipe: Recipe, net: LocalNetwork) -> None:
     """Refuse what needs the whole network in one process."""
-    late = any(isinstance(unit.head, ReadingHead) and unit.head.when == "after" for unit in net.plan.units)
     for needs, setting in (
         (net.turns is not None, "method.async_mode=buffer: must be none"),
-        (late, "method.ema_when=after: must be before"),
-        (getattr(recipe.method.options, "ema_buffers", False), "method.ema_buffers=true: must be false"),
         (recipe.faults.nonfinite == "skip", "faults.nonfinite=skip: must be stop"),
     ):
         if needs and recipe.pipeline.stages > 1:

@@ -99,5 +99,3 @@ class BoundaryEngine(PipelineEngine):
         do.ReduceGradients: _exec_reduce,
         do.OptimizerStep: _exec_step,
     }
-
-

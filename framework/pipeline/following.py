@@ -24,7 +24,8 @@ class Following:
         remote: heads by stage that follow weights of later stages.
 
     Raises:
-        UserError: a head follows weights both of its own and of other stages, or has a penalty on others'.
+        UserError: a head follows weights both of its own and of other stages, has a penalty on others', or needs
+            what comes too late.
     """
 
     def __init__(self, net: LocalNetwork, placement: Placement) -> None:
@@ -50,6 +51,12 @@ class Following:
                 raise UserError(
                     f"pipeline.stages={placement.stages}: the head of unit {unit.name} pulls at the weights of "
                     "another stage (soft sharing); put the two on one stage with pipeline.balance=[...]"
+                )
+            if head.when == "after" or not head.may_be_late:
+                raise UserError(
+                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} follows another stage in a way "
+                    "that would stop the pipeline at every step (after it, with BatchNorm's statistics, or pulled); "
+                    "put the two on one stage with pipeline.balance=[...]"
                 )
             self.remote[stage].append(head)
             for parameter in weights:

@@ -49,7 +49,9 @@ class Stage(PipelineModule):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # it prints its grid
             super().__init__(layers=layers, topology=topology)
         for parameter in self.parameters():
-            parameter.model_parallel = True  # DeepSpeed then counts it in the norm of the whole network's gradient
+            parameter.model_parallel = (
+                True  # DeepSpeed then counts it in the norm of the whole network's gradient
+            )
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         """Those that DeepSpeed made for the grid and that this rank is in."""
@@ -63,11 +65,11 @@ class Stage(PipelineModule):
 
 
 def owners(net: LocalNetwork, placement: Placement) -> dict[str, int]:
-    """The stage that holds each entry of ``net.state_dict()``; what no segment or head has is the last one's."""
+    """The stage that holds each entry of ``net.state_dict()``; what no segment or head has is the first one's."""
     stages: dict[int, int] = {}
     for s, segment in enumerate(net.segments):
         layer = _Layer(segment, [unit for unit in net.plan.units if unit.last == s])
         for tensor in [*layer.parameters(), *layer.buffers()]:
             stages[id(tensor)] = placement.stage_of(s)
     entries = net.state_dict(keep_vars=True)
-    return {name: stages.get(id(tensor), placement.stages - 1) for name, tensor in entries.items()}
+    return {name: stages.get(id(tensor), 0) for name, tensor in entries.items()}

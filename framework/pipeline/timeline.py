@@ -98,9 +98,12 @@ def draw_timelines(
                 bars = [
                     (event.start - zero, event.end - event.start)
                     for event in events
-                    if kind_of(event.instruction) == kind and (seconds is None or event.start - zero < seconds)
+                    if kind_of(event.instruction) == kind
+                    and (seconds is None or event.start - zero < seconds)
                 ]
-                axes.broken_barh(bars, (stage - 0.42, 0.84), facecolors=colour, edgecolor="white", linewidth=0.3)
+                axes.broken_barh(
+                    bars, (stage - 0.42, 0.84), facecolors=colour, edgecolor="white", linewidth=0.3
+                )
         axes.set_yticks(range(len(stages)), [f"stage {stage}" for stage in range(len(stages))], fontsize=8)
         axes.set_title(title, loc="left", fontsize=9)
         axes.invert_yaxis()

@@ -55,11 +55,17 @@ class Worker:
         self._images_above = any(_needs_images(net, s) for s in range(self.span.stop, len(net.segments)))
         self._skips: deque[bool] = deque()
         self._x = torch.empty(0)  # on its way through the segments
+        self._skipped = False
         self._connect()
-        self.begin_step([])
+        self._reset([])
 
     def begin_step(self, micro_batches: list[Batch]) -> None:
-        """Forget the step before."""
+        """Let copies follow what the step before has left, and forget that step."""
+        for head in self._local_heads("after"):
+            head.update_copies(self.net.segments, float(not self._skipped))
+        self._reset(micro_batches)
+
+    def _reset(self, micro_batches: list[Batch]) -> None:
         self.micro_batches = micro_batches
         self.unit_losses = next(self.net.parameters()).new_zeros(len(self.net.plan.units))
         self._scales = self.net.scales.current() if self.net.scales is not None else None
@@ -69,7 +75,7 @@ class Worker:
     def load(self, micro_batch: int) -> None:
         batch = self.micro_batches[micro_batch]
         batch = batch._replace(images=batch.images.to(memory_format=self.net.layout))
-        self._begin(micro_batch, batch, batch.images)
+        self._begin(micro_batch, batch, self.net.entering(batch.images))
 
     def receive_activation(self, micro_batch: int) -> None:
         assert self._from_below is not None
@@ -137,7 +143,11 @@ class Worker:
 
     def finish_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Add what does not come from a micro-batch."""
-        penalties = [p for head in self._local_heads() if (p := head.penalty(self.net.segments)) is not None]
+        penalties = [
+            p
+            for head in self.following.local[self.stage]
+            if (p := head.penalty(self.net.segments)) is not None
+        ]
         if not penalties:
             return
         gradients = {p: p.grad for p in parameters if p.grad is not None}
@@ -151,10 +161,11 @@ class Worker:
         if self.net.scales is not None:
             assert self._overflow is not None
             skip = bool(self.net.scales.update(self._overflow))
-        for head in self._local_heads():
+        for head in self._local_heads("before"):
             head.update_copies(self.net.segments, float(not skip))
         if self._from_owners:
             self._skips.append(skip)
+        self._skipped = skip
         return skip
 
     def flush(self) -> None:
@@ -165,7 +176,9 @@ class Worker:
 
     def _connect(self) -> None:
         timeout = self._timeout
-        down, up, weights = self.groups = [dist.new_group(timeout=timedelta(seconds=timeout)) for _ in range(3)]
+        down, up, weights = self.groups = [
+            dist.new_group(timeout=timedelta(seconds=timeout)) for _ in range(3)
+        ]
         below, above = self._peer(self.stage - 1), self._peer(self.stage + 1)
         self._from_below = Receiver(down, below, timeout) if below else None
         self._to_below = Sender(up, below, timeout) if below else None
@@ -204,9 +217,9 @@ class Worker:
             flags = step.take_overflows()
             self._overflow = flags if self._overflow is None else self._overflow | flags
 
-    def _local_heads(self) -> Iterator[ReadingHead]:
-        """Those that follow weights of this stage."""
-        yield from self.following.local.get(self.stage, ())
+    def _local_heads(self, when: str) -> Iterator[ReadingHead]:
+        """Those that follow weights of this stage, before or after the optimizer step."""
+        yield from (head for head in self.following.local[self.stage] if head.when == when)
 
 
 def _needs_images(net: LocalNetwork, segment: int) -> bool:
