@@ -23,7 +23,7 @@ from framework.batch import Batch
 from framework.errors import UserError
 from framework.execution import LocalNetwork
 from framework.local.heads import Classifier
-from framework.local.methods import dgl, infopro, mlaan
+from framework.local.methods import dgl, infopro
 from framework.local.units import Asynchronous, LocalUnit, Plan
 from framework.metrics import read_log
 from framework.model import local_network, parts
@@ -231,5 +231,5 @@ def test_a_pipeline_refuses_what_needs_one_process() -> None:
     options = dgl.Options(async_mode="buffer")
     net = local_network("resnet8", "dgl", options, image_size=16, num_classes=CLASSES, cut="block")
     recipe = config.load([str(Path(__file__).parents[1] / "recipes/quickstart.yaml"), "pipeline.stages=2"])
-    with pytest.raises(UserError, match="method.async_mode=buffer: must be none with pipeline.stages=2"):
+    with pytest.raises(UserError, match=r"method\.async_mode=buffer: must be none with pipeline.stages=2"):
         place(recipe, net, CLASSES)
