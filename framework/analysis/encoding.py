@@ -35,7 +35,8 @@ def cached_rows(run: Run, shards: ShardSet, trained: bool = True) -> Rows:
     everywhere = all(text == "yes" for text in distributed.gather_text("yes" if rows else "no"))
     if rows is None or not everywhere:
         rows = _compute(run, shards, trained)
-        write_bytes(path, save({"x": rows.x.cpu(), "y": rows.y.cpu()}, {"key": key}))
+        with distributed.same_outcome():
+            write_bytes(path, save({"x": rows.x.cpu(), "y": rows.y.cpu()}, {"key": key}))
     with distributed.same_outcome():
         if broken := int((~rows.x.isfinite()).any(1).sum()):
             raise UserError(f"features of {broken} of {len(rows.x)} images are not finite: training diverged")
