@@ -124,7 +124,9 @@ def end_to_end(recipe: Recipe, supervised: bool) -> Recipe:
 
 
 def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetwork]:
-    recipe = replace(recipe, network=replace(recipe.network, sync_bn=False))  # costs the same, and needs no GPU
+    recipe = replace(
+        recipe, network=replace(recipe.network, sync_bn=False)
+    )  # costs the same, and needs no GPU
     net = recipe_network(recipe, num_classes)
     return net, recipe_network(end_to_end(recipe, net.plan.supervised), num_classes)
 

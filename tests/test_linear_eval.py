@@ -174,7 +174,9 @@ def test_the_command_on_augmented_images(both_runs: tuple[Path, Path], tmp_path:
 
 
 @pytest.mark.slow
-def test_measuring_during_training_does_not_touch_the_encoder(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+def test_measuring_during_training_does_not_touch_the_encoder(
+    pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
     from trained import make_run
 
     weights, logs = [], []

@@ -150,7 +150,9 @@ def test_dec_width_and_dec_groups(width: int | None, groups: int, inside: int) -
 
 
 def test_a_bottleneck_that_is_impossible() -> None:
-    with pytest.raises(UserError, match=r"64 inside can't have 7 groups; method.head.dec_block=basic is possible"):
+    with pytest.raises(
+        UserError, match=r"64 inside can't have 7 groups; method.head.dec_block=basic is possible"
+    ):
         decoder(dec_groups=7)
 
 
