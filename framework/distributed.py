@@ -76,9 +76,20 @@ def start() -> None:
     """Join the other ranks: NCCL between GPUs, gloo on a machine without one.
 
     Raises:
-        UserError: incomplete launch variables, or more ranks than GPUs on this machine.
+        UserError: incomplete launch variables, more ranks than GPUs on this machine, or a port that is taken.
     """
     os.environ.update(launch_variables(os.environ))
+    try:
+        _join()
+    except dist.DistNetworkError as error:
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise LocalError(
+            f"rank {os.environ['RANK']} can't meet the others at {address}:{port} ({str(error).splitlines()[0]}); "
+            f"if another run has that port, choose one with --master_port or MASTER_PORT"
+        ) from error
+
+
+def _join() -> None:
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
             raise LocalError(

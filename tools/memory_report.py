@@ -70,7 +70,7 @@ def _published(row: Published, images: int | None) -> dict[str, Any]:
 def _own(plan: Path, images: int | None) -> dict[str, Any]:
     path = plan / "recipe.yaml" if plan.is_dir() else plan
     recipe: Recipe = config.load([str(path), *(["data.path=unused"] if path == plan else [])])
-    images = images or recipe.train.batch_size // recipe.train.accumulation
+    images = images or recipe.train.batch_size // recipe.micro_batches
     classes = 10 if recipe.data.source == "digits" else recipe.data.num_classes or 1000
     return _row(f"{recipe.name}: {recipe.method.name}", images, measure(recipe, classes, images), None, None)
 

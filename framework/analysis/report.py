@@ -131,7 +131,7 @@ def _environment(run: Run) -> dict[str, str]:
 def _cost(run: Run) -> PlanCost:
     recipe = run.recipe
     classes = 10 if recipe.data.source == "digits" else recipe.data.num_classes or 1000
-    return plan_cost(recipe, classes, recipe.train.batch_size // recipe.train.accumulation)
+    return plan_cost(recipe, classes, recipe.train.batch_size // recipe.micro_batches)
 
 
 def _plan(run: Run, cost: PlanCost) -> Picture:
