@@ -63,6 +63,8 @@ class Outcome(NamedTuple):
 
 def network(run: Run) -> LocalNetwork:
     net = networks.network(run.case, image_size=SIZE, precision=run.precision, sync_bn=True)
+    if net.scales is not None:
+        net.scales.scale.mul_(2.0**-8)  # as after some steps: at first they may overflow
     return net.to(getattr(torch, run.dtype))
 
 
