@@ -47,12 +47,8 @@ QUICK = [
 SPLIT = [case for case in networks.CASES if case not in ("loco-soft", "mlaan-pulled")]  # those are refused
 METHODS = [
     *(Run(case, 2, 1 + number % 4) for number, case in enumerate(SPLIT)),
-    *(
-        Run(case, 4, 1 + number % 4)
-        for number, case in enumerate(SPLIT)
-        if networks.CASES[case][2] == "block"
-    ),
 ]
+DEEPER = [Run(case, 4, 1 + n % 4) for n, case in enumerate(SPLIT) if networks.CASES[case][2] == "block"]
 GRIDS = [
     Run("loco", 2, 2, replicas=2, optimizer="lars"),
     Run("mlaan", 2, 1, replicas=2),
@@ -72,7 +68,9 @@ def test_stages_equal_one_process(pool: PoolOf, run: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", METHODS, ids=str)
+@pytest.mark.parametrize(
+    "run", [*METHODS, *(pytest.param(run, marks=pytest.mark.soak) for run in DEEPER)], ids=str
+)
 def test_every_method_equals_one_process(pool: PoolOf, run: Run) -> None:
     assert worst(pool, run) < 1e-10
 
