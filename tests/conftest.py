@@ -9,6 +9,14 @@ import pytest
 from pool import Pool, start_server
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``-m "not slow"`` takes the place of the default ``-m``, and must not let these in."""
+    for item in items:
+        if any(item.get_closest_marker(marker) for marker in ("slurm", "soak", "detectron2")):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     if any("pool" in getattr(item, "fixturenames", ()) for item in session.items):
         start_server()
