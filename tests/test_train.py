@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -14,12 +13,11 @@ import pytest
 import timm
 import torch
 from pool import Pool
+from runs import run
 from safetensors.torch import load_file
 
 from framework import config
-from framework.errors import UserError
 from framework.metrics import read_log
-from framework.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -30,16 +28,6 @@ PoolOf = Callable[[int], Pool]
 def arguments(folder: Path, *overrides: str, recipe: Path = RECIPE) -> list[str]:
     """Command line of a small run in ``folder``."""
     return [str(recipe), f"data.path={folder / 'digits'}", f"run_dir={folder / 'run'}", *SMALL, *overrides]
-
-
-def run(argv: list[str]) -> str:
-    """Train on this rank; the error's text if there is one."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        try:
-            train(config.load(argv))
-        except UserError as error:
-            return str(error)
-    return ""
 
 
 def steps(log: Path) -> list[dict[str, float]]:
