@@ -140,8 +140,17 @@ def test_local_networks_under_zero_equal_ddp(pool: PoolOf, case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("method", ["loco", "simclr", "gim", "dgl", "mlaan", "bp"])
+@pytest.mark.parametrize(
+    ("method", "ranks"),
+    [
+        *product(["loco", "simclr", "gim", "dgl", "mlaan", "bp"], [1, 2]),
+        ("loco", 4),
+        *(
+            pytest.param(method, 4, marks=pytest.mark.soak)
+            for method in ["simclr", "gim", "dgl", "mlaan", "bp"]
+        ),
+    ],
+)
 def test_local_networks_full_grid(pool: PoolOf, method: str, ranks: int) -> None:
     for engine, optimizer, accumulation in product(("ddp", "fsdp"), OPTIMIZERS, (1, 2)):
         case = Case(

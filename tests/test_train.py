@@ -171,10 +171,19 @@ def test_the_launcher_prints_an_error_once_and_fails(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "score", "least"), [("quickstart", "knn_top1", 95), ("quickstart_mlaan", "test_top1", 97)]
+    ("recipe", "score", "least", "shorter"),
+    [
+        ("quickstart", "knn_top1", 91, ["train.epochs=8"]),
+        ("quickstart_mlaan", "test_top1", 97, ["train.epochs=10"]),
+        pytest.param("quickstart", "knn_top1", 95, [], marks=pytest.mark.soak),
+        pytest.param("quickstart_mlaan", "test_top1", 97, [], marks=pytest.mark.soak),
+    ],
 )
-def test_the_quick_starts_learn(tmp_path: Path, recipe: str, score: str, least: float) -> None:
-    done = launch(f"recipes/{recipe}.yaml", f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'digits'}")
+def test_the_quick_starts_learn(
+    tmp_path: Path, recipe: str, score: str, least: float, shorter: list[str]
+) -> None:
+    places = [f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'digits'}"]
+    done = launch(f"recipes/{recipe}.yaml", *places, *shorter)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result[score] >= least
