@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import slurm_cluster
 from pool import Pool
-from runs import ROOT, assert_same_run, run, starts, toy
+from runs import ROOT, assert_same_run, losses, run, starts, toy
 from slurm_cluster import Cluster, until
 
 from framework.metrics import read_log
@@ -45,31 +48,22 @@ class Reference(NamedTuple):
     steps: int
 
 
-@pytest.fixture(scope="module")
-def references(
-    tmp_path_factory: pytest.TempPathFactory, pool: Callable[[int], Pool]
-) -> tuple[Reference, Reference]:
-    """A run of some seconds and its continuation to more than a minute, as long as this machine takes for that."""
-    base = tmp_path_factory.getbasetemp()
-    short, long = base / "short", base / "long"
+def reference(pool: Callable[[int], Pool], folder: Path, steps: int) -> None:
+    """Train to that step on two ranks without Slurm."""
     argv = [str(ROOT / "recipes" / "loco_r50_800ep.yaml"), *LENGTH]
-    assert pool(2).run(
-        run, [*argv, *toy(short, "data.workers=0", "train.max_steps=40")], timeout=PATIENCE
-    ) == ["", ""]
-    per_second = read_log(short / "run" / "metrics.jsonl")[-1]["images_per_second"] / 64
-    steps = [math.ceil(seconds * per_second) + 60 for seconds in (20, 100)]
-    for folder, last in zip((short, long), steps, strict=True):
-        more = toy(folder, "data.workers=0", f"train.max_steps={last}")
-        assert pool(2).run(run, [*argv, *more], timeout=PATIENCE) == ["", ""]
-        if folder is short:
-            shutil.copytree(short, long)
-    return Reference(short, steps[0]), Reference(long, steps[1])
+    more = toy(folder, "data.workers=0", f"train.max_steps={steps}")
+    assert pool(2).run(run, [*argv, *more], timeout=PATIENCE) == ["", ""]
 
 
-@pytest.fixture
-def undisturbed(references: tuple[Reference, Reference]) -> Reference:
-    """The short run."""
-    return references[0]
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, pool: Callable[[int], Pool]) -> Reference:
+    """A run of some twenty seconds, in as many steps as this machine takes in that time."""
+    folder = tmp_path_factory.getbasetemp() / "undisturbed"
+    reference(pool, folder, 40)
+    per_second = read_log(folder / "run" / "metrics.jsonl")[-1]["images_per_second"] / 64
+    steps = math.ceil(20 * per_second) + 60
+    reference(pool, folder, steps)
+    return Reference(folder, steps)
 
 
 class Job:
@@ -126,13 +120,22 @@ def test_a_job_over_two_nodes_is_the_same_run(
 
 
 def test_a_job_that_runs_out_of_time_goes_on(
-    cluster: Cluster, tmp_path: Path, references: tuple[Reference, Reference]
+    cluster: Cluster, tmp_path: Path, undisturbed: Reference, pool: Callable[[int], Pool]
 ) -> None:
-    long = references[1]
-    job = Job(cluster, tmp_path, long.steps, options=("--time=2", "--signal=USR1@15"))
+    """How many steps fit into the limit is the machine's affair, so somebody stops the run after its restart."""
+    job = Job(cluster, tmp_path, 10**6, options=("--time=2", "--signal=USR1@15"))
+    until(lambda: job.restarts and starts(tmp_path) > 1, PATIENCE, "not started again")
+    before = len(losses(tmp_path))
+    until(
+        lambda: len(losses(tmp_path)) > max(before, undisturbed.steps), PATIENCE, "no step after the restart"
+    )
+    (tmp_path / "run" / "stop-now").touch()
     job.until_done()
-    assert job.restarts >= 1 and "ended with status 75, JobState=RUNNING" in job.text
-    assert_same_run(tmp_path, *long)
+    assert "ended with status 75, JobState=RUNNING" in job.text
+    steps = len(losses(tmp_path))
+    shutil.copytree(undisturbed.folder, tmp_path / "whole")
+    reference(pool, tmp_path / "whole", steps)
+    assert_same_run(tmp_path, tmp_path / "whole", steps)
 
 
 def test_a_preempted_job_saves_and_comes_back(
@@ -150,6 +153,25 @@ def test_a_preempted_job_saves_and_comes_back(
     job.until_done()
     assert_same_run(tmp_path, *undisturbed)
     assert starts(tmp_path) == 2
+
+
+def test_linear_evaluation_is_a_job_too(cluster: Cluster, tmp_path: Path, undisturbed: Reference) -> None:
+    """On two nodes it finds what the command finds without Slurm on one rank."""
+    command = ["--cached", "--epochs", "2", "--batch-size", "64"]
+    shutil.copytree(undisturbed.folder / "run", tmp_path / "run")
+    log = tmp_path / "job.log"
+    variables = {"MASTER_ADDR": "127.0.0.1", "TMPDIR": str(tmp_path)}
+    more = (*OPTIONS, "--time=30", f"--output={log}")
+    job = cluster.submit("slurm/linear_eval.sh", str(tmp_path / "run"), *command, options=more, **variables)
+    until(lambda: cluster.job(job)["JobState"] == "COMPLETED", PATIENCE, "not done")
+    result = tmp_path / "run" / "analysis" / "linear_eval_loco_cached.json"
+    ours = json.loads(result.read_text())
+    result.unlink()
+    tool = [sys.executable, str(ROOT / "tools" / "linear_eval.py"), str(tmp_path / "run"), *command]
+    subprocess.run(tool, check=True, capture_output=True)
+    theirs = json.loads(result.read_text())
+    assert (ours["ranks"], theirs["ranks"]) == (2, 1)
+    assert ours["top1"] == pytest.approx(theirs["top1"], abs=0.6)
 
 
 @pytest.mark.parametrize("fate", ["set down", "lost"])

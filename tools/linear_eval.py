@@ -162,6 +162,7 @@ def _report(
         **scores,
         **{f"{name}_random_encoder": value for name, value in random.items()},
         "seconds": round(seconds, 1),
+        "ranks": distributed.world_size(),
         **settings(protocol),
     }
     leave(arguments.out, f"linear_eval_{arguments.preset}{'_cached' if arguments.cached else ''}", numbers)
