@@ -11,46 +11,60 @@ import torch
 import torch.distributed as dist
 
 from framework import distributed
-from framework.errors import LostRank
+from framework.errors import LocalError, LostRank
 
 _SOON = timedelta(milliseconds=100)  # for a death to be known on all connections
 
 
 @contextmanager
 def lost_ranks_named() -> Iterator[None]:
-    """Inside, a collective that breaks off because ranks have died becomes a line that names them.
+    """Inside, a collective that breaks off because ranks have ended becomes a line that names them.
 
-    Each rank waits for a message from every other one, which comes only if that one leaves because of a third. So
-    who is gone without a message is who died first, wherever the break was noticed. Collective.
+    Each rank waits for a message from every other one, which comes only if that one leaves because of a third, or
+    with an error of its own. So who is gone without one is who died, wherever the break was noticed. Collective.
 
     Raises:
-        LostRank: on every rank that is left.
+        LostRank: on every rank that is left, after a death.
+        LocalError: on the others, after an error that one rank has met alone.
     """
     others = [r for r in range(distributed.world_size()) if r != distributed.rank()]
     if not others:
         yield
         return
     group = dist.new_group(backend="gloo", timeout=distributed.PATIENCE)
-    farewells = {r: _receive(r, group) for r in others}
+    words = {r: torch.zeros(1) for r in others}
+    farewells = {r: dist.irecv(word, r, group=group) for r, word in words.items()}
     try:
         yield
-    except (RuntimeError, LostRank) as error:
-        if not isinstance(error, LostRank) and not _broken(error):
+    except (RuntimeError, LocalError) as error:
+        own = isinstance(error, LocalError)
+        if not own and not _broken(error):
             raise
-        said = [_send(r, group) for r in others]
+        mine = torch.tensor([float(own and not isinstance(error, LostRank))])
+        for r in others:
+            with suppress(RuntimeError):  # to those who died
+                dist.isend(mine, r, group=group)
         time.sleep(_SOON.total_seconds())
-        if isinstance(error, LostRank):
+        if own:
             raise
         gone = [r for r, farewell in farewells.items() if _broken_off(farewell)]
-        del said
-        names = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else "another rank"
+        failed = [r for r, word in words.items() if word]
+        where = f"rank {distributed.rank()}: "
+        if failed:
+            raise LocalError(
+                f"{where}{_named(failed)} stopped with an error, which tells what to mend"
+            ) from error
         raise LostRank(
-            f"rank {distributed.rank()}: {names} died or can't be reached ({reason(error)}); the same command goes "
-            "on from the last checkpoint"
+            f"{where}{_named(gone)} died or can't be reached ({_reason(error)}); the same command goes on from the "
+            "last checkpoint"
         ) from error
 
 
-def reason(error: Exception) -> str:
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else "another rank"
+
+
+def _reason(error: Exception) -> str:
     """The first sentence of a message, without the place in a source file before it."""
     text = str(error).splitlines()[0].split("] ", 1)[-1]
     return text.split(". ")[0].rstrip(".")
@@ -61,20 +75,9 @@ def _broken(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _receive(rank: int, group: dist.ProcessGroup) -> dist.Work:
-    work = dist.irecv(torch.empty(1), rank, group=group)
-    assert work is not None
-    return work
-
-
-def _send(rank: int, group: dist.ProcessGroup) -> dist.Work | None:
-    with suppress(RuntimeError):  # to those who died
-        return dist.isend(torch.zeros(1), rank, group=group)
-    return None
-
-
-def _broken_off(farewell: dist.Work) -> bool:
+def _broken_off(farewell: dist.Work | None) -> bool:
     """Whether the other end closed. The first wait that is not answered closes this end of all the others."""
+    assert farewell is not None
     try:
         farewell.wait(_SOON)
     except RuntimeError as error:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from pool import Pool
-from ranks import Ranks
+from ranks import Ranks, Trouble
 from runs import ROOT, assert_same_run, toy
 
 from framework import checkpoint
 from framework.control import GO_ON_LATER
+from framework.train import MEND_FIRST
 
 RECIPE = str(ROOT / "recipes" / "loco_r50_800ep.yaml")
 STAGES, STEPS = 3, 60
@@ -67,6 +68,17 @@ def test_all_name_the_stage_that_died_and_the_run_goes_on(
     assert "Traceback" not in ranks.printed
     finish(tmp_path)
     assert_same_run(tmp_path, undisturbed, STEPS)
+
+
+@pytest.mark.slow
+def test_an_error_that_one_stage_meets_is_no_death(tmp_path: Path, undisturbed: Path) -> None:
+    """The others must not say that the same command would go on."""
+    trouble = Trouble(0, "refuse", at_step=3)
+    with Ranks(arguments(tmp_path), STAGES, tmp_path / "record", trouble) as ranks:
+        assert ranks.statuses() == [MEND_FIRST] * STAGES, ranks.printed
+    errors = [line for line in ranks.printed.splitlines() if line.startswith("error: ")]
+    assert errors[0] == "error: rank 0: these images are no good"
+    assert all(f"rank {r}: rank 0 stopped with an error" in errors[r] for r in range(1, STAGES))
 
 
 def ranks_of(folder: Path) -> dict[str, int]:
