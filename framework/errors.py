@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class LocalError(UserError):
     """An error that this rank alone has met, and must therefore print itself."""
+
+
+class LostRank(LocalError):
+    """Another rank is gone or silent; the same command goes on from the last checkpoint."""

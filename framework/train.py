@@ -20,11 +20,12 @@ from framework.config import Recipe
 from framework.control import Request
 from framework.data.splits import Splits
 from framework.engines import Engine
-from framework.errors import LocalError, UserError
+from framework.errors import LocalError, LostRank, UserError
 from framework.execution import LocalNetwork
 from framework.execution.placement import Placement
 from framework.hangs import Watchdog
 from framework.loop import Loop
+from framework.lost import lost_ranks_named
 from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
 from framework.pipeline.balance import place
@@ -43,14 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = config.load(sys.argv[1:] if argv is None else argv)
         distributed.start()
         request = Request.NOTHING
-        for part in parts(recipe):
-            request = train(part)
-            if request >= Request.STOP:
-                break
+        with lost_ranks_named():
+            for part in parts(recipe):
+                request = train(part)
+                if request >= Request.STOP:
+                    break
     except UserError as error:
         if distributed.launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return MEND_FIRST
+        return control.GO_ON_LATER if isinstance(error, LostRank) else MEND_FIRST
     distributed.stop()
     return control.GO_ON_LATER if request is Request.LEAVE else 0
 

@@ -20,6 +20,7 @@ from typing import Any
 from pool import CONTEXT
 
 from framework import distributed
+from framework.errors import UserError
 
 PATIENCE = 400.0  # seconds; on two quiet cores everything takes less than ten
 
@@ -33,8 +34,8 @@ class Trouble:
         at_step: the step in which ``poison``, ``sleep`` or ``lock`` happens.
         kind: "kill" ends the process when it touches a file: on the ``count``-th audit event ``event`` of the
             interpreter whose first argument ends in ``path``. "poison" turns the images into NaN, "sleep" never
-            comes back, "lock" waits for the file ``path`` as PyTorch's builds do. "full disk" lets no file grow
-            beyond 1000 bytes.
+            comes back, "lock" waits for the file ``path`` as PyTorch's builds do, "refuse" is an
+            error in the data. "full disk" lets no file grow beyond 1000 bytes.
     """
 
     rank: int
@@ -186,8 +187,13 @@ def _wait_for_lock(images: Any, path: str) -> Any:
     return images
 
 
+def _refuse(images: Any, path: str) -> Any:
+    raise UserError("these images are no good")
+
+
 _HAPPENS: dict[str, Callable[[Any, str], Any]] = {
     "poison": lambda images, path: images * float("nan"),
     "sleep": lambda images, path: time.sleep(600),
     "lock": _wait_for_lock,
+    "refuse": _refuse,
 }

@@ -199,7 +199,10 @@ def test_shards_without_labels_give_none(tmp_path):
     ("changes", "problem"),
     [
         ({"batch_size": 28}, "holds 27 samples, fewer than batch_size=28"),
-        ({"world_size": 3}, "batch_size=8 must be a multiple of ranks times accumulation (3 x 1 = 3)"),
+        (
+            {"world_size": 3},
+            "batch_size=8 must be a multiple of ranks (a stage's) times micro-batches (3 x 1 = 3)",
+        ),
         ({"accumulation": 3, "world_size": 2}, "(2 x 3 = 6)"),
     ],
 )

@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing as mp
 import os
-import random
 import socket
 import statistics
 import sys
@@ -27,19 +26,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import nn
+from simulated_pipeline import Row, Stages, numbers, simulated
 
-from framework.execution.order import moments
-from framework.execution.placement import Costs, balanced
 from framework.execution.schedule import Instruction, Layout
-from framework.execution.simulation import Duration, Event, Simulation, costs_of, simulate
-from framework.local import LocalUnit, Plan
-from framework.local.units import sliding_windows
+from framework.execution.simulation import AHEAD, Duration, Event, simulate
 from framework.pipeline.timeline import draw_timelines, idle_fraction, window, write_trace
-
-CLASSES = 10
-Row = dict[str, Any]
-Stages = list[list[Event]]
 
 
 def main() -> int:
@@ -77,10 +68,6 @@ def main() -> int:
     return 0
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def _length(stages: Stages) -> float:
     """Of the shortest row, so that all are full."""
     return min(events[-1].end for events in stages) - min(events[0].start for events in stages)
@@ -106,57 +93,11 @@ def show(rows: list[Row]) -> None:
     Console(width=110).print(table)
 
 
-def simulated(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages]]:
-    """Every method on every number of stages and micro-batches."""
-    rows, timelines = [], {}
-    methods = (arguments.methods or "gim,loco,lam").split(",")
-    for stages, micro_batches in product(_numbers(arguments.stages), _numbers(arguments.micro_batches)):
-        end_to_end = _simulation("bp", stages, micro_batches, arguments)
-        for method in methods:
-            ran = _simulation(method, stages, micro_batches, arguments)
-            idle = [1 - u for u in ran.utilisation()]
-            rows.append(
-                {
-                    "method": method,
-                    "stages": stages,
-                    "micro_batches": micro_batches,
-                    "ratio_throughput": end_to_end.period() / ran.period(),
-                    "idle_fraction": None,
-                    "idle_fraction_simulated": statistics.mean(idle),
-                    "idle_fraction_1f1b": 1 - statistics.mean(end_to_end.utilisation()),
-                    "idle_fraction_simulated_per_rank": idle,
-                }
-            )
-            timelines = {"1F1B": _all_events(end_to_end), method: _all_events(ran)}
-    return rows, timelines
-
-
-def _all_events(ran: Simulation) -> Stages:
-    return [list(events) for events in ran.events]
-
-
-def _simulation(method: str, stages: int, micro_batches: int, arguments: argparse.Namespace) -> Simulation:
-    length = {"bp": stages, "loco": min(2, stages)}.get(method, 1)
-    units = [
-        LocalUnit(str(last), first, last, nn.Identity()) for first, last in sliding_windows(stages, length)
-    ]
-    plan = Plan(tuple(units), stages)
-    reads = frozenset((stage, stages - 1) for stage in range(stages - 1) if method == "lam")
-    layout = Layout(
-        moments(plan), balanced([1.0] * stages, stages), micro_batches, reads, lam_lag=arguments.lam_lag
-    )
-    draw = random.Random(0)
-    factors = [draw.uniform(1 - arguments.spread, 1 + arguments.spread) for _ in range(stages)]
-    heads = [0.1 * factors[unit.last] for unit in units]
-    costs = Costs(tuple(factors), tuple(factors), tuple(2 * f for f in factors), tuple(heads))
-    return simulate(layout, costs_of(layout, costs))
-
-
 def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages]]:
     """Start one process a stage, let both engines take turns, and put the ranks' events together."""
-    (stages,) = _numbers(arguments.stages)
+    (stages,) = numbers(arguments.stages)
     methods = (arguments.methods or "gim,dgl,loco").split(",")
-    cases = list(product(methods, _numbers(arguments.micro_batches)))
+    cases = list(product(methods, numbers(arguments.micro_batches)))
     rows, timelines = [], {}
     with _Ranks(stages, arguments) as ranks, Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=len(cases))
@@ -179,14 +120,14 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages
 
 
 def _row(method: str, micro_batches: int, layout: Layout, answers: list[dict[str, list[list[Event]]]]) -> Row:
-    """Medians over the rounds; a period is that of the slowest rank."""
-    rounds = range(len(answers[0]["ours"]))
+    """Medians over the rounds, once the pipeline is full; a period is that of the slowest rank."""
+    rounds, fill = range(len(answers[0]["ours"])), _fill(layout.placement.stages, micro_batches)
 
     def periods(kind: str) -> list[float]:
-        return [max(_period(answer[kind][i]) for answer in answers) for i in rounds]
+        return [max(_period(answer[kind][i], fill) for answer in answers) for i in rounds]
 
     def idle(kind: str) -> list[float]:
-        return [statistics.median(idle_fraction(answer[kind][i]) for i in rounds) for answer in answers]
+        return [statistics.median(idle_fraction(answer[kind][i], fill) for i in rounds) for answer in answers]
 
     ratios = [b / a for a, b in zip(periods("ours"), periods("theirs"), strict=True)]
     predicted = simulate(layout, _measured_costs([answer["ours"] for answer in answers]))
@@ -208,8 +149,13 @@ def _row(method: str, micro_batches: int, layout: Layout, answers: list[dict[str
     }
 
 
-def _period(events: Sequence[Event]) -> float:
-    begin, end, steps = window(events)
+def _fill(stages: int, micro_batches: int) -> int:
+    """Steps until the slowest stage holds back all others: before that they run ahead, and would look busy."""
+    return 1 + -(-(stages - 1) * (1 + AHEAD) // micro_batches)
+
+
+def _period(events: Sequence[Event], fill: int) -> float:
+    begin, end, steps = window(events, fill)
     return (end - begin) / steps
 
 
@@ -312,7 +258,7 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
         options=Pipeline(stages=stages),
     )
     theirs = OneForwardOneBackward(end_to_end, optimizer, spread, batches)
-    steps = 2 + -(-4 // micro_batches)
+    steps = _fill(stages, micro_batches) + 1 + -(-4 // micro_batches)
     found: dict[str, Any] = {"ours": [], "theirs": [], "layout": ours.layout}
     for round_ in range(1 + arguments.rounds):
         ours.events = []

@@ -84,7 +84,7 @@ class TrainLoader:
         """
         if batch_size % (world_size * accumulation):
             raise UserError(
-                f"batch_size={batch_size} must be a multiple of ranks times accumulation "
+                f"batch_size={batch_size} must be a multiple of ranks (a stage's) times micro-batches "
                 f"({world_size} x {accumulation} = {world_size * accumulation})"
             )
         if len(shards) < batch_size:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from framework import distributed
-from framework.errors import LocalError
+from framework.errors import LostRank
 
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 _DIMENSIONS = 8
@@ -85,7 +85,8 @@ class Receiver:
         """The next message; waits for it.
 
         Raises:
-            LocalError: the peer is gone, or silent for too long.
+            LostRank: the peer is silent for too long.
+            RuntimeError: it is gone.
         """
         if self._like is None:
             description = torch.empty(
@@ -104,7 +105,7 @@ class Receiver:
 
 
 class _Named:
-    """Turns a broken connection or a time-out into a line that names the rank at the other end."""
+    """Turns a time-out into a line that names the rank at the other end."""
 
     def __init__(self, peer: Peer, timeout: float, silence: str) -> None:
         self._peer, self._timeout, self._silence = peer, timeout, silence
@@ -113,12 +114,10 @@ class _Named:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            text = str(error).splitlines()[0]
-            what = f"{self._silence} for {self._timeout:g} s" if "imed out" in text else "is gone"
-            raise LocalError(
-                f"rank {dist.get_rank()}: {self._peer.name} {what} ({text}); the last checkpoint is whole, the same "
-                "command goes on from it"
+        if isinstance(error, RuntimeError) and "imed out" in str(error):
+            raise LostRank(
+                f"rank {dist.get_rank()}: {self._peer.name} {self._silence} for {self._timeout:g} s "
+                "(pipeline.timeout); the same command goes on from the last checkpoint"
             ) from error
 
 

@@ -1,0 +1,85 @@
+"""Ranks that die, and are named by those that are left: a broken collective tells only that a connection closed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from framework import distributed
+from framework.errors import LocalError, LostRank
+
+_SOON = timedelta(milliseconds=100)  # for a death to be known on all connections
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Inside, a collective that breaks off because ranks have ended becomes a line that names them.
+
+    Each rank waits for a message from every other one, which comes only if that one leaves because of a third, or
+    with an error of its own. So who is gone without one is who died, wherever the break was noticed. Collective.
+
+    Raises:
+        LostRank: on every rank that is left, after a death.
+        LocalError: on the others, after an error that one rank has met alone.
+    """
+    others = [r for r in range(distributed.world_size()) if r != distributed.rank()]
+    if not others:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=distributed.PATIENCE)
+    words = {r: torch.zeros(1) for r in others}
+    farewells = {r: dist.irecv(word, r, group=group) for r, word in words.items()}
+    try:
+        yield
+    except (RuntimeError, LocalError) as error:
+        own = isinstance(error, LocalError)
+        if not own and not _broken(error):
+            raise
+        mine = torch.tensor([float(own and not isinstance(error, LostRank))])
+        for r in others:
+            with suppress(RuntimeError):  # to those who died
+                dist.isend(mine, r, group=group)
+        time.sleep(_SOON.total_seconds())
+        if own:
+            raise
+        gone = [r for r, farewell in farewells.items() if _broken_off(farewell)]
+        failed = [r for r, word in words.items() if word]
+        where = f"rank {distributed.rank()}: "
+        if failed:
+            raise LocalError(
+                f"{where}{_named(failed)} stopped with an error, which tells what to mend"
+            ) from error
+        raise LostRank(
+            f"{where}{_named(gone)} died or can't be reached ({_reason(error)}); the same command goes on from the "
+            "last checkpoint"
+        ) from error
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else "another rank"
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of a message, without the place in a source file before it."""
+    text = str(error).splitlines()[0].split("] ", 1)[-1]
+    return text.split(". ")[0].rstrip(".")
+
+
+def _broken(error: Exception) -> bool:
+    """Whether a collective has failed, rather than anything else."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _broken_off(farewell: dist.Work | None) -> bool:
+    """Whether the other end closed. The first wait that is not answered closes this end of all the others."""
+    assert farewell is not None
+    try:
+        farewell.wait(_SOON)
+    except RuntimeError as error:
+        return "imed out" not in str(error) and "timeout" not in str(error)
+    return False

@@ -1,0 +1,125 @@
+"""A rank that dies, seen from the others: who they say it was, how they end, and what is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pool import Pool
+from ranks import Ranks, Trouble
+from runs import ROOT, assert_same_run, toy
+
+from framework import checkpoint
+from framework.control import GO_ON_LATER
+from framework.train import MEND_FIRST
+
+RECIPE = str(ROOT / "recipes" / "loco_r50_800ep.yaml")
+STAGES, STEPS = 3, 60
+TIMEOUT = 60.0  # pipeline.timeout
+PoolOf = Callable[[int], Pool]
+
+
+def arguments(folder: Path, *overrides: str) -> list[str]:
+    length = (f"train.max_steps={STEPS}", "train.epochs=20", "checkpoint.every_steps=5", "data.workers=0")
+    stages = (f"pipeline.stages={STAGES}", f"pipeline.timeout={TIMEOUT}")
+    return [RECIPE, *toy(folder, *length, *stages, *overrides)]
+
+
+def saved(folder: Path) -> list[Path]:
+    return sorted((folder / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, pool: PoolOf) -> Path:
+    """The run to compare with; ``pool`` has the server import what ranks need."""
+    folder = tmp_path_factory.mktemp("lost") / "undisturbed"
+    finish(folder)
+    return folder
+
+
+def finish(folder: Path) -> None:
+    """Run, or go on, to the end."""
+    with Ranks(arguments(folder), STAGES, folder / "record") as ranks:
+        assert ranks.statuses() == [0] * STAGES, ranks.printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
+def test_all_name_the_stage_that_died_and_the_run_goes_on(
+    tmp_path: Path, undisturbed: Path, victim: int
+) -> None:
+    """The stage at the other end has no message from the one that died, and names it all the same."""
+    with Ranks(arguments(tmp_path), STAGES, tmp_path / "record") as ranks:
+        ranks.until(lambda: len(saved(tmp_path)) > 0)
+        ranks.signal(signal.SIGKILL, victim)
+        died = time.monotonic()
+        statuses = ranks.statuses()
+        assert time.monotonic() - died < TIMEOUT
+        assert statuses == [-signal.SIGKILL if r == victim else GO_ON_LATER for r in range(STAGES)]
+    errors = [line.split(" (")[0] for line in ranks.printed.splitlines() if line.startswith("error: ")]
+    others = [r for r in range(STAGES) if r != victim]
+    assert errors == [f"error: rank {r}: rank {victim} died or can't be reached" for r in others]
+    assert "Traceback" not in ranks.printed
+    finish(tmp_path)
+    assert_same_run(tmp_path, undisturbed, STEPS)
+
+
+@pytest.mark.slow
+def test_an_error_that_one_stage_meets_is_no_death(tmp_path: Path, undisturbed: Path) -> None:
+    """The others must not say that the same command would go on."""
+    trouble = Trouble(0, "refuse", at_step=3)
+    with Ranks(arguments(tmp_path), STAGES, tmp_path / "record", trouble) as ranks:
+        assert ranks.statuses() == [MEND_FIRST] * STAGES, ranks.printed
+    errors = [line for line in ranks.printed.splitlines() if line.startswith("error: ")]
+    assert errors[0] == "error: rank 0: these images are no good"
+    assert all(f"rank {r}: rank 0 stopped with an error" in errors[r] for r in range(1, STAGES))
+
+
+def ranks_of(folder: Path) -> dict[str, int]:
+    """Processes that train into a folder, by the launcher's argument for the rank."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_text().split("\0")
+        except OSError:
+            continue  # it has ended meanwhile
+        if f"run_dir={folder / 'run'}" in line:
+            found[next((word for word in line if word.startswith("--local_rank=")), "")] = int(process.name)
+    return found
+
+
+@pytest.mark.soak
+def test_the_launcher_leaves_no_process_when_a_stage_is_killed(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(STAGES)]
+    with (tmp_path / "printed").open("w") as printed:
+        launcher = subprocess.Popen(
+            [
+                *command,
+                "framework/train.py",
+                *arguments(tmp_path, "train.epochs=1000", "train.max_steps=9999"),
+            ],
+            cwd=ROOT,
+            stdout=printed,
+            stderr=printed,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        try:
+            while not saved(tmp_path):
+                assert launcher.poll() is None
+                time.sleep(0.1)
+            os.kill(ranks_of(tmp_path)["--local_rank=2"], signal.SIGKILL)
+            assert launcher.wait(2 * TIMEOUT) != 0
+            time.sleep(1)
+            assert not ranks_of(tmp_path)
+        finally:
+            for process in ranks_of(tmp_path).values():
+                os.kill(process, signal.SIGKILL)
+    said = (tmp_path / "printed").read_text()
+    assert "rank 2 died or can't be reached" in said or "--local_rank=2'" in said.splitlines()[-1]
+    assert checkpoint.newest(tmp_path / "run") is not None
