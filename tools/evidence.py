@@ -89,8 +89,8 @@ def draw(path: Path, table: EvidenceTable, members: list[RowRun]) -> None:
         style: dict[str, Any] = {"color": f"C{table.rows.index(run.row)}", "alpha": 0.4}
         if run.seed == table.seeds[0]:
             style |= {"alpha": 1.0, "label": run.row.name}
-        epochs, losses = zip(*run.losses(), strict=True)
-        loss.plot(epochs, [list(units.values())[-1] for units in losses], **style)
+        means = run.losses()
+        loss.plot([epoch for epoch, _ in means], [list(units.values())[-1] for _, units in means], **style)
         if table.score in run.scores:
             epochs, accuracies = run.scores[table.score]
             error[0].plot(epochs, [100 - accuracy for accuracy in accuracies], **style)
