@@ -1,0 +1,45 @@
+"""Segments compiled by ``torch.compile``, for training steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+
+from framework.errors import UserError
+from framework.network.norm import SyncBatchNorm
+from framework.network.segments import Segment
+
+
+def compiled(segment: Segment) -> Callable[[Tensor], Tensor]:
+    """What the segment runs, compiled at the first call; segments that are alike share the result.
+
+    The modules stay where they are: names, hooks and weights are those of the segment. A backward pass takes the
+    gradients of weights and input together, so one that passes through to a lower segment costs a little more.
+
+    Raises:
+        UserError: there is no compiler, or a step of the segment is no module.
+    """
+    if not has_compiler():
+        raise UserError("execution.compile=true: needs a C++ compiler such as g++, and there is none")
+    steps = segment.modules()
+    if len(steps) < len(segment.paths):
+        network = type(segment.backbone).__name__
+        raise UserError(
+            f"execution.compile=true: can't compile {network}: of {', '.join(segment.paths)} not all are modules"
+        )
+    communicates = any(
+        isinstance(module, nn.SyncBatchNorm | SyncBatchNorm) for step in steps for module in step.modules()
+    )
+    # For the whole process, as PyTorch has it: a window goes through a graph again, whose values must still be there.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(nn.Sequential(*steps), fullgraph=not communicates)
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler that PyTorch would call is there."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
