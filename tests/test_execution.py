@@ -12,6 +12,7 @@ from runs import ROOT
 from training import Case
 
 from framework import config, engines
+from framework.analysis.gpu import allocator_peak, busy_seconds, covered
 from framework.engines.graphed import GraphedEngine
 from framework.errors import UserError
 from framework.execution.compilation import has_compiler
@@ -139,3 +140,24 @@ def test_a_network_whose_steps_are_no_modules_is_not_compiled() -> None:
             UserError, match=r"can't compile VisionTransformer: of patch_embed, _pos_embed, .* not all"
         ):
             net.compile_segments()
+
+
+def test_overlapping_kernels_count_once() -> None:
+    assert covered([(5, 6), (0, 4), (1, 2), (3, 4.5)]) == 5.5
+    assert covered([]) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
+def test_what_a_step_takes_of_a_gpu() -> None:
+    """A weight and its momentum of 4 MB each, its gradient, and one temporary of 64 MB; busy for some of the time."""
+    layer = torch.nn.Linear(1024, 1024, bias=False, device="cuda")
+    held = torch.empty(2**20, device="cuda")  # of others
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+
+    def step() -> None:
+        layer.weight.grad = torch.ones(2**24, device="cuda")[: 2**20].view(1024, 1024).clone()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert 76 * 2**20 <= allocator_peak(step, layer) <= 84 * 2**20 + held.numel()
+    assert 0 < busy_seconds(step) < 0.1
