@@ -55,7 +55,7 @@ class GraphedEngine(HoldsState):
 
 
 class _Copied:
-    """Numbers that the device is still to copy to the host."""
+    """An ``Arrival``: numbers that the device is still to copy to the host."""
 
     def __init__(self) -> None:
         self._event = torch.cuda.Event()
