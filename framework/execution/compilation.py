@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 
 from framework.errors import UserError
@@ -24,6 +23,9 @@ def compiled(segment: Segment) -> Callable[[Tensor], Tensor]:
     Raises:
         UserError: there is no compiler, or a step of the segment is no module.
     """
+    from torch._dynamo import config as dynamo  # takes seconds
+    from torch._functorch import config as functorch
+
     if not has_compiler():
         raise UserError("execution.compile=true: needs a C++ compiler such as g++, and there is none")
     steps = segment.modules()
@@ -35,9 +37,11 @@ def compiled(segment: Segment) -> Callable[[Tensor], Tensor]:
     communicates = any(
         isinstance(module, nn.SyncBatchNorm | SyncBatchNorm) for step in steps for module in step.modules()
     )
-    # For the whole process, as PyTorch has it: a window goes through a graph again, whose values must still be there.
-    torch._functorch.config.donated_buffer = False
-    return torch.compile(nn.Sequential(*steps), fullgraph=not communicates)
+    # Both for the whole process, as PyTorch has it. A window goes through a graph again, whose values must still be
+    # there; and segments that differ count as recompilations of one another, of which 8 are allowed.
+    functorch.donated_buffer = False
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    return torch.compile(nn.Sequential(*steps), fullgraph=not communicates, dynamic=False)
 
 
 def has_compiler() -> bool:

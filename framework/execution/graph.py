@@ -80,7 +80,7 @@ def as_before(net: nn.Module) -> Iterator[None]:
     """Buffers (statistics, copies in heads) and the state of chance are afterwards what they were."""
     buffers = list(net.buffers())
     before = [buffer.clone() for buffer in buffers]
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield
     with torch.no_grad():
         for buffer, value in zip(buffers, before, strict=True):
