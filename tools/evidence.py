@@ -127,6 +127,10 @@ def main() -> int:
         "--runs", type=Path, default=Path("runs"), help="where run folders are; default: runs"
     )
     arguments = parser.parse_intermixed_args()
+    if 60 * arguments.minutes <= GRACE:
+        parser.error(
+            f"--minutes {arguments.minutes:g}: must be above {GRACE / 60:g}, which a run may take to save"
+        )
     deadline = time.monotonic() + 60 * arguments.minutes - GRACE
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -141,6 +145,8 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return GO_ON_LATER
     if len(ended) == len(everything):
         return 0
     print(
