@@ -149,7 +149,8 @@ class Execution:
     """How a training step is executed, which changes its speed and not its numbers.
 
     Attributes:
-        compile: compile every segment (``torch.compile``) at its first step; heads run as they are.
+        compile: compile every segment (``torch.compile``) at its first step; heads run as they are. Windows of several
+            segments gain less: what passes a gradient on computes that of its weights, too.
         cuda_graph: record losses and gradients as a CUDA graph and replay it, on one GPU, where it takes the place
             of ``engine``; small networks are bound by the launches that this saves.
     """

@@ -18,7 +18,7 @@ def compiled(segment: Segment) -> Callable[[Tensor], Tensor]:
     """What the segment runs, compiled at the first call; segments that are alike share the result.
 
     The modules stay where they are: names, hooks and weights are those of the segment. A backward pass takes the
-    gradients of weights and input together, so one that passes through to a lower segment costs a little more.
+    gradients of weights and input together: one that only passes through to a lower segment costs as much as both.
 
     Raises:
         UserError: there is no compiler, or a step of the segment is no module.
