@@ -145,6 +145,21 @@ class Train:
 
 
 @dataclass
+class Execution:
+    """How a training step is executed, which changes its speed and not its numbers.
+
+    Attributes:
+        compile: compile every segment (``torch.compile``) at its first step; heads run as they are. Windows of several
+            segments gain less: what passes a gradient on computes that of its weights, too.
+        cuda_graph: record losses and gradients as a CUDA graph and replay it, on one GPU, where it takes the place
+            of ``engine``; small networks are bound by the launches that this saves.
+    """
+
+    compile: bool = False
+    cuda_graph: bool = False
+
+
+@dataclass
 class Pipeline:
     """Segments spread over ranks, on ``engine=deepspeed``.
 
@@ -267,6 +282,7 @@ class Recipe:
     views: Views = field(default_factory=Views)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    execution: Execution = field(default_factory=Execution)
     pipeline: Pipeline = field(default_factory=Pipeline)
     zero_stage: Literal[0, 1, 2] = 1
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -349,6 +365,7 @@ def _check(recipe: Recipe) -> None:
     if warmup > epochs:
         raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}")
     _check_pipeline(recipe)
+    _check_execution(recipe)
 
 
 def _check_pipeline(recipe: Recipe) -> None:
@@ -370,6 +387,30 @@ def _check_pipeline(recipe: Recipe) -> None:
         raise Fault(
             "faults.nonfinite", "skip", "must be stop with pipeline stages, which do not wait for each other"
         )
+
+
+def _check_execution(recipe: Recipe) -> None:
+    execution = recipe.execution
+    asynchronous = getattr(recipe.method.options, "async_mode", "none") == "buffer"
+    hindrances = {
+        "compile": {
+            "engine=fsdp, which swaps the weights around every step": recipe.engine == "fsdp",
+            "pipeline stages": recipe.pipelined,
+        },
+        "cuda_graph": {
+            "execution.compile=true": execution.compile,
+            "pipeline stages": recipe.pipelined,
+            "train.accumulation above 1": recipe.train.accumulation > 1,
+            "train.precision=fp16, whose loss scales the host reads": recipe.train.precision == "fp16",
+            "faults.nonfinite=skip, where the host looks at every step": recipe.faults.nonfinite == "skip",
+            "method.async_mode=buffer, where the host draws the batches": asynchronous,
+            "keys of deepspeed:, in whose place it steps": bool(recipe.deepspeed),
+        },
+    }
+    for key, found in hindrances.items():
+        for hindrance, present in found.items():
+            if getattr(execution, key) and present:
+                raise Fault(f"execution.{key}", "true", f"can't be combined with {hindrance}")
 
 
 def _explain(fault: Fault, known: Sequence[str]) -> str:

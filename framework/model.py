@@ -79,7 +79,7 @@ def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         UserError: as ``local_network``.
     """
     torch.manual_seed(recipe.seed)
-    return local_network(
+    net = local_network(
         networks.create(recipe.network.name, **recipe.network.args),
         recipe.method.name,
         recipe.method.options,
@@ -94,6 +94,9 @@ def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         channels_last=recipe.network.channels_last,
         skip_nonfinite=recipe.faults.nonfinite == "skip",
     ).train()
+    if recipe.execution.compile:
+        net.compile_segments()
+    return net
 
 
 def parts(recipe: Recipe) -> Iterator[Recipe]:

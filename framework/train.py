@@ -117,6 +117,7 @@ def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None 
         deepspeed=recipe.deepspeed,
         pipeline=recipe.pipeline,
         placement=placement,
+        cuda_graph=recipe.execution.cuda_graph,
     )
 
 

@@ -204,3 +204,12 @@ def test_impossible_networks_are_refused(arguments: dict[str, Any], message: str
 def test_presnet_refuses_what_is_no_reading_of_the_paper() -> None:
     with pytest.raises(UserError, match="refuses them: pres_groups=table7 must be one of table6, table8"):
         create("presnet50", pres_groups="table7")
+
+
+def test_resnet18_cifar_is_timms_resnet18_but_for_the_stem() -> None:
+    theirs = {n: tuple(t.shape) for n, t in timm.create_model("resnet18", num_classes=0).state_dict().items()}
+    ours = {n: tuple(t.shape) for n, t in create("resnet18_cifar").state_dict().items()}
+    assert ours.pop("conv1.weight") == (64, 3, 3, 3) and theirs.pop("conv1.weight") == (64, 3, 7, 7)
+    assert ours == theirs
+    segments = cut(create("resnet18_cifar", channels=[16, 32, 64, 128]))
+    assert output_shapes(segments, 32) == ((16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4))

@@ -1,16 +1,21 @@
-"""Time and activation memory of one training step of a local method, against end-to-end backpropagation.
+"""Time and memory of one training step of a local method, against end-to-end backpropagation.
 
     python tools/bench_step.py --network resnet32 --method mlm --window 2 --head gap --batch 64
+    python tools/bench_step.py --network resnet50 --image-size 224 --method gim,loco --batch 256 \\
+        --precision bf16 --channels-last --csv loco.csv
+    python tools/bench_step.py --network resnet110 --modules 55 --method mlaan --batch 128 --cuda-graph --csv mlaan.csv
 
-Three networks take turns in one process: end-to-end (BP, or SimCLR for a contrastive method), the routed
-step, and the definition that runs the segments of every window again. Each ratio is the median over
-rounds of a time to the end-to-end time of the same round; activations are counted, not sampled.
+Networks take turns in one process: end-to-end (BP, or SimCLR for a contrastive method), the routed step, and the
+definition that runs the segments of every window again; with --cuda-graph or --compile the routed step without it,
+too. Each ratio is the median over rounds of a time to the end-to-end time of the same round. Activations are counted,
+not sampled. On a GPU come the allocator's peak, and the share of the step's time in which the GPU is busy.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import json
 import statistics
 import time
@@ -23,8 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from framework.analysis.gpu import allocator_peak, busy_seconds
 from framework.batch import Batch
 from framework.execution.activations import LiveActivations
+from framework.execution.graph import RecordedStep
 from framework.execution.naive import naive_gradients
 from framework.execution.routing import LocalNetwork
 from framework.local import LocalUnit
@@ -73,6 +80,7 @@ def build(method: str, arguments: argparse.Namespace, image_size: int, cut: Cut)
         num_classes=classes,
         cut=cut,
         stem_as_module=bool(arguments.modules) and method in ("dgl", "infopro"),
+        precision=arguments.precision,
         channels_last=arguments.channels_last,
     ).train()
 
@@ -85,6 +93,20 @@ def routed_step(network: LocalNetwork, batch: Batch) -> Callable[[], None]:
         network(batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return step
+
+
+def graphed_step(network: LocalNetwork, batch: Batch) -> Callable[[], None]:
+    """The same, gradients from a CUDA graph."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+    recorded = RecordedStep(network, batch)
+
+    def step() -> None:
+        recorded.run(batch)
+        for parameter, gradient in recorded.gradients.items():
+            parameter.grad = gradient
+        optimizer.step()
 
     return step
 
@@ -138,12 +160,28 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     batch = Batch(images, None, 2) if views == 2 else Batch(images, labels)
     reference = build("simclr" if views == 2 else "bp", arguments, size, cut).to(device)
     network = build(method, arguments, size, cut).to(device)
-    steps = [
-        routed_step(reference, batch),
-        routed_step(network, batch),
-        naive_step(copy.deepcopy(network), batch),
-    ]
-    base, ours, naive = measure(steps, arguments.rounds)
+    activations = peak_activations(network, batch) / peak_activations(reference, batch)
+    peaks = [allocator_peak(routed_step(net, batch), net) for net in (reference, network) if device == "cuda"]
+    steps = {"reference": routed_step(reference, batch)}
+    if not arguments.no_naive:
+        steps["naive"] = naive_step(copy.deepcopy(network), batch)
+    if arguments.cuda_graph or arguments.compile:
+        steps["eager"] = routed_step(copy.deepcopy(network), batch)
+    if arguments.compile:
+        network.compile_segments()
+    steps["routed"] = (graphed_step if arguments.cuda_graph else routed_step)(network, batch)
+    times = dict(zip(steps, measure(list(steps.values()), arguments.rounds), strict=True))
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(values, times["reference"], strict=True))
+        for name, values in times.items()
+    }
+    images_per_step = arguments.batch // views
+    gpu: dict[str, Any] = {}
+    if device == "cuda":
+        gpu = {"reference_peak_bytes": peaks[0], "peak_bytes": peaks[1], "ratio_peak": peaks[1] / peaks[0]}
+        for name, key in (("reference", "reference_busy"), ("routed", "busy")):
+            gpu[key] = busy_seconds(steps[name]) / seconds[name]
     return {
         "network": arguments.network,
         "method": method,
@@ -151,14 +189,21 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "window": arguments.window if method in ("loco", "mlm", "mlaan") else None,
         "head": arguments.head,
         "image_size": size,
+        "precision": arguments.precision,
         "channels_last": arguments.channels_last,
+        "cuda_graph": arguments.cuda_graph,
+        "compile": arguments.compile,
         "batch": arguments.batch,
         "units": len(network.plan.units),
         "reference": "simclr" if views == 2 else "bp",
-        "reference_seconds": statistics.median(base),
-        "ratio_time": statistics.median(a / b for a, b in zip(ours, base, strict=True)),
-        "ratio_time_naive": statistics.median(a / b for a, b in zip(naive, base, strict=True)),
-        "ratio_peak_activations": peak_activations(network, batch) / peak_activations(reference, batch),
+        "reference_seconds": seconds["reference"],
+        "reference_images_per_second": images_per_step / seconds["reference"],
+        "images_per_second": images_per_step / seconds["routed"],
+        "ratio_time": ratios["routed"],
+        "ratio_time_eager": ratios.get("eager"),
+        "ratio_time_naive": ratios.get("naive"),
+        "ratio_peak_activations": activations,
+        **gpu,
         "device": torch.cuda.get_device_name()
         if device == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
@@ -219,6 +264,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         "time",
         "repeated",
         "activations",
+        "images/s",
+        "GPU busy",
     ):
         table.add_column(column, justify="left" if column in ("network", "method", "head") else "right")
     for r in rows:
@@ -231,10 +278,12 @@ def show(rows: list[dict[str, Any]]) -> None:
             str(r["batch"]),
             f"{r['reference']} {r['reference_seconds'] * 1000:.0f} ms",
             f"{r['ratio_time']:.2f}",
-            f"{r['ratio_time_naive']:.2f}",
+            f"{r['ratio_time_naive']:.2f}" if r["ratio_time_naive"] else "-",
             f"{r['ratio_peak_activations']:.3f}",
+            f"{r['images_per_second']:.0f}",
+            f"{r['busy']:.2f}" if "busy" in r else "-",
         )
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 def main() -> None:
@@ -263,10 +312,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images in a step (both views counted)")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after two to warm up")
     parser.add_argument("--breakdown", action="store_true", help="also print what each head takes")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all networks")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay the routed step from a CUDA graph")
+    parser.add_argument("--compile", action="store_true", help="compile the segments of the routed step")
+    parser.add_argument("--no-naive", action="store_true", help="leave the repeated forwards out")
     parser.add_argument("--channels-last", action="store_true", help="all networks in channels-last order")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--csv", type=Path, help="write them here, without what --breakdown adds")
     arguments = parser.parse_args()
+    if arguments.cuda_graph and (arguments.compile or not torch.cuda.is_available()):
+        parser.error("--cuda-graph needs a GPU, and can't be combined with --compile")
     torch.set_num_threads(arguments.threads)
     rows = [row(method, arguments) for method in arguments.method.split(",")]
     show(rows)
@@ -274,6 +330,13 @@ def main() -> None:
         show_breakdown(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(
+                file, [k for k in rows[0] if k != "heads"], extrasaction="ignore", lineterminator="\n"
+            )
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

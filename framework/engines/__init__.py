@@ -29,6 +29,7 @@ def build(
     deepspeed: Mapping[str, Any] | None = None,
     pipeline: Pipeline | None = None,
     placement: Placement | None = None,
+    cuda_graph: bool = False,
 ) -> Engine:
     """Move ``net`` to this rank's device, make all ranks start from rank 0's weights, and wrap it.
 
@@ -45,9 +46,11 @@ def build(
         deepspeed: deepspeed only: further keys of DeepSpeed's configuration.
         pipeline: deepspeed only: how pipeline stages work together.
         placement: deepspeed only: segments of the stages; ``None`` for no pipeline.
+        cuda_graph: replay the step on one GPU, in place of the engine named.
 
     Raises:
-        UserError: another name; a ``deepspeed`` section that contradicts the recipe; batch size indivisible.
+        UserError: another name; a ``deepspeed`` section that contradicts the recipe; batch size indivisible; a
+            CUDA graph without a GPU, or on several.
     """
     replicas = world_size() // (placement.stages if placement else 1)
     if batch_size % (accumulation * replicas):
@@ -55,9 +58,15 @@ def build(
             f"train.batch_size={batch_size}: must be a multiple of {accumulation * replicas} "
             f"(train.accumulation={accumulation} x {replicas} {'replicas' if placement else 'ranks'})"
         )
+    if cuda_graph:
+        _check_one_gpu()
     net.to(device())
     net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepSpeed and FSDP2 take no other
     broadcast_weights(net)
+    if cuda_graph:
+        from framework.engines.graphed import GraphedEngine
+
+        return GraphedEngine(net, make_optimizer, clip=clip)
     if placement is not None:
         from framework.engines.pipeline import PipelinedEngine
 
@@ -93,3 +102,10 @@ def build(
 
         return FSDPEngine(net, make_optimizer, clip=clip)
     raise UserError(f"engine={name}: must be one of deepspeed, ddp, fsdp")
+
+
+def _check_one_gpu() -> None:
+    if device().type != "cuda":
+        raise UserError("execution.cuda_graph=true: needs a GPU, and there is none")
+    if world_size() > 1:
+        raise UserError(f"execution.cuda_graph=true: is for one GPU, and there are {world_size()} ranks")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.batch import Batch, StepOutput
@@ -16,6 +15,13 @@ from framework.optim import SkippableOptimizer
 
 OptimizerFactory = Callable[[nn.Module], SkippableOptimizer]
 OptimizerState = dict[str, dict[str, Tensor]]
+
+
+class Arrival(Protocol):
+    """Something on its way, such as the work of a collective."""
+
+    def wait(self) -> object:
+        """Until it is there."""
 
 
 class StepResult(NamedTuple):
@@ -29,7 +35,7 @@ class StepResult(NamedTuple):
 
     unit_losses: Tensor
     skipped: bool
-    arrival: dist.Work | None = None
+    arrival: Arrival | None = None
 
     def losses(self) -> list[float]:
         """The unit losses as numbers; waits for the device, and for pipeline stages that are behind."""

@@ -8,7 +8,7 @@ linear in the cotangent, so this equals running every window again, at a fractio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from framework.batch import Batch, StepOutput
 from framework.distributed import any_over_ranks
 from framework.errors import UserError
+from framework.execution.compilation import compiled
 from framework.execution.order import moments
 from framework.execution.precision import LossScales, autocast_type
 from framework.execution.step import RoutedStep
@@ -62,6 +63,7 @@ class LocalNetwork(nn.Module):
         self.backbone, self.segments, self.plan, self.frozen = backbone, tuple(segments), plan, tuple(frozen)
         heads = {unit.head: unit.name for unit in reversed(plan.units)}
         self.heads = nn.ModuleDict({heads[u.head].replace(".", "_"): u.head for u in plan.units})
+        self.runners: list[Callable[[Tensor], Tensor]] = list(segments)
         self.moments = moments(plan)
         self.calls = tuple(call for moment in self.moments for call in moment.heads)
         self.low_precision = autocast_type(precision)
@@ -95,6 +97,14 @@ class LocalNetwork(nn.Module):
             return output
         with torch.no_grad(), frozen_statistics(self):
             return self._evaluate(batch)
+
+    def compile_segments(self) -> None:
+        """Compile what training steps run of the segments; evaluation stays as it is.
+
+        Raises:
+            UserError: a segment can't be compiled.
+        """
+        self.runners = [compiled(segment) for segment in self.segments]
 
     def penalty(self) -> Tensor | None:
         """What heads add to the loss for the weights alone (scalar); ``None`` if none does."""
@@ -161,6 +171,14 @@ class LocalNetwork(nn.Module):
 
     def _train(self, batch: Batch) -> StepOutput:
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
+        step, penalty = self.routed(batch)
+        result = _output(self.plan, step.losses, penalty)
+        overflow = self._overflow(step)
+        loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
+        return StepOutput(loss, result.unit_losses, overflow)
+
+    def routed(self, batch: Batch) -> tuple[RoutedStep, Tensor | None]:
+        """Losses and finished gradients of a batch, and the penalty that is in the gradients."""
         step = RoutedStep(self, batch, scales=self.scales.current() if self.scales is not None else None)
         if self.turns is not None:
             self.turns.take(step)
@@ -173,10 +191,7 @@ class LocalNetwork(nn.Module):
         penalty = self.penalty()
         if penalty is not None:
             add_gradients(penalty, step.gradients)
-        result = _output(self.plan, step.losses, penalty.detach() if penalty is not None else None)
-        overflow = self._overflow(step)
-        loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
-        return StepOutput(loss, result.unit_losses, overflow)
+        return step, None if penalty is None else penalty.detach()
 
     def _overflow(self, step: RoutedStep) -> Tensor | None:
         """Whether any loss or gradient on any rank is infinite or NaN, where somebody wants to know."""

@@ -72,7 +72,7 @@ class RoutedStep:
         """Run segment ``s`` on the detached output of the one below; its own output, detached."""
         self.inputs[s] = x.detach().requires_grad_(s in self.crossed)
         with self.network.autocast(x):
-            self.outputs[s] = self.network.segments[s](self.inputs[s])
+            self.outputs[s] = self.network.runners[s](self.inputs[s])
         return self.outputs[s].detach()
 
     def run_heads(self, s: int, defer_contrast: bool = False) -> None:

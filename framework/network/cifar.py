@@ -2,11 +2,13 @@
 
 Projection shortcuts (1x1 convolution and BatchNorm) as in the code of InfoPro, AugLocal and MLAAN:
 0.467 M parameters for depth 32 and 1.731 M for depth 110 with ten classes.
+
+``resnet18_cifar`` has the four stages of ImageNet's ResNet-18 behind the same stem, for contrastive methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
@@ -20,26 +22,32 @@ MAX_DEPTH = 110
 
 
 class CifarResNet(ConvNet):
-    """3x3 stem, three stages of ``blocks`` basic blocks at 16, 32 and 64 channels; names as in timm's ResNet.
+    """3x3 stem, then stages of basic blocks, each but the first at half the resolution; names as in timm's ResNet.
 
     Args:
         blocks: residual blocks a stage, n of depth 6n+2.
-        num_classes: outputs of ``fc``; 0 leaves the pooled 64-d feature.
+        channels: of the stages; the stem has those of the first.
+        num_classes: outputs of ``fc``; 0 leaves the pooled feature, of the last stage's channels.
         in_chans: input channels.
         zero_init_last: start every residual branch at zero (off in the papers' CIFAR code).
     """
 
     def __init__(
-        self, blocks: int, num_classes: int = 10, in_chans: int = 3, zero_init_last: bool = False
+        self,
+        blocks: int,
+        channels: Sequence[int] = CHANNELS,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        zero_init_last: bool = False,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, CHANNELS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(CHANNELS[0])
+        width = channels[0]
+        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
-        width = CHANNELS[0]
-        for stage, channels in enumerate(CHANNELS, start=1):
-            self.add_module(f"layer{stage}", _stage(width, channels, blocks))
-            width = channels
+        for stage, wider in enumerate(channels, start=1):
+            self.add_module(f"layer{stage}", _stage(width, wider, blocks))
+            width = wider
         self.add_head(width, num_classes)
         for module in self.modules() if zero_init_last else ():
             if isinstance(module, BasicBlock):
@@ -73,6 +81,20 @@ _CONFIG = {
     "first_conv": "conv1",
     "classifier": "fc",
 }
-default_cfgs = generate_default_cfgs({f"resnet{depth}": _CONFIG for depth in _DEPTHS})
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"resnet{depth}": _CONFIG for depth in _DEPTHS},
+        "resnet18_cifar": {**_CONFIG, "pool_size": (4, 4)},
+    }
+)
 for _depth in _DEPTHS:
     register_model(_entry_point(_depth))
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-18 for small images: 11.2 M parameters; ``channels`` makes it narrower."""
+    channels = kwargs.pop("channels", (64, 128, 256, 512))
+    return build_model_with_cfg(
+        CifarResNet, "resnet18_cifar", pretrained, blocks=2, channels=channels, **kwargs
+    )

@@ -1,0 +1,232 @@
+"""Tables of results: which runs they ask for, and what is kept of a run that ended."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from framework import config
+from framework.analysis.curves import read_losses, read_scores
+from framework.errors import UserError
+from framework.metrics import ROOT
+from framework.schema import Fault, NonNegativeInt, build
+
+POINTS = 50  # of a curve in a log
+PLACES = {"run_dir", "data.path", "data.cache_dir", "data.workers"}  # may change between pieces; not logged
+
+
+@dataclass
+class Row:
+    """One line of a table.
+
+    Attributes:
+        name: what the line is called.
+        recipe: path of the file, from the table's folder.
+        overrides: of that recipe.
+        paper: the published error in per cent, often of a longer training.
+    """
+
+    name: str
+    recipe: str
+    overrides: list[str] = field(default_factory=list)
+    paper: float | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower().replace("*", "star")).strip("-")
+
+
+@dataclass
+class EvidenceTable:
+    """A table of results.
+
+    Attributes:
+        title: what is compared, under which conditions.
+        score: the accuracy, in per cent, whose error is compared.
+        rows: in the order of the table.
+        overrides: conditions that all rows share.
+        seeds: every row is trained with each.
+        linear_eval: arguments of ``tools/linear_eval.py``, which then follows the training.
+    """
+
+    title: str
+    score: Literal["test_top1", "linear_top1"]
+    rows: list[Row]
+    overrides: list[str] = field(default_factory=list)
+    seeds: list[NonNegativeInt] = field(default_factory=lambda: [0])
+    linear_eval: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        slugs = [row.slug for row in self.rows]
+        if len(set(slugs)) < len(slugs):
+            raise ValueError(f"two rows have the same file name: {', '.join(slugs)}")
+        if (self.score == "linear_top1") != bool(self.linear_eval):
+            raise ValueError("linear_eval goes with score=linear_top1, and only with it")
+
+    @classmethod
+    def read(cls, path: Path) -> EvidenceTable:
+        """The table at ``path``.
+
+        Raises:
+            UserError: no such file, or not a table.
+        """
+        if not path.is_file():
+            raise UserError(f"{path}: no such table")
+        try:
+            return build(cls, OmegaConf.to_container(OmegaConf.load(path)))
+        except Fault as fault:
+            raise UserError(f"{path}: {fault.key or 'the file'}: {fault.problem or 'unknown key'}") from fault
+
+    def runs(self, path: Path, folder: Path, overrides: list[str]) -> list[RowRun]:
+        """Every run, seed after seed.
+
+        Args:
+            path: of the table.
+            folder: below which run folders are.
+            overrides: of the command line.
+
+        Raises:
+            UserError: a recipe or an override is wrong; a run folder has other settings.
+        """
+        return [
+            RowRun(
+                self,
+                row,
+                seed,
+                path.parent / row.recipe,
+                overrides,
+                folder / path.stem / f"{row.slug}-seed{seed}",
+            )
+            for seed in self.seeds
+            for row in self.rows
+        ]
+
+
+class RowRun:
+    """One row with one seed.
+
+    Attributes:
+        row: the row.
+        seed: the seed.
+        folder: of the run.
+        commands: what makes it, one after the other: paths of scripts with arguments.
+    """
+
+    def __init__(
+        self, table: EvidenceTable, row: Row, seed: int, recipe: Path, overrides: list[str], folder: Path
+    ) -> None:
+        self.row, self.seed, self.folder = row, seed, folder
+        self._recipe = recipe.resolve()
+        self._settings = [*table.overrides, *row.overrides, *overrides, f"seed={seed}"]
+        arguments = [str(self._recipe), *self._settings, f"run_dir={folder}"]
+        self._check(config.load(arguments))
+        self.commands = [[str(ROOT / "framework" / "train.py"), *arguments]]
+        if table.linear_eval:
+            evaluation = [str(ROOT / "tools" / "linear_eval.py"), str(folder), *table.linear_eval]
+            self.commands.append([*evaluation, "--out", str(folder / "evidence")])
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """What each command left, as far as they have come."""
+        files = [*self.folder.glob("result.json"), *self.folder.glob("evidence/*.json")]
+        return [json.loads(path.read_text()) for path in files]
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do."""
+        return len(self.results) == len(self.commands)
+
+    @cached_property
+    def scores(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Accuracies that were measured during the training: name -> (epochs, per cent)."""
+        return read_scores(self.folder / "metrics.jsonl")
+
+    def losses(self) -> list[tuple[float, dict[str, float]]]:
+        """Mean losses of the units over parts of the training, by the epoch at the end of the part."""
+        losses, epochs = read_losses(self.folder / "metrics.jsonl"), self.results[0]["epochs"]
+        steps = len(losses.steps)
+        ends = sorted({math.ceil(steps * (i + 1) / POINTS) for i in range(POINTS)})
+        parts = [
+            (end, losses.values[start:end].mean(0)) for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        return [
+            (round(epochs * end / steps, 3), dict(zip(losses.units, means.round(4).tolist(), strict=True)))
+            for end, means in parts
+        ]
+
+    def line(self, score: str, log: Path) -> dict[str, Any]:
+        """The line of the CSV: errors and accuracies in per cent, conditions, environment."""
+        result, *evaluation = self.results
+        accuracies = {key: value for key, value in result.items() if "top1" in key}
+        for found in evaluation:
+            accuracies |= {"linear_top1": found["top1"], "linear_top1_random": found["top1_random_encoder"]}
+        during = self.scores[score][1] if score in self.scores else []
+        recipe = config.load([str(self.folder / "recipe.yaml")])
+        return {
+            "row": self.row.name,
+            "seed": self.seed,
+            "error": round(100 - accuracies[score], 2),
+            "best_error": round(100 - max([*during, accuracies[score]]), 2),
+            "paper_error": self.row.paper,
+            **accuracies,
+            "train_images": result["train_images"],
+            "epochs": result["epochs"],
+            "batch_size": recipe.train.batch_size,
+            "precision": recipe.train.precision,
+            "images_per_second": result["images_per_second"],
+            "peak_memory_gb": round(result["peak_memory_bytes"] / 1e9, 2),
+            "device": result["device"],
+            "threads": result["threads"],
+            "commit": result["commit"],
+            "log": str(log),
+        }
+
+    def log(self) -> str:
+        """What is kept of the run, in lines of JSON: settings and results, accuracies, losses."""
+        inside = self._recipe.is_relative_to(ROOT)
+        recipe = str(self._recipe.relative_to(ROOT)) if inside else self._recipe.name
+        kept = [text for text in self._settings if text.split("=")[0] not in PLACES]
+        first = {
+            "command": shlex.join(["python", "framework/train.py", recipe, *kept]),
+            "results": self.results,
+            "settings": _settings((self.folder / "recipe.yaml").read_text()),
+        }
+        scores = [{"scores": {key: {"epochs": e, "top1": s}}} for key, (e, s) in self.scores.items()]
+        losses = [{"epoch": epoch, "losses": means} for epoch, means in self.losses()]
+        return "".join(json.dumps(line) + "\n" for line in [first, *scores, *losses])
+
+    def _check(self, wanted: config.Recipe) -> None:
+        """Raises:
+        UserError: the folder holds a run of another recipe.
+        """
+        path = self.folder / "recipe.yaml"
+        if not path.exists():
+            return
+        there, here = _settings(path.read_text()), _settings(config.to_yaml(wanted))
+        for key in sorted(there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                raise UserError(
+                    f"{path}: {key} is {there.get(key)} there and {here.get(key)} in the table: "
+                    f"remove the folder, or name another with --runs"
+                )
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """A recipe's values by dotted key, but for places."""
+    values = _flat(OmegaConf.to_container(OmegaConf.create(text)), "")
+    return {key: value for key, value in values.items() if key not in PLACES}
+
+
+def _flat(tree: Any, key: str) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {k: v for name, node in tree.items() for k, v in _flat(node, f"{key}.{name}".strip(".")).items()}

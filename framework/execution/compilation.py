@@ -1,0 +1,49 @@
+"""Segments compiled by ``torch.compile``, for training steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from framework.errors import UserError
+from framework.network.norm import SyncBatchNorm
+from framework.network.segments import Segment
+
+
+def compiled(segment: Segment) -> Callable[[Tensor], Tensor]:
+    """What the segment runs, compiled at the first call; segments that are alike share the result.
+
+    The modules stay where they are: names, hooks and weights are those of the segment. A backward pass takes the
+    gradients of weights and input together: one that only passes through to a lower segment costs as much as both.
+
+    Raises:
+        UserError: there is no compiler, or a step of the segment is no module.
+    """
+    from torch._dynamo import config as dynamo  # takes seconds
+    from torch._functorch import config as functorch
+
+    if not has_compiler():
+        raise UserError("execution.compile=true: needs a C++ compiler such as g++, and there is none")
+    steps = segment.modules()
+    if len(steps) < len(segment.paths):
+        network = type(segment.backbone).__name__
+        raise UserError(
+            f"execution.compile=true: can't compile {network}: of {', '.join(segment.paths)} not all are modules"
+        )
+    communicates = any(
+        isinstance(module, nn.SyncBatchNorm | SyncBatchNorm) for step in steps for module in step.modules()
+    )
+    # Both for the whole process, as PyTorch has it. A window goes through a graph again, whose values must still be
+    # there; and segments that differ count as recompilations of one another, of which 8 are allowed.
+    functorch.donated_buffer = False
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    return torch.compile(nn.Sequential(*steps), fullgraph=not communicates, dynamic=False)
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler that PyTorch would call is there."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None

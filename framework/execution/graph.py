@@ -1,0 +1,87 @@
+"""A training step's losses and gradients as one CUDA graph: small networks are bound by the launches of kernels.
+
+Everything up to the finished gradients is recorded, with BatchNorm's statistics and the copies in heads, which move
+in place. The optimizer is not: its rate is a number of the host's that changes with every step, and a rate read
+from the device would round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from framework.batch import Batch
+from framework.execution.routing import LocalNetwork
+
+Outputs = list[Tensor]
+Recorder = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
+WARM_UP = 3  # runs before the recording, in which libraries choose kernels and take their workspaces
+
+
+class RecordedStep:
+    """The routed step on batches of one size, without launches of its own.
+
+    Args:
+        net: in training mode; the parameters keep their storage from now on.
+        batch: an example.
+        record: see ``record``.
+
+    Attributes:
+        unit_losses: (U,) of the last step.
+        gradients: by parameter, of the last step; the next one overwrites them.
+    """
+
+    def __init__(self, net: LocalNetwork, batch: Batch, record: Recorder | None = None) -> None:
+        self._net = net
+        self._batch = batch._replace(
+            images=batch.images.clone(), labels=None if batch.labels is None else batch.labels.clone()
+        )
+        self._learners: list[nn.Parameter] = []
+        with as_before(net):
+            self._replay, (self.unit_losses, *gradients) = (record or record_graph)(self._work)
+        self.gradients = dict(zip(self._learners, gradients, strict=True))
+
+    def run(self, batch: Batch) -> None:
+        """Losses and gradients of another batch."""
+        self._batch.images.copy_(batch.images)
+        if self._batch.labels is not None and batch.labels is not None:
+            self._batch.labels.copy_(batch.labels)
+        self._replay()
+
+    def _work(self) -> Outputs:
+        self._net.begin_step()
+        step, _ = self._net.routed(self._batch)
+        self._net.update_copies(self._batch)
+        self._learners = list(step.gradients)
+        losses = torch.stack([step.losses[i] for i in range(len(self._net.plan.units))])
+        return [losses, *step.gradients.values()]
+
+
+def record_graph(work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+    """Record what ``work`` does on the GPU; returns what does it again, and the tensors it then writes to."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # Threads of the loader may use the GPU meanwhile, which only concerns this one in "thread_local".
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = work()
+    return graph.replay, outputs
+
+
+@contextmanager
+def as_before(net: nn.Module) -> Iterator[None]:
+    """Buffers (statistics, copies in heads) and the state of chance are afterwards what they were."""
+    buffers = list(net.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        yield
+    with torch.no_grad():
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)

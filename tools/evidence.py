@@ -1,0 +1,159 @@
+"""Train the rows of a table of results, in pieces, and write down what came out.
+
+    python tools/evidence.py recipes/results/cifar10_r32_400ep_b1024.yaml data.path=data/cifar10 --minutes 9
+
+Every row is trained once per seed, in a run folder of its own below ``--runs``. With ``--minutes``, or on TERM, the
+run at work saves and this ends with status 75; the same command goes on from there. Beside the table come, for every
+device, ``TABLE-DEVICE.csv`` with a line per finished run, ``TABLE-DEVICE.png`` with their curves, and below ``logs/``
+the settings, curves and results behind each line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table as Printed
+
+from framework.analysis.evidence import EvidenceTable, RowRun
+from framework.control import GO_ON_LATER
+from framework.errors import UserError
+from framework.metrics import write_whole
+
+GRACE = 45.0  # seconds that a run may take to finish its step and save
+
+
+def go_on(run: RowRun, deadline: float) -> bool:
+    """Work on a run until its end or the deadline; whether it ended.
+
+    Raises:
+        UserError: a command failed.
+    """
+    for command in run.commands[len(run.results) :]:
+        process = subprocess.Popen([sys.executable, *command], start_new_session=True)
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()) if math.isfinite(deadline) else None)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # the latter is how TERM arrives here
+            process.terminate()
+            process.wait()
+            return run.ended
+        if process.returncode == GO_ON_LATER:
+            return False
+        if process.returncode:
+            raise UserError(f"{run.folder}: failed, see above: python {shlex.join(command)}")
+    return True
+
+
+def write_down(path: Path, table: EvidenceTable, ended: list[RowRun]) -> list[dict[str, Any]]:
+    """Write CSV, curves and logs of the runs that ended, on every device; returns the lines of all CSVs."""
+
+    def device(run: RowRun) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", run.results[0]["device"].lower()).strip("-")
+
+    everything = []
+    for name, group in groupby(sorted(ended, key=device), device):
+        members, lines = list(group), []
+        for run in members:
+            log = Path("logs", f"{path.stem}-{name}", f"{run.folder.name}.jsonl")
+            write_whole(path.parent / log, run.log())
+            lines.append(run.line(table.score, log))
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        write_whole(path.parent / f"{path.stem}-{name}.csv", buffer.getvalue())
+        draw(path.parent / f"{path.stem}-{name}.png", table, members)
+        everything += lines
+    return everything
+
+
+def draw(path: Path, table: EvidenceTable, members: list[RowRun]) -> None:
+    """Loss of the last unit, and the error where it was measured during training; a colour a row."""
+    measured = any(table.score in run.scores for run in members)
+    figure = Figure(figsize=(10 if measured else 6.4, 4), layout="constrained")
+    loss, *error = figure.subplots(1, 1 + measured, squeeze=False)[0]
+    for run in members:
+        style: dict[str, Any] = {"color": f"C{table.rows.index(run.row)}", "alpha": 0.4}
+        if run.seed == table.seeds[0]:
+            style |= {"alpha": 1.0, "label": run.row.name}
+        means = run.losses()
+        loss.plot([epoch for epoch, _ in means], [list(units.values())[-1] for _, units in means], **style)
+        if table.score in run.scores:
+            epochs, accuracies = run.scores[table.score]
+            error[0].plot(epochs, [100 - accuracy for accuracy in accuracies], **style)
+    loss.set(xlabel="epoch", ylabel="training loss of the last unit")
+    loss.legend(fontsize="small")
+    for axes in error:
+        axes.set(xlabel="epoch", ylabel="test error in %")
+    figure.suptitle(table.title)
+    figure.savefig(path, dpi=110)
+
+
+def show(table: EvidenceTable, lines: list[dict[str, Any]]) -> None:
+    """Print what tells the lines apart."""
+    columns = ("row", "seed", "error", "best_error", "paper_error", "images_per_second", "peak_memory_gb")
+    printed = Printed(title=table.title)
+    for column in columns:
+        printed.add_column(column.replace("_", " "))
+    for line in lines:
+        printed.add_row(*("" if line[column] is None else str(line[column]) for column in columns))
+    Console().print(printed)
+
+
+def main() -> int:
+    """Train what is missing, write down what ended; the exit status: 0, 75 if there is more to do, 1 for an error."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path, help="a YAML file of recipes/results")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of every row, such as data.path=DIR"
+    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop in time, to go on later")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where run folders are; default: runs"
+    )
+    arguments = parser.parse_intermixed_args()
+    if 60 * arguments.minutes <= GRACE:
+        parser.error(
+            f"--minutes {arguments.minutes:g}: must be above {GRACE / 60:g}, which a run may take to save"
+        )
+    deadline = time.monotonic() + 60 * arguments.minutes - GRACE
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        table = EvidenceTable.read(arguments.table)
+        everything = table.runs(arguments.table, arguments.runs, arguments.overrides)
+        for run in everything:
+            if not run.ended and (time.monotonic() > deadline or not go_on(run, deadline)):
+                break
+        ended = [run for run in everything if run.ended]
+        if ended:
+            show(table, write_down(arguments.table, table, ended))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return GO_ON_LATER
+    if len(ended) == len(everything):
+        return 0
+    print(
+        f"{len(ended)} of {len(everything)} runs have ended; the same command goes on from here", flush=True
+    )
+    return GO_ON_LATER
+
+
+if __name__ == "__main__":
+    sys.exit(main())
