@@ -17,7 +17,6 @@ import torch
 
 from framework import config, distributed, metrics
 from framework.batch import Batch
-from framework.config import Recipe
 from framework.control import Request, Requests
 from framework.data.loader import TrainLoader
 from framework.display import Progress
@@ -25,6 +24,7 @@ from framework.engines import Engine, StepResult
 from framework.errors import LocalError, UserError
 from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate
+from framework.recipe import Recipe
 from framework.retention import Keep
 from framework.saving import Saver
 from framework.trackers import Logs, open_trackers

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from framework import checkpoint, distributed, evaluate, metrics
 from framework.analysis.curves import loss_curves
-from framework.config import Recipe
 from framework.data.index import ShardSet
 from framework.data.splits import Splits
 from framework.engines import Engine
 from framework.execution import LocalNetwork
 from framework.model import recipe_network
+from framework.recipe import Recipe
 
 Encode = Callable[[evaluate.EvalBatches], tuple[Tensor, Tensor]]
 

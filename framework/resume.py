@@ -12,12 +12,12 @@ import yaml
 from torch import nn
 
 from framework import checkpoint, distributed
-from framework.config import Recipe
 from framework.engines import Engine
 from framework.errors import UserError
 from framework.execution import LocalNetwork
 from framework.local.objectives import SupCon
 from framework.loop import Position
+from framework.recipe import Recipe
 
 
 def restore(recipe: Recipe, engine: Engine) -> Position:

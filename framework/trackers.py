@@ -9,9 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from framework.config import Recipe, to_yaml
+from framework.config import to_yaml
 from framework.errors import UserError
 from framework.metrics import MetricLog
+from framework.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

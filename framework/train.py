@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from framework import config, control, distributed, engines
-from framework.config import Recipe
 from framework.control import Request
 from framework.data.splits import Splits
 from framework.engines import Engine
@@ -29,6 +28,7 @@ from framework.lost import lost_ranks_named
 from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
 from framework.pipeline.balance import place
+from framework.recipe import Recipe
 from framework.results import leave_results, score_now
 from framework.resume import restore
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from framework import engines
 from framework.batch import Batch
-from framework.config import Pipeline
 from framework.distributed import is_main, rank, world_size
 from framework.engines.step import marked
 from framework.execution import LocalNetwork
 from framework.execution.placement import Placement, balanced
 from framework.optim import build_optimizer
+from framework.recipe import Pipeline
 from tests import networks
 
 RATES = (0.02, 0.01, 0.03)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from framework.config import Recipe, load, to_yaml
+from framework.config import load, to_yaml
 from framework.errors import UserError
 from framework.local import methods
+from framework.recipe import Recipe
 
 BASE = """
 data: {path: data/digits, source: digits, workers: 0}

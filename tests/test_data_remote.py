@@ -20,7 +20,6 @@ import torch
 from http_store import breaking, serve
 from PIL import Image
 
-from framework.config import Data, Recipe, Train
 from framework.data.index import ShardSet
 from framework.data.loader import EvalLoader, TrainLoader
 from framework.data.remote import open_remote
@@ -29,6 +28,7 @@ from framework.data.splits import Splits
 from framework.data.store import Store
 from framework.data.views import Views
 from framework.errors import UserError
+from framework.recipe import Data, Recipe, Train
 
 PLAIN = Views(kind="none", centre=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GB = 10**9

@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from framework import config
 from framework.batch import Batch
 from framework.composition import merge, recipe_files
-from framework.config import Recipe
 from framework.execution import LocalNetwork
 from framework.model import recipe_network
 from framework.network import create, cut
+from framework.recipe import Recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from framework import config
-from framework.config import Recipe
 from framework.metrics import MetricLog, read_log
+from framework.recipe import Recipe
 from framework.trackers import Logs, open_trackers
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"

@@ -237,9 +237,9 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
 
     from stock_pipeline import OneForwardOneBackward, batches_of, network, placement
 
-    from framework.config import Pipeline
     from framework.engines.pipeline import PipelinedEngine
     from framework.optim import build_optimizer
+    from framework.recipe import Pipeline
 
     optimizer = partial(build_optimizer, name="sgd")
     net = network(method, arguments)

@@ -17,10 +17,10 @@ from dataclasses import replace
 from framework import config, distributed, metrics
 from framework.analysis.command import only_run, status, told_apart
 from framework.analysis.runs import Run, open_runs
-from framework.config import Method, Optim, Recipe
 from framework.data.splits import Splits
 from framework.errors import UserError
 from framework.local.methods import bp
+from framework.recipe import Method, Optim, Recipe
 from framework.train import train
 
 BATCH = 4096

@@ -30,8 +30,8 @@ from framework.analysis.memory import (
     published_recipe,
     stage_shares,
 )
-from framework.config import Recipe
 from framework.errors import UserError
+from framework.recipe import Recipe
 
 GIB = 2**30
 

@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from framework import config
-from framework.config import Recipe
 from framework.cost import PlanCost, plan_cost
 from framework.errors import UserError
 from framework.model import recipe_network
 from framework.pipeline.balance import StageForecast, stage_forecast
 from framework.plan_picture import draw_plan
+from framework.recipe import Recipe
 
 CLASSES = 1000  # where neither the recipe nor its data say
 

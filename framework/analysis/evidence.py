@@ -17,6 +17,7 @@ from framework import config
 from framework.analysis.curves import read_losses, read_scores
 from framework.errors import UserError
 from framework.metrics import ROOT
+from framework.recipe import Recipe
 from framework.schema import Fault, NonNegativeInt, build
 
 POINTS = 50  # of a curve in a log
@@ -204,7 +205,7 @@ class RowRun:
         losses = [{"epoch": epoch, "losses": means} for epoch, means in self.losses()]
         return "".join(json.dumps(line) + "\n" for line in [first, *scores, *losses])
 
-    def _check(self, wanted: config.Recipe) -> None:
+    def _check(self, wanted: Recipe) -> None:
         """Raises:
         UserError: the folder holds a run of another recipe.
         """

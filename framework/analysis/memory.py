@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from framework import config, cost
 from framework.analysis.pictures import dress, run_colors
 from framework.batch import Batch
-from framework.config import Recipe
 from framework.metrics import ROOT
 from framework.model import recipe_network
+from framework.recipe import Recipe
 
 
 class Published(NamedTuple):

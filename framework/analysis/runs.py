@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from framework import checkpoint, config, distributed, network
-from framework.config import Method, Recipe
 from framework.data.splits import Splits
 from framework.errors import UserError
 from framework.execution import LocalNetwork
 from framework.local.methods import bp
 from framework.model import recipe_network
 from framework.network import Segment
+from framework.recipe import Method, Recipe
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from framework import distributed
-from framework.config import Data, Recipe
 from framework.data.digits import prepare_digits
 from framework.data.index import ShardSet
 from framework.data.loader import EvalLoader, TrainLoader
@@ -15,6 +14,7 @@ from framework.data.order import AHEAD, balanced
 from framework.data.remote import open_remote
 from framework.data.store import is_url
 from framework.errors import UserError
+from framework.recipe import Data, Recipe
 
 logger = logging.getLogger(__name__)
 

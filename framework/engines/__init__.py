@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from framework.config import Pipeline
 from framework.distributed import broadcast_weights, device, world_size
 from framework.engines.step import Engine, OptimizerFactory, StepResult
 from framework.errors import UserError
 from framework.execution import LocalNetwork
 from framework.execution.placement import Placement
+from framework.recipe import Pipeline
 
 __all__ = ["Engine", "StepResult", "build"]
 

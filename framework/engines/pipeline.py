@@ -12,7 +12,6 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from framework.batch import Batch
-from framework.config import Pipeline
 from framework.distributed import device, gather_tensors, is_main, rank, world_size
 from framework.engines import partition, state
 from framework.engines.deepspeed import checked_config, join_ranks
@@ -27,6 +26,7 @@ from framework.pipeline.engine import BoundaryEngine
 from framework.pipeline.following import Following
 from framework.pipeline.stage import Stage, owners
 from framework.pipeline.worker import Worker
+from framework.recipe import Pipeline
 
 
 class PipelinedEngine:

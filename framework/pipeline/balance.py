@@ -11,7 +11,6 @@ import torch
 
 from framework import distributed
 from framework.batch import Batch
-from framework.config import Recipe
 from framework.cost import PlanCost, plan_cost
 from framework.errors import UserError
 from framework.execution import LocalNetwork
@@ -23,6 +22,7 @@ from framework.execution.step import RoutedStep, contrasts
 from framework.local import LocalUnit, Plan
 from framework.network.norm import frozen_statistics
 from framework.pipeline.following import Following
+from framework.recipe import Recipe
 
 _ROUNDS = 3
 

@@ -1,0 +1,287 @@
+"""The typed schema of a recipe: every section, every key, its default and its range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+from framework.data.views import Views
+from framework.schema import (
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Share,
+)
+
+
+@dataclass
+class Network:
+    """The encoder.
+
+    Attributes:
+        name: a timm network that can be cut, or one of this package.
+        cut: where one segment ends and the next begins: after each "stage" or "block", a number of modules K,
+            or a list of the blocks or stages that end a segment.
+        stem_as_module: the stem is a segment of its own (InfoPro and DGL at K=16 and 55).
+        sync_bn: BatchNorm statistics over the whole micro-batch of all ranks.
+        channels_last: memory format of images and weights; quicker on most GPUs.
+        args: passed to ``timm.create_model`` as they are, such as ``zero_init_last``.
+    """
+
+    name: str = "resnet50"
+    cut: Literal["stage", "block"] | PositiveInt | list[str] = "stage"
+    stem_as_module: bool = False
+    sync_bn: bool = True
+    channels_last: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Method:
+    """A file of ``framework/local/methods``; in YAML its options stand beside ``name``."""
+
+    name: str = "loco"
+    options: Any = None
+
+
+@dataclass
+class Data:
+    """Where the images are.
+
+    Attributes:
+        path: folder that holds the splits, or its URL (``s3://``, ``gs://``, ``http(s)://``).
+        source: "shards": WebDataset shards that exist; "digits": scikit-learn's digits, packed on first use.
+        train: folder of the training split, below ``path``.
+        test: folder of the held-out split, below ``path``.
+        image_size: side of a view in pixels.
+        num_classes: check against the labels; ``None`` takes the count from the shards.
+        share: of every class's training images, drawn by the seed, that are used at all: 0.01 and 0.1 in
+            SimCLR's semi-supervised protocol.
+        workers: processes per rank that decode; 0 decodes in the training process.
+        window: samples among which the order is mixed, so that only the shards of about so many are in use at
+            a time; 0 mixes the whole epoch. Behind a URL the shards of a window must fit the cache.
+        cache: "memory" keeps every decoded image on the device, for small sets of images of one size.
+        cache_dir: local folder for shards that come from a URL.
+        cache_gb: GB that the shards of one split may take there.
+    """
+
+    path: str = MISSING
+    source: Literal["shards", "digits"] = "shards"
+    train: str = "train"
+    test: str = "test"
+    image_size: PositiveInt = 224
+    num_classes: PositiveInt | None = None
+    share: Share = 1.0
+    workers: NonNegativeInt = 8
+    window: NonNegativeInt = 0
+    cache: Literal["none", "memory"] = "none"
+    cache_dir: str = "~/.cache/stagewise"
+    cache_gb: Positive = 100.0
+
+
+@dataclass
+class Optim:
+    """Optimizer and its schedule: linear warm-up, then cosine to 0. The defaults are LoCo's (FACTS A4).
+
+    Attributes:
+        name: optimizer.
+        lr: highest learning rate, for the whole batch: nothing scales it.
+        momentum: lars and sgd.
+        nesterov: sgd only.
+        weight_decay: coefficient.
+        decay: what it applies to, and the adaptation of lars: weights, or BatchNorm and biases too.
+        trust: trust coefficient of lars.
+        warmup_epochs: length of the warm-up; may be a fraction.
+        clip: largest norm of the whole gradient; 0 clips nothing.
+    """
+
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    lr: Positive = 4.8
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegative = 1e-6
+    decay: Literal["weights", "all"] = "weights"
+    trust: Positive = 0.001
+    warmup_epochs: NonNegative = 10.0
+    clip: NonNegative = 0.0
+
+
+@dataclass
+class Train:
+    """Length and size of the training.
+
+    Attributes:
+        epochs: length of the schedule.
+        max_steps: stop earlier, with the schedule as it is.
+        batch_size: images per step over all ranks and micro-batches, each seen in all its views.
+        accumulation: micro-batches per step.
+        precision: of the forward and backward passes; weights and optimizer stay fp32.
+    """
+
+    epochs: PositiveInt = 100
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 4096
+    accumulation: PositiveInt = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+@dataclass
+class Execution:
+    """How a training step is executed, which changes its speed and not its numbers.
+
+    Attributes:
+        compile: compile every segment (``torch.compile``) at its first step; heads run as they are. Windows of several
+            segments gain less: what passes a gradient on computes that of its weights, too.
+        cuda_graph: record losses and gradients as a CUDA graph and replay it, on one GPU, where it takes the place
+            of ``engine``; small networks are bound by the launches that this saves.
+    """
+
+    compile: bool = False
+    cuda_graph: bool = False
+
+
+@dataclass
+class Pipeline:
+    """Segments spread over ranks, on ``engine=deepspeed``.
+
+    Attributes:
+        stages: ranks in a row that share the network; the others form replicas of it.
+        micro_batches: per step; ``None`` takes ``train.accumulation``.
+        balance: what stages have equally much of: "time" (measured at the start), "flops", "memory" or
+            "parameters"; or the numbers of segments on each stage.
+        contrast: whether contrastive heads compare the images of a micro-batch, or those of the whole batch,
+            whose activations then stay until the last micro-batch has come.
+        lam_lag: steps by which moving averages of weights of other stages may come late, over the one that is
+            free; a stage waits for them otherwise.
+        timeout: seconds to wait for another stage before giving up.
+    """
+
+    stages: PositiveInt = 1
+    micro_batches: PositiveInt | None = None
+    balance: Literal["time", "flops", "memory", "parameters"] | list[PositiveInt] = "flops"
+    contrast: Literal["micro_batch", "batch"] = "micro_batch"
+    lam_lag: NonNegativeInt = 0
+    timeout: Positive = 300.0
+
+
+@dataclass
+class Evaluate:
+    """What is measured at the end, and during training.
+
+    Attributes:
+        knn: classify by the nearest neighbours in feature space, and in raw pixels beside it.
+        neighbours: k of the k-NN classifier.
+        linear: fit a linear probe on the frozen features.
+        batch_size: images per rank and forward.
+        every_epochs: measure during training too, at this interval; ``None`` only at the end.
+        images: of each split, evenly spaced, that are used during training; ``None`` all.
+    """
+
+    knn: bool = True
+    neighbours: PositiveInt = 20
+    linear: bool = True
+    batch_size: PositiveInt = 256
+    every_epochs: PositiveInt | None = None
+    images: PositiveInt | None = None
+
+
+@dataclass
+class Checkpoint:
+    """When to save, besides at the end.
+
+    Attributes:
+        every_epochs: interval in epochs.
+        every_steps: interval in steps, on top of that in epochs.
+        keep: how many of the newest stay.
+        keep_every_epochs: those at multiples of so many epochs stay too.
+        keep_best: so does the one with the lowest mean loss since the one before it.
+    """
+
+    every_epochs: PositiveInt = 1
+    every_steps: PositiveInt | None = None
+    keep: PositiveInt = 2
+    keep_every_epochs: PositiveInt | None = None
+    keep_best: bool = False
+
+
+@dataclass
+class Faults:
+    """What a run does when something goes wrong.
+
+    Attributes:
+        nonfinite: a loss or gradient that is infinite or NaN stops the run, or the step is skipped: weights,
+            optimizer and BatchNorm's statistics stay as they were.
+        nonfinite_limit: steps that may be skipped in the whole run.
+        hang_seconds: a rank that makes no step for so long reports its stack and ends, to be started anew.
+    """
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: PositiveInt = 100
+    hang_seconds: Positive = 600.0
+
+
+@dataclass
+class Logging:
+    """Where the numbers of a run go, besides ``metrics.jsonl``.
+
+    Attributes:
+        every_steps: steps between two entries, in all of them.
+        tensorboard: write events to ``run_dir/tensorboard``; needs ``stagewise[tensorboard]``.
+        wandb: send to Weights & Biases, or keep in ``run_dir/wandb`` for ``wandb sync``; needs ``stagewise[wandb]``.
+        project: of Weights & Biases.
+    """
+
+    every_steps: PositiveInt = 1
+    tensorboard: bool = False
+    wandb: Literal["none", "online", "offline"] = "none"
+    project: str = "stagewise"
+
+
+@dataclass
+class Recipe:
+    """One run.
+
+    Attributes:
+        name: of the run; the recipe's file name unless set.
+        run_dir: folder of everything that the run leaves.
+        seed: of weights, order of samples and augmentation.
+        engine: what averages gradients over ranks and steps the optimizer.
+        resume: "auto" goes on from the newest whole checkpoint of ``run_dir``, "never" starts afresh,
+            anything else is the path of a checkpoint. A job that Slurm started again goes on from the newest.
+        zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer, 2 also the gradients.
+        deepspeed: handed to DeepSpeed as it is.
+    """
+
+    name: str = MISSING
+    run_dir: str = "runs/${name}"
+    seed: NonNegativeInt = 0
+    engine: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
+    resume: str = "auto"
+    network: Network = field(default_factory=Network)
+    method: Method = field(default_factory=Method)
+    data: Data = field(default_factory=Data)
+    views: Views = field(default_factory=Views)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    execution: Execution = field(default_factory=Execution)
+    pipeline: Pipeline = field(default_factory=Pipeline)
+    zero_stage: Literal[0, 1, 2] = 1
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    faults: Faults = field(default_factory=Faults)
+    logging: Logging = field(default_factory=Logging)
+
+    @property
+    def micro_batches(self) -> int:
+        """Per step."""
+        return self.pipeline.micro_batches or self.train.accumulation
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the pipeline engine runs it."""
+        return self.pipeline.stages > 1 or self.pipeline.contrast == "batch"
