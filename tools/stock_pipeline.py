@@ -11,7 +11,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from bench_step import CONTRASTIVE, options
+from benched_steps import CONTRASTIVE, options
 from deepspeed.runtime.pipe import schedule as stock
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
