@@ -139,16 +139,15 @@ def test_local_networks_under_zero_equal_ddp(pool: PoolOf, case: Case) -> None:
     assert differences(pool(2).run(train, case)[0], ddp) == {}
 
 
+METHODS = ["loco", "simclr", "gim", "dgl", "mlaan", "bp"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "ranks"),
     [
-        *product(["loco", "simclr", "gim", "dgl", "mlaan", "bp"], [1, 2]),
-        ("loco", 4),
-        *(
-            pytest.param(method, 4, marks=pytest.mark.soak)
-            for method in ["simclr", "gim", "dgl", "mlaan", "bp"]
-        ),
+        *product(METHODS, [1, 2]),
+        *(pytest.param(method, 4, marks=pytest.mark.soak) for method in METHODS),
     ],
 )
 def test_local_networks_full_grid(pool: PoolOf, method: str, ranks: int) -> None:

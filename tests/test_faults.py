@@ -143,7 +143,9 @@ def leave(folder: Path, number: int, rank: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(
+    ("number", "rank"), [(signal.SIGTERM, 1), pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.soak)]
+)
 def test_a_signal_to_any_rank_saves_and_ends_all(
     tmp_path: Path, undisturbed: Path, number: int, rank: int
 ) -> None:
@@ -243,7 +245,7 @@ def test_too_much_poison_stops_the_run_with_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sleep", "lock"])
+@pytest.mark.parametrize("kind", [pytest.param("sleep", marks=pytest.mark.soak), "lock"])
 def test_a_rank_that_hangs_is_told_from_those_that_wait(tmp_path: Path, kind: str) -> None:
     lock = tmp_path / "lock"
     lock.touch()

@@ -50,7 +50,7 @@ def finish(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.soak)])
 def test_all_name_the_stage_that_died_and_the_run_goes_on(
     tmp_path: Path, undisturbed: Path, victim: int
 ) -> None:
