@@ -335,6 +335,7 @@ def silent(run: Run) -> str:
     return "nothing happened"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["gim", "loco"])
 def test_a_silent_stage_is_named_within_the_timeout(case: str) -> None:
     """GIM's first stage waits for the last to take activations, LoCo's for cotangents."""
