@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -33,14 +32,17 @@ class Pool:
     """``world_size`` processes that have joined one process group and wait for functions to run."""
 
     def __init__(self, world_size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        from torch.distributed import TCPStore
+
+        # Ours and open, where a port that was only found free may be another's by the time rank 0 listens.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            process = CONTEXT.Process(
+                target=_serve, args=(theirs, rank, world_size, self._store.port), daemon=True
+            )
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -101,6 +103,9 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
 
     from framework import distributed
 
+    os.environ.update(
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0"
+    )  # the store is there
     values = (rank, world_size, rank, "127.0.0.1", port)
     os.environ.update(zip(distributed.LAUNCH_VARIABLES, map(str, values), strict=True))
     torch.set_num_threads(1)
