@@ -88,7 +88,7 @@ def test_linear_probe_is_the_optimum_of_its_objective() -> None:
     logits = z @ best[:64].reshape(4, 16).T + best[64:]
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     probe = evaluate.linear_probe(torch.from_numpy(x).float(), torch.from_numpy(y))
-    np.testing.assert_allclose(probe.predict_proba(x), expected, atol=5e-5)
+    np.testing.assert_allclose(probe.predict_proba(x), expected, atol=1e-6)
 
 
 def test_layer_probes_are_probes_of_the_encoder_up_to_there(both_runs: tuple[Path, Path]) -> None:
