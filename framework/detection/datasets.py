@@ -57,9 +57,8 @@ def evaluator(name: str, output_dir: str) -> DatasetEvaluator:
     if MetadataCatalog.get(name).evaluator_type == "cityscapes_instance":
         boxes = COCOEvaluator(name, tasks=("bbox",), output_dir=output_dir, allow_cached_coco=False)
         return DatasetEvaluators([boxes, CityscapesInstanceEvaluator(name)])
-    return COCOEvaluator(
-        name, tasks=("bbox", "segm"), output_dir=output_dir
-    )  # both, even if nothing was found
+    both = ("bbox", "segm")  # else it scores those of which something was found
+    return COCOEvaluator(name, tasks=both, output_dir=output_dir)
 
 
 def _check_files(name: str) -> None:
