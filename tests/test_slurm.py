@@ -73,13 +73,13 @@ class Job:
         self, cluster: Cluster, folder: Path, steps: int, *overrides: str, options: tuple[str, ...] = ()
     ) -> None:
         self.cluster, self.folder = cluster, folder
-        self.log = folder / "job.log"
         folder.mkdir(exist_ok=True)
-        more = (*OPTIONS, "--time=30", f"--output={self.log}", *options)
+        more = (*OPTIONS, "--time=30", f"--output={folder}/job-%j.log", *options)
         # No name server knows the nodes.
         variables = {"MASTER_ADDR": "127.0.0.1", "TMPDIR": str(folder)}
         arguments = toy(folder, *LENGTH, f"train.max_steps={steps}", *overrides)
         self.id = cluster.submit("slurm/loco_800ep.sh", *arguments, options=more, **variables)
+        self.log = folder / f"job-{self.id}.log"
 
     @property
     def state(self) -> str:
