@@ -12,10 +12,8 @@ A folder gets its name only when it is whole and on the disk, so a crash at any 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,17 +22,16 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from framework.checkpoint_files import damage_of, flush, read_files, write_files
 from framework.distributed import from_main, is_main, same_outcome
 from framework.engines.step import Engine, OptimizerState
 from framework.errors import UserError
 from framework.retention import Keep, superfluous
 
 FORMAT = 1
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-MANIFEST = "manifest.json"
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +87,7 @@ def write(run_dir: Path, moment: Snapshot, keep: Keep | None = None) -> Path:
         UserError: it can't be written. Earlier checkpoints are untouched.
     """
     folder = _folder(run_dir, moment.step)
-    _write(folder, moment.model, moment.optimizer, moment.state)
+    write_files(folder, moment.model, moment.optimizer, moment.state)
     # Later ones are those of a run that went back to an earlier step; they are not ours to delete.
     losses = {_step(f): _loss(f) for f in _folders(run_dir) if _step(f) <= moment.step}
     for step in superfluous(losses, keep or Keep()):
@@ -139,10 +136,10 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
         UserError: the folder is missing or damaged, or belongs to another network or optimizer.
     """
     with same_outcome():
-        if is_main() and (damage := _damage(folder)):
+        if is_main() and (damage := damage_of(folder)):
             raise UserError(f"{folder}: {damage}")
     with same_outcome():
-        state, model, optimizer = _read(folder)
+        state, model, optimizer = read_files(folder)
         _check(folder, state, model, engine)
     engine.load_model_state(model)
     engine.load_optimizer_state(optimizer)
@@ -166,9 +163,9 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         UserError: the folder is damaged.
     """
-    if damage := _damage(folder):
+    if damage := damage_of(folder):
         raise UserError(f"{folder}: {damage}")
-    state, model, _ = _read(folder)
+    state, model, _ = read_files(folder)
     return state, model
 
 
@@ -188,56 +185,11 @@ def export_backbone(engine: Engine, path: Path) -> None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file(backbone, partial, metadata={"format": "pt"})
-                _flush(partial)
+                flush(partial)
                 partial.replace(path)
             except (OSError, SafetensorError) as error:
                 partial.unlink(missing_ok=True)
                 raise UserError(f"{path}: can't be written: {error}") from error
-
-
-def _write(folder: Path, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        for torn in folder.parent.glob(".step-*.partial"):  # of runs that were killed here
-            shutil.rmtree(torn)
-        partial.mkdir(parents=True)
-        save_file(model, partial / "model.safetensors")
-        flat = {f"{name}/{key}": value for name, values in optimizer.items() for key, value in values.items()}
-        save_file(flat, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-        manifest = {name: _sha256(partial / name) for name in FILES}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for name in (*FILES, MANIFEST):
-            _flush(partial / name)
-        _flush(partial)
-        _put_in_place(partial, folder)
-        _flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder}: can't be written: {error}; earlier checkpoints are untouched") from error
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _folders(run_dir: Path) -> list[Path]:
@@ -267,7 +219,7 @@ def _loss(folder: Path) -> float | None:
 def _newest_whole(run_dir: Path) -> Path | None:
     folders = _folders(run_dir)
     for folder in reversed(folders):
-        damage = _damage(folder)
+        damage = damage_of(folder)
         if damage is None:
             return folder
         logger.warning("%s: passed over: %s", folder, damage)
@@ -276,38 +228,6 @@ def _newest_whole(run_dir: Path) -> Path | None:
             f"{run_dir / 'checkpoints'}: all {len(folders)} checkpoints are damaged; delete them to start afresh"
         )
     return None
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if nothing is."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except OSError as error:
-        return f"{MANIFEST} can't be read ({error.strerror})"
-    except ValueError:
-        return f"{MANIFEST} is damaged"
-    if not isinstance(manifest, dict) or set(manifest) != set(FILES):
-        return f"{MANIFEST} is damaged"
-    for name in FILES:
-        try:
-            if _sha256(folder / name) != manifest[name]:
-                return f"{name} is damaged: its SHA-256 is not that of {MANIFEST}"
-        except OSError as error:
-            return f"{name} can't be read ({error.strerror})"
-    return None
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], OptimizerState]:
-    optimizer: OptimizerState = {}
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        model = load_file(folder / "model.safetensors")
-        for name, value in load_file(folder / "optimizer.safetensors").items():
-            parameter, _, key = name.rpartition("/")
-            optimizer.setdefault(parameter, {})[key] = value
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: can't be read: {error}") from error
-    return state, model, optimizer
 
 
 def _check(folder: Path, state: dict[str, Any], model: dict[str, Tensor], engine: Engine) -> None:

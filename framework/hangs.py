@@ -12,8 +12,8 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from framework import distributed
 from framework.control import GO_ON_LATER
+from framework.launch import launched_rank
 
 PACKAGE = str(Path(__file__).parent)
 OTHER_RANKS = 5.0  # seconds in which the other ranks, which wait for this one, report too
@@ -58,10 +58,10 @@ class Watchdog:
 
     def _report(self) -> None:
         frame = sys._current_frames().get(self._watched)
-        where = f"rank {distributed.launched_rank()} on {socket.gethostname()}"
+        where = f"rank {launched_rank()} on {socket.gethostname()}"
         line = f"{where}: no step for {self._limit:g} s after step {self._done} (faults.hang_seconds): {place(frame)}"
         print(line, file=sys.stderr, flush=True)
-        path = self._run_dir / f"hang-rank{distributed.launched_rank():05d}.txt"
+        path = self._run_dir / f"hang-rank{launched_rank():05d}.txt"
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:

@@ -23,6 +23,7 @@ from framework.errors import LocalError, LostRank, UserError
 from framework.execution import LocalNetwork
 from framework.execution.placement import Placement
 from framework.hangs import Watchdog
+from framework.launch import launched_rank
 from framework.loop import Loop
 from framework.lost import lost_ranks_named
 from framework.model import parts, recipe_network
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if request >= Request.STOP:
                     break
     except UserError as error:
-        if distributed.launched_rank() == 0 or isinstance(error, LocalError):
+        if launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return control.GO_ON_LATER if isinstance(error, LostRank) else MEND_FIRST
     distributed.stop()

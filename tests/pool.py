@@ -102,12 +102,13 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
     import torch
 
     from framework import distributed
+    from framework.launch import LAUNCH_VARIABLES
 
     os.environ.update(
         TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0"
     )  # the store is there
     values = (rank, world_size, rank, "127.0.0.1", port)
-    os.environ.update(zip(distributed.LAUNCH_VARIABLES, map(str, values), strict=True))
+    os.environ.update(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
     torch.set_num_threads(1)
     distributed.start()
     while True:

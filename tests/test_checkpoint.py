@@ -22,7 +22,7 @@ from torch import nn
 from training import Case, Run, differences, plain
 
 from framework import checkpoint, distributed
-from framework.checkpoint import FILES, MANIFEST
+from framework.checkpoint_files import FILES, MANIFEST
 from framework.errors import UserError
 from framework.retention import Keep
 

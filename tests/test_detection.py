@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from framework import checkpoint, network
+from framework import checkpoint, checkpoint_files, network
 from framework.detection import conversion, files
 from framework.detection.conversion import Source
 from framework.detection.layouts import NETWORKS, RESNETS, layout
@@ -151,7 +151,7 @@ def test_every_kind_of_source_gives_the_same_file(
     inside = {f"backbone.{name}": tensor for name, tensor in resnet18.items()} | heads
     run = tmp_path / "run"
     state = {"format": checkpoint.FORMAT, "recipe": OmegaConf.to_yaml(recipe)}
-    checkpoint._write(run / "checkpoints" / "step-00000007", inside, {}, state)
+    checkpoint_files.write_files(run / "checkpoints" / "step-00000007", inside, {}, state)
     (run / "recipe.yaml").write_text(OmegaConf.to_yaml(recipe))
     unfinished = conversion.read(run).tensors  # from the checkpoint: nothing is exported yet
     save_file(resnet18, run / "backbone.safetensors")

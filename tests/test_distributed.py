@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from framework import distributed
-from framework.distributed import gather_with_gradient, launch_variables, rank, same_outcome, world_size
+from framework.distributed import gather_with_gradient, rank, same_outcome, world_size
 from framework.errors import UserError
+from framework.launch import launch_variables
 
 PoolOf = Callable[[int], Any]
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from framework import config, distributed
 from framework.data.splits import Splits
+from framework.launch import LAUNCH_VARIABLES
 from framework.loop import Loop, Position
 from framework.model import recipe_network
 from framework.train import build_engine
@@ -111,7 +112,7 @@ def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
 
 def resuming(argv: list[str]) -> float:
     """Seconds from the end of a new process's imports to the beginning of its first step."""
-    alone = {name: value for name, value in os.environ.items() if name not in distributed.LAUNCH_VARIABLES}
+    alone = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
     command = [sys.executable, "-c", CHILD, *argv]
     times: dict[str, float] = {}
     with subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, text=True) as child:

@@ -220,9 +220,10 @@ def _serve(pipe: Any, rank: int, stages: int, port: int, arguments: argparse.Nam
     import torch
 
     from framework import distributed
+    from framework.launch import LAUNCH_VARIABLES
 
     values = (rank, stages, rank, "127.0.0.1", port)
-    os.environ.update(zip(distributed.LAUNCH_VARIABLES, map(str, values), strict=True))
+    os.environ.update(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     distributed.start()

@@ -16,6 +16,7 @@ from framework import distributed, metrics
 from framework.analysis.runs import Run, open_runs
 from framework.data.contents import replace as replace_file
 from framework.errors import LocalError, UserError
+from framework.launch import launched_rank
 
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:
@@ -102,7 +103,7 @@ def status(work: Callable[[], None]) -> int:
     try:
         work()
     except UserError as error:
-        if distributed.launched_rank() == 0 or isinstance(error, LocalError):
+        if launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

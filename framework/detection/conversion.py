@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from framework import checkpoint, network
+from framework.checkpoint_files import MANIFEST
 from framework.detection.layouts import NETWORKS, Layout
 from framework.errors import UserError
 
@@ -185,7 +186,7 @@ def _some(names: Any) -> str:
 
 
 def _read_folder(path: Path) -> Source:
-    if (path / checkpoint.MANIFEST).exists():
+    if (path / MANIFEST).exists():
         state, model = checkpoint.read_model(path)
         return Source(str(path), _backbone_of(model), _network_of(path, OmegaConf.create(state["recipe"])))
     if not (path / "recipe.yaml").exists():

@@ -1,0 +1,109 @@
+"""The files of one checkpoint: written whole or not at all, and compared with their checksums when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from framework.engines.step import OptimizerState
+from framework.errors import UserError
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+MANIFEST = "manifest.json"
+
+
+def write_files(
+    folder: Path, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]
+) -> None:
+    """Write a folder that has its name only when all of it is on the disk, in place of one of that name.
+
+    Raises:
+        UserError: it can't be written. An earlier folder of that name is untouched.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        for torn in folder.parent.glob(".step-*.partial"):  # of runs that were killed here
+            shutil.rmtree(torn)
+        partial.mkdir(parents=True)
+        save_file(model, partial / "model.safetensors")
+        flat = {f"{name}/{key}": value for name, values in optimizer.items() for key, value in values.items()}
+        save_file(flat, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        manifest = {name: _sha256(partial / name) for name in FILES}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for name in (*FILES, MANIFEST):
+            flush(partial / name)
+        flush(partial)
+        _put_in_place(partial, folder)
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder}: can't be written: {error}; earlier checkpoints are untouched") from error
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if nothing is."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except OSError as error:
+        return f"{MANIFEST} can't be read ({error.strerror})"
+    except ValueError:
+        return f"{MANIFEST} is damaged"
+    if not isinstance(manifest, dict) or set(manifest) != set(FILES):
+        return f"{MANIFEST} is damaged"
+    for name in FILES:
+        try:
+            if _sha256(folder / name) != manifest[name]:
+                return f"{name} is damaged: its SHA-256 is not that of {MANIFEST}"
+        except OSError as error:
+            return f"{name} can't be read ({error.strerror})"
+    return None
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], OptimizerState]:
+    """State, model and optimizer of a folder, as ``write_files`` was given them.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    optimizer: OptimizerState = {}
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        model = load_file(folder / "model.safetensors")
+        for name, value in load_file(folder / "optimizer.safetensors").items():
+            parameter, _, key = name.rpartition("/")
+            optimizer.setdefault(parameter, {})[key] = value
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: can't be read: {error}") from error
+    return state, model, optimizer
