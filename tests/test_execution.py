@@ -16,7 +16,7 @@ from framework.analysis.gpu import allocator_peak, busy_seconds, covered
 from framework.engines.graphed import GraphedEngine
 from framework.errors import UserError
 from framework.execution.compilation import has_compiler
-from framework.execution.graph import Outputs, record_graph
+from framework.execution.graph import Outputs, RecordedStep, record_graph
 from tests import networks
 
 CASES = [
@@ -65,6 +65,22 @@ def graphed(case: Case, record: Callable[..., object], device: str) -> training.
 def test_a_recorded_step_is_fed_and_steps_like_any_other(case: Case) -> None:
     """Inputs, rates, statistics and copies in heads: to the last bit, if not for the recording itself."""
     assert training.differences(graphed(case, record_nothing, "cpu"), training.plain(case)) == {}
+
+
+def test_a_recorded_step_has_the_layout_of_the_network() -> None:
+    """Segments see it, whatever the loader's is; otherwise nothing changes (but sums' order)."""
+    layouts = []
+    net = networks.network("loco", "resnet8", channels_last=True).double()
+    data, eager = networks.batch(net), copy.deepcopy(net)
+    net.backbone.get_submodule("layer1.0").register_forward_hook(
+        lambda module, inputs, output: layouts.append(output.is_contiguous(memory_format=torch.channels_last))
+    )
+    step = RecordedStep(net, data, record_nothing)
+    step.run(data)
+    eager(data).loss.backward()
+    assert layouts == [True, True]
+    for (name, ours), theirs in zip(net.named_parameters(), eager.parameters(), strict=True):
+        assert torch.allclose(step.gradients[ours], theirs.grad, rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

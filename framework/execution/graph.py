@@ -37,7 +37,8 @@ class RecordedStep:
     def __init__(self, net: LocalNetwork, batch: Batch, record: Recorder | None = None) -> None:
         self._net = net
         self._batch = batch._replace(
-            images=batch.images.clone(), labels=None if batch.labels is None else batch.labels.clone()
+            images=batch.images.to(memory_format=net.layout, copy=True),
+            labels=None if batch.labels is None else batch.labels.clone(),
         )
         self._learners: list[nn.Parameter] = []
         with as_before(net):
