@@ -118,7 +118,6 @@ class Loop:
                 alive(self.position.step)
                 if self._score_due():
                     self._measure(step, logs, progress)
-                    alive(self.position.step)
                 if request or due:
                     self.save()
                 if request:

@@ -216,7 +216,8 @@ class Faults:
         nonfinite: a loss or gradient that is infinite or NaN stops the run, or the step is skipped: weights,
             optimizer and BatchNorm's statistics stay as they were.
         nonfinite_limit: steps that may be skipped in the whole run.
-        hang_seconds: a rank that makes no step for so long reports its stack and ends, to be started anew.
+        hang_seconds: a rank that makes no step for so long, scoring apart, reports its stack and ends, to be
+            started anew.
     """
 
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -84,7 +84,12 @@ def train(recipe: Recipe) -> Request:
         placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
         engine = build_engine(recipe, net, placement)
         position = restore(recipe, engine)
-        loop = Loop(recipe, engine, loader, position, lambda: score_now(recipe, engine.whole_net(), splits))
+
+        def score() -> dict[str, float]:
+            with watchdog.asleep():
+                return score_now(recipe, engine.whole_net(), splits)
+
+        loop = Loop(recipe, engine, loader, position, score)
         request = loop.run(watchdog.step)
     if request >= Request.STOP:
         if distributed.is_main():
