@@ -19,8 +19,8 @@ from typing import Any
 
 from pool import CONTEXT
 
-from framework import distributed
 from framework.errors import UserError
+from framework.launch import LAUNCH_VARIABLES
 
 PATIENCE = 400.0  # seconds; on two quiet cores everything takes less than ten
 
@@ -134,7 +134,7 @@ def _rank(argv: list[str], rank: int, world: int, port: int, record: Path, troub
     for stream in (1, 2):
         os.dup2(output, stream)
     values = (rank, world, rank, "127.0.0.1", port)
-    os.environ.update(zip(distributed.LAUNCH_VARIABLES, map(str, values), strict=True))
+    os.environ.update(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
     torch.set_num_threads(1)
     logging.getLogger().handlers.clear()
     mine = trouble if trouble is not None and trouble.rank == rank else None
