@@ -23,6 +23,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the loader's workers are processe
 # be about to report the same, or wait for it for ever.
 on_all_ranks() {
   local launch=(srun --kill-on-bad-exit=0 --wait=30)
+  launch+=(--cpus-per-task="${SLURM_CPUS_PER_TASK:-1}") # else one: srun doesn't inherit sbatch's since Slurm 22.05
   case ${CONTAINER:-} in
     "") ;;
     *.sif) launch+=(apptainer exec --nv --bind "$PWD${MOUNTS:+,$MOUNTS}" "$CONTAINER") ;;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -228,6 +229,8 @@ def test_nothing_survives_scancel_but_the_checkpoint(
     job = Job(cluster, tmp_path, undisturbed.steps, "data.workers=2")
     job.until_checkpoint()
     assert len(cluster.processes(job.id)) >= 2 * 3, "two ranks with two workers each"
+    step = cluster.ask("scontrol", "show", "step", f"{job.id}.0")
+    assert re.search("TresPerTask=cpu[:=]2", step), "a rank may use the CPUs that the job asked for"
     cluster.ask("scancel", job.id)
     until(lambda: not cluster.processes(job.id), 30, "processes survived")
     until(lambda: job.state == "CANCELLED", 60, "not cancelled")
