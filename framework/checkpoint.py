@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from framework.checkpoint_files import damage_of, flush, read_files, write_files
+from framework.checkpoint_files import damage_of, put, read_files, write_files
 from framework.distributed import from_main, is_main, same_outcome
 from framework.engines.step import Engine, OptimizerState
 from framework.errors import UserError
@@ -184,8 +184,7 @@ def export_backbone(engine: Engine, path: Path) -> None:
             partial = path.with_name(f".{path.name}.partial")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file(backbone, partial, metadata={"format": "pt"})
-                flush(partial)
+                put(partial, to_bytes(backbone, metadata={"format": "pt"}))
                 partial.replace(path)
             except (OSError, SafetensorError) as error:
                 partial.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from framework.engines.step import OptimizerState
@@ -33,17 +34,16 @@ def write_files(
         for torn in folder.parent.glob(".step-*.partial"):  # of runs that were killed here
             shutil.rmtree(torn)
         partial.mkdir(parents=True)
-        save_file(model, partial / "model.safetensors")
         flat = {f"{name}/{key}": value for name, values in optimizer.items() for key, value in values.items()}
-        save_file(flat, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-        manifest = {name: _sha256(partial / name) for name in FILES}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for name in (*FILES, MANIFEST):
-            flush(partial / name)
-        flush(partial)
+        manifest = {
+            "model.safetensors": put(partial / "model.safetensors", to_bytes(model)),
+            "optimizer.safetensors": put(partial / "optimizer.safetensors", to_bytes(flat)),
+            "state.json": put(partial / "state.json", json.dumps(state, indent=1).encode()),
+        }
+        put(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _flush(partial)
         _put_in_place(partial, folder)
-        flush(folder.parent)
+        _flush(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder}: can't be written: {error}; earlier checkpoints are untouched") from error
@@ -58,9 +58,24 @@ def _put_in_place(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def put(path: Path, content: bytes) -> str:
+    """Write a file and wait until it is on the disk; the SHA-256 of what was meant to be written.
+
+    File servers may tell only here, and only to who wrote, that there was no room.
+
+    Raises:
+        OSError: it isn't there, or not whole.
+    """
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

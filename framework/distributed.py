@@ -97,8 +97,9 @@ def _join() -> None:
 
 
 def stop() -> None:
-    """Leave the other ranks."""
+    """Leave, together with the other ranks: srun ends those that are late, which may still be writing."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

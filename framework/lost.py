@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from framework import distributed
 from framework.errors import LocalError, LostRank
 
+logger = logging.getLogger(__name__)
+
+_MEETING = timedelta(minutes=1)  # for the connections to be made
 _SOON = timedelta(milliseconds=100)  # for a death to be known on all connections
 
 
@@ -31,7 +35,10 @@ def lost_ranks_named() -> Iterator[None]:
     if not others:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=distributed.PATIENCE)
+    group = _connected()
+    if group is None:
+        yield
+        return
     words = {r: torch.zeros(1) for r in others}
     farewells = {r: dist.irecv(word, r, group=group) for r, word in words.items()}
     try:
@@ -58,6 +65,19 @@ def lost_ranks_named() -> Iterator[None]:
             f"{where}{_named(gone)} died or can't be reached ({_reason(error)}); the same command goes on from the "
             "last checkpoint"
         ) from error
+
+
+def _connected() -> dist.ProcessGroup | None:
+    """Connections beside those of the training; ``None`` if any rank can't have them, which NCCL does without."""
+    try:
+        group = dist.new_group(backend="gloo", timeout=_MEETING)
+    except RuntimeError as error:
+        group = None
+        logger.warning(
+            "ranks that die won't be named: gloo can't connect them (see GLOO_SOCKET_IFNAME): %s",
+            _reason(error),
+        )
+    return None if distributed.max_over_ranks(int(group is None))() else group
 
 
 def _named(ranks: list[int]) -> str:

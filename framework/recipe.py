@@ -56,7 +56,7 @@ class Data:
         path: folder that holds the splits, or its URL (``s3://``, ``gs://``, ``http(s)://``).
         source: "shards": WebDataset shards that exist; "digits": scikit-learn's digits, packed on first use.
         train: folder of the training split, below ``path``.
-        test: folder of the held-out split, below ``path``.
+        test: folder of the held-out split, below ``path``; for "test", "val" serves where it alone is there.
         image_size: side of a view in pixels.
         num_classes: check against the labels; ``None`` takes the count from the shards.
         share: of every class's training images, drawn by the seed, that are used at all: 0.01 and 0.1 in

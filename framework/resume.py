@@ -86,6 +86,11 @@ def _check_batch(folder: Path, state: dict[str, Any], recipe: Recipe, net: Local
     """
     then, before = yaml.safe_load(state["recipe"]), state["ranks"]
     here, now = asdict(recipe), distributed.world_size()
+    if then["seed"] != recipe.seed:
+        raise UserError(
+            f"{folder}: is of a run with seed={then['seed']}, which sets the order of its images: set that in place of "
+            f"{recipe.seed}, or another run_dir"
+        )
     batch = then["train"]["batch_size"]
     if batch != recipe.train.batch_size:
         raise UserError(

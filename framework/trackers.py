@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +45,10 @@ class Logs:
     def __exit__(self, *exception: object) -> None:
         self._log.close()
         for tracker in self._trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except Exception as error:
+                logger.warning("%s may lack the last numbers: %s", type(tracker).__name__, error)
 
     def write(self, step: int, **numbers: Any) -> None:
         """Note a step, counted from 0, if it is one of those that are noted."""
@@ -72,12 +75,16 @@ class TensorBoard:
     """Event files in ``run_dir/tensorboard``; what lies past ``start`` of an earlier start is hidden.
 
     Raises:
-        UserError: TensorBoard is not installed.
+        UserError: TensorBoard is not installed, or can't write there.
     """
 
     def __init__(self, run_dir: Path, start: int) -> None:
         module = _import("torch.utils.tensorboard", "logging.tensorboard=true", "tensorboard")
-        self._writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=start, flush_secs=30)
+        folder = run_dir / "tensorboard"
+        try:
+            self._writer = module.SummaryWriter(str(folder), purge_step=start, flush_secs=30)
+        except OSError as error:
+            raise UserError(f"{folder}: can't be written: {error.strerror}") from error
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
         for name, value in flat(numbers).items():
@@ -120,20 +127,28 @@ class WeightsAndBiases:
 
 
 def open_trackers(recipe: Recipe, start: int) -> list[Tracker]:
-    """What the recipe's ``logging`` section asks for.
+    """What the recipe's ``logging`` section asks for; once the run is under way, what of it can be had.
 
     Args:
         recipe: of the run; its folder must exist.
         start: step to go on from.
 
     Raises:
-        UserError: something is not installed.
+        UserError: at step 0, something is not installed or can't be reached.
     """
-    trackers: list[Tracker] = []
+    asked: list[Callable[[], Tracker]] = []
     if recipe.logging.tensorboard:
-        trackers.append(TensorBoard(Path(recipe.run_dir), start))
+        asked.append(lambda: TensorBoard(Path(recipe.run_dir), start))
     if recipe.logging.wandb != "none":
-        trackers.append(WeightsAndBiases(recipe, recipe.logging.wandb))
+        asked.append(lambda: WeightsAndBiases(recipe, recipe.logging.wandb))
+    trackers = []
+    for make in asked:
+        try:
+            trackers.append(make())
+        except UserError as error:
+            if start == 0:
+                raise
+            logger.warning("left out from step %d on: %s", start, error)
     return trackers
 
 

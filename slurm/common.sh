@@ -22,6 +22,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the loader's workers are processe
 # Python with the arguments given, one task of Slurm for each rank. When one ends the others get half a minute: they may
 # be about to report the same, or wait for it for ever.
 on_all_ranks() {
+  # A container has no scontrol to ask for the first node.
+  export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
   local launch=(srun --kill-on-bad-exit=0 --wait=30)
   launch+=(--cpus-per-task="${SLURM_CPUS_PER_TASK:-1}") # else one: srun doesn't inherit sbatch's since Slurm 22.05
   case ${CONTAINER:-} in
@@ -35,26 +37,42 @@ on_all_ranks() {
   "${launch[@]}" "$PYTHON" "$@"
 }
 
+# A command of Slurm, again and again while the controller is away: ten minutes.
+patiently() {
+  local _
+  for _ in {1..20}; do
+    "$@" && return
+    sleep 30
+  done
+  return 1
+}
+
 newest_checkpoint() {
   find "$1" -path '*/checkpoints/step-*' -name state.json -print0 2> /dev/null | xargs -0 -r ls -t | head -n 1
 }
 
 # Train a recipe; start the job again unless it is done (exit status 0) or somebody must mend something (2).
 train() {
-  local recipe=$1 run_dir argument before status state count
+  local recipe=$1 name run_dir="" argument before status state count
   shift
-  run_dir=${RUNS:-runs}/$(basename "$recipe" .yaml)
+  name=$(basename "$recipe" .yaml)
   for argument in "$@"; do
-    [[ $argument == run_dir=* ]] && run_dir=${argument#run_dir=}
+    case $argument in
+      name=*) name=${argument#name=} ;;
+      run_dir=*) run_dir=${argument#run_dir=} ;;
+    esac
   done
+  run_dir=${run_dir:-${RUNS:-runs}/$name}
+  [[ ${SLURM_RESTART_COUNT:-0} == 0 ]] && rm -f "$run_dir/fruitless-starts"
   trap : TERM # comes at the time limit; this shell has to outlive its ranks
   before=$(newest_checkpoint "$run_dir")
   on_all_ranks framework/train.py "$recipe" run_dir="$run_dir" ${DATA:+data.path="$DATA"} "$@"
   status=$?
-  state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
+  state=$(patiently scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE '(JobState|Reason)=\w*' | xargs)
   echo "$(date '+%F %T') start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID ended with status $status, $state"
-  # Slurm itself starts a preempted job again, and a cancelled one is not to be started.
-  [[ $status == [02] || $state != JobState=@(RUNNING|TIMEOUT) ]] && exit "$status"
+  # Slurm itself starts a preempted job again, and a cancelled one is not to be started. Both are COMPLETING by now, and
+  # so is one whose ranks did not end in time.
+  [[ $status == [02] || $state != @(JobState=RUNNING*|*Reason=TimeLimit) ]] && exit "$status"
   count=0
   if [[ $(newest_checkpoint "$run_dir") == "$before" ]]; then
     count=$(($(cat "$run_dir/fruitless-starts" 2> /dev/null || echo 0) + 1))
@@ -65,5 +83,5 @@ train() {
     echo "$FRUITLESS starts in a row left no new checkpoint: not started again" >&2
     exit "$status"
   fi
-  scontrol requeue "$SLURM_JOB_ID"
+  patiently scontrol requeue "$SLURM_JOB_ID"
 }

@@ -22,8 +22,8 @@ from torch import nn
 from training import Case, Run, differences, plain
 
 from framework import checkpoint, distributed
-from framework.checkpoint_files import FILES, MANIFEST
-from framework.errors import UserError
+from framework.checkpoint_files import FILES, MANIFEST, put
+from framework.errors import UserError, may_pass
 from framework.retention import Keep
 
 PoolOf = Callable[[int], Any]
@@ -218,6 +218,17 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_checkpoint(pool: PoolOf
         assert left == ["step-00000001"]
     assert results[0] == results[1]
     assert checkpoint.newest(tmp_path).name == "step-00000001"
+
+
+def test_a_full_disk_is_noticed_and_told_from_a_mistake(tmp_path: Path) -> None:
+    """The first may be gone at the next start, which the exit status says."""
+    for path, passes in ((Path("/dev/full"), True), (tmp_path / "no folder" / "file", False)):
+        with pytest.raises(UserError) as caught:
+            try:
+                put(path, b"x")
+            except OSError as error:
+                raise UserError("as all of them are") from error
+        assert may_pass(caught.value) == passes
 
 
 def save_for_ever(run_dir: Path, connection: Any) -> None:

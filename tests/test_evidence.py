@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import runpy
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ from framework import config
 from framework.analysis.evidence import EvidenceTable
 from framework.control import GO_ON_LATER
 from framework.errors import UserError
+from framework.metrics import read_log
 
 TABLES = sorted((ROOT / "recipes" / "results").glob("*.yaml"))
 
@@ -76,8 +79,10 @@ def test_a_row_is_stopped_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     result = json.loads((run / "result.json").read_text())
     (written,) = path.parent.glob("digits-*.csv")
     (line,) = csv.DictReader(written.open())
-    for key in ("test_top1", "train_images", "epochs", "images_per_second", "device", "threads", "commit"):
+    for key in ("test_top1", "train_images", "epochs", "device", "threads", "commit"):
         assert line[key] == str(result[key])
+    speeds = [e["images_per_second"] for e in read_log(run / "metrics.jsonl") if "losses" in e]
+    assert float(line["images_per_second"]) == round(statistics.median(speeds), 2)  # of both starts
     assert (line["row"], line["seed"], line["batch_size"]) == ("DGL* K=2", "0", "128")
     assert float(line["error"]) == round(100 - result["test_top1"], 2) and float(line["paper_error"]) == 1.5
     log = [json.loads(text) for text in (path.parent / line["log"]).read_text().splitlines()]
@@ -90,6 +95,18 @@ def test_a_row_is_stopped_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         "losses": {unit: pytest.approx(loss, abs=1e-4) for unit, loss in losses(tmp_path)[-1].items()},
     }
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_do_not_train_a_row_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "digits").mkdir()
+    with (tmp_path / "digits" / ".dglstar-k-2-seed0.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert evidence(monkeypatch, str(table(tmp_path)), "data.path=x", "--runs", str(tmp_path)) == 1
+    assert (
+        "dglstar-k-2-seed0: another process trains there; wait for it, or end it" in capsys.readouterr().err
+    )
 
 
 def test_a_run_of_other_settings_is_not_taken_for_the_rows(tmp_path: Path) -> None:

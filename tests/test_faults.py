@@ -281,6 +281,7 @@ def test_a_run_moves_between_ranks_and_zero_stages(tmp_path: Path, pool: PoolOf,
         ),
         (["network.sync_bn=false"], "BatchNorm averages over 64 images there"),
         (["train.batch_size=32"], "train.batch_size=32 must be 64"),
+        (["seed=1"], "is of a run with seed=0, which sets the order of its images"),
     ],
 )
 def test_what_would_change_the_numbers_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -15,8 +16,9 @@ from pool import Pool
 from ranks import Ranks, Trouble
 from runs import ROOT, assert_same_run, toy
 
-from framework import checkpoint
+from framework import checkpoint, distributed
 from framework.control import GO_ON_LATER
+from framework.lost import lost_ranks_named
 from framework.train import MEND_FIRST
 
 RECIPE = str(ROOT / "recipes" / "loco_r50_800ep.yaml")
@@ -79,6 +81,27 @@ def test_an_error_that_one_stage_meets_is_no_death(tmp_path: Path, undisturbed: 
     errors = [line for line in ranks.printed.splitlines() if line.startswith("error: ")]
     assert errors[0] == "error: rank 0: these images are no good"
     assert all(f"rank {r}: rank 0 stopped with an error" in errors[r] for r in range(1, STAGES))
+
+
+def trains_without_names() -> tuple[float, list[str]]:
+    """A rank in whose machine gloo finds no network beside the one that is there already."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "none0")
+        logging.getLogger("framework.lost").addHandler(handler)
+        try:
+            with lost_ranks_named():
+                return distributed.sum_over_ranks(distributed.rank() + 1), records
+        finally:
+            logging.getLogger("framework.lost").removeHandler(handler)
+
+
+def test_ranks_that_can_not_be_named_train_all_the_same(pool: PoolOf) -> None:
+    for total, (warning,) in pool(2).run(trains_without_names):
+        assert total == 3
+        assert warning.startswith("ranks that die won't be named: gloo can't connect them")
 
 
 def ranks_of(folder: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from framework import config
+from framework.errors import UserError
 from framework.metrics import MetricLog, read_log
 from framework.recipe import Recipe
 from framework.trackers import Logs, open_trackers
@@ -54,6 +55,19 @@ def test_weights_and_biases_keeps_one_run_offline(tmp_path: Path, monkeypatch: p
 def test_entries_come_as_often_as_asked(tmp_path: Path) -> None:
     write(tmp_path, range(10), "logging.every_steps=4")
     assert [e["step"] for e in read_log(tmp_path / "metrics.jsonl") if "losses" in e] == [0, 4, 8]
+
+
+def test_what_can_not_be_had_stops_a_run_only_at_its_beginning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").touch()  # where its folder should be
+    with pytest.raises(UserError, match="tensorboard: can't be written: File exists"):
+        write(tmp_path, range(3), "logging.tensorboard=true")
+    write(tmp_path, range(3, 5), "logging.tensorboard=true", start=3)
+    assert [e["step"] for e in read_log(tmp_path / "metrics.jsonl") if "losses" in e] == [3, 4]
+    (warning,) = caplog.messages
+    assert warning.startswith("left out from step 3 on: ") and "File exists" in warning
 
 
 class Failing:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import io
 import math
 import re
@@ -20,9 +21,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -43,13 +46,20 @@ def go_on(run: RowRun, deadline: float) -> bool:
         UserError: a command failed.
     """
     for command in run.commands[len(run.results) :]:
-        process = subprocess.Popen([sys.executable, *command], start_new_session=True)
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()) if math.isfinite(deadline) else None)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # the latter is how TERM arrives here
-            process.terminate()
-            process.wait()
-            return run.ended
+        with locked(run.folder) as lock:
+            process = subprocess.Popen(
+                [sys.executable, *command], start_new_session=True, pass_fds=[lock.fileno()]
+            )
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()) if math.isfinite(deadline) else None)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
+                return run.ended
+            except KeyboardInterrupt:  # which is how TERM arrives here
+                process.terminate()
+                process.wait()
+                raise
         if process.returncode == GO_ON_LATER:
             return False
         if process.returncode:
@@ -57,11 +67,27 @@ def go_on(run: RowRun, deadline: float) -> bool:
     return True
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[TextIO]:
+    """A lock that the run at work shares, so that it holds for as long as that lives, should this be killed.
+
+    Raises:
+        UserError: another has it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process trains there; wait for it, or end it") from error
+        yield lock
+
+
 def write_down(path: Path, table: EvidenceTable, ended: list[RowRun]) -> list[dict[str, Any]]:
     """Write CSV, curves and logs of the runs that ended, on every device; returns the lines of all CSVs."""
 
     def device(run: RowRun) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", run.results[0]["device"].lower()).strip("-")
+        return re.sub(r"[^a-z0-9]+", "-", run.device.lower()).strip("-")
 
     everything = []
     for name, group in groupby(sorted(ended, key=device), device):
@@ -104,7 +130,7 @@ def draw(path: Path, table: EvidenceTable, members: list[RowRun]) -> None:
 
 def show(table: EvidenceTable, lines: list[dict[str, Any]]) -> None:
     """Print what tells the lines apart."""
-    columns = ("row", "seed", "error", "best_error", "paper_error", "images_per_second", "peak_memory_gb")
+    columns = ("row", "seed", "error", "best_error", "paper_error", "images_per_second")
     printed = Printed(title=table.title)
     for column in columns:
         printed.add_column(column.replace("_", " "))

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from framework import config
 from framework.analysis.curves import read_losses, read_scores
 from framework.errors import UserError
-from framework.metrics import ROOT
+from framework.metrics import ROOT, read_log
 from framework.recipe import Recipe
 from framework.schema import Fault, NonNegativeInt, build
 
@@ -146,6 +147,14 @@ class RowRun:
         """Whether nothing is left to do."""
         return len(self.results) == len(self.commands)
 
+    @property
+    def device(self) -> str:
+        """What it ran on; all of them, if pieces ran on several."""
+        entries = read_log(self.folder / "metrics.jsonl")
+        return " and ".join(
+            dict.fromkeys(entry["environment"]["device"] for entry in entries if "environment" in entry)
+        )
+
     @cached_property
     def scores(self) -> dict[str, tuple[list[float], list[float]]]:
         """Accuracies that were measured during the training: name -> (epochs, per cent)."""
@@ -170,8 +179,10 @@ class RowRun:
         accuracies = {key: value for key, value in result.items() if "top1" in key}
         for found in evaluation:
             accuracies |= {"linear_top1": found["top1"], "linear_top1_random": found["top1_random_encoder"]}
-        during = self.scores[score][1] if score in self.scores else []
+        during = self.scores[score][1] if score == "test_top1" and score in self.scores else []
         recipe = config.load([str(self.folder / "recipe.yaml")])
+        entries = read_log(self.folder / "metrics.jsonl")
+        speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
         return {
             "row": self.row.name,
             "seed": self.seed,
@@ -183,9 +194,8 @@ class RowRun:
             "epochs": result["epochs"],
             "batch_size": recipe.train.batch_size,
             "precision": recipe.train.precision,
-            "images_per_second": result["images_per_second"],
-            "peak_memory_gb": round(result["peak_memory_bytes"] / 1e9, 2),
-            "device": result["device"],
+            "images_per_second": round(statistics.median(speeds), 2),
+            "device": self.device,
             "threads": result["threads"],
             "commit": result["commit"],
             "log": str(log),

@@ -50,9 +50,8 @@ class Splits:
                     prepare_digits(Path(data.path))
                 _open(data, data.train)
                 if _open_test(data) is None:
-                    logger.warning(
-                        "%s/%s: no such folder, so nothing will be scored (data.test)", data.path, data.test
-                    )
+                    missing = f"{data.path}/{_held_out(data)}"
+                    logger.warning("%s: no such folder, so nothing will be scored (data.test)", missing)
         with distributed.same_outcome():
             train, test = _open(data, data.train), _open_test(data)
             if is_url(data.path):
@@ -71,7 +70,7 @@ class Splits:
         """
         if self.test is None:
             raise UserError(
-                f"{self.recipe.data.path}/{self.recipe.data.test}: no such folder; images to score on are needed"
+                f"{self.recipe.data.path}/{_held_out(self.recipe.data)}: no such folder; images to score on are needed"
             )
         return self.test
 
@@ -116,8 +115,16 @@ def _open(data: Data, split: str) -> ShardSet:
 
 
 def _open_test(data: Data) -> ShardSet | None:
-    missing = not is_url(data.path) and not (Path(data.path) / data.test).exists()
-    return None if missing else _open(data, data.test)
+    split = _held_out(data)
+    missing = not is_url(data.path) and not (Path(data.path) / split).exists()
+    return None if missing else _open(data, split)
+
+
+def _held_out(data: Data) -> str:
+    """Folder of the held-out split: of ImageNet ``val``."""
+    here = Path(data.path)
+    only_val = not is_url(data.path) and not (here / "test").exists() and (here / "val").exists()
+    return "val" if data.test == "test" and only_val else data.test
 
 
 def _check_window(train: ShardSet, data: Data) -> None:
