@@ -159,7 +159,7 @@ def test_a_preempted_job_saves_and_comes_back(
 def test_a_job_whose_ranks_are_still_there_at_the_time_limit_goes_on(
     cluster: Cluster, tmp_path: Path, undisturbed: Reference
 ) -> None:
-    job = Job(cluster, tmp_path, undisturbed.steps, options=("--time=1", "--signal=USR1@5"))
+    job = Job(cluster, tmp_path, undisturbed.steps, options=("--time=2", "--signal=URG@1"))
     job.until_checkpoint()
     (frozen,) = (pid for pid in cluster.processes(job.id, "n2") if rank_of(pid) == 1)
     os.kill(frozen, signal.SIGSTOP)
