@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Self
 
 # Of file systems and networks. What is missing or forbidden is a mistake, and stays so.
 _PASSING = {
@@ -20,6 +21,22 @@ _PASSING = {
 class UserError(Exception):
     """One line that names the file, key or number at fault and says what would be right."""
 
+    _passing = False
+
+    @property
+    def passing(self) -> bool:
+        """Whether a file system or network is behind it, which may work again at the next start."""
+        cause = self.__cause__
+        if isinstance(cause, UserError):
+            return cause.passing
+        return self._passing or (isinstance(cause, OSError) and cause.errno in _PASSING)
+
+    def alone(self) -> Self:
+        """The same without its cause and the frames it came through, which would stay alive with it."""
+        error = type(self)(*self.args)
+        error._passing = self.passing
+        return error
+
 
 class LocalError(UserError):
     """An error that this rank alone has met, and must therefore print itself."""
@@ -27,12 +44,3 @@ class LocalError(UserError):
 
 class LostRank(LocalError):
     """Another rank is gone or silent; the same command goes on from the last checkpoint."""
-
-
-def may_pass(error: BaseException | None) -> bool:
-    """Whether a file system or network is behind an error, which may work again at the next start."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _PASSING:
-            return True
-        error = error.__cause__
-    return False

@@ -19,7 +19,7 @@ from framework import config, control, distributed, engines
 from framework.control import Request
 from framework.data.splits import Splits
 from framework.engines import Engine
-from framework.errors import LocalError, LostRank, UserError, may_pass
+from framework.errors import LocalError, LostRank, UserError
 from framework.execution import LocalNetwork
 from framework.execution.placement import Placement
 from framework.hangs import Watchdog
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return control.GO_ON_LATER if isinstance(error, LostRank) or may_pass(error) else MEND_FIRST
+        return control.GO_ON_LATER if isinstance(error, LostRank) or error.passing else MEND_FIRST
     distributed.stop()
     return control.GO_ON_LATER if request is Request.LEAVE else 0
 

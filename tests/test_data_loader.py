@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -250,6 +251,18 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path):
     shards = numbered(tmp_path / "a", 14)
     (tmp_path / "a" / "shard-000001.tar").unlink()
     assert "shard-000001.tar: cannot be read" in failure(train_loader(shards, workers=1), 1)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])
+def test_a_file_server_that_is_away_is_told_from_a_mistake(tmp_path, monkeypatch, number):
+    def away(*arguments: object) -> bytes:
+        raise OSError(number, "no")
+
+    loader = train_loader(numbered(tmp_path / "a", 9), workers=1)
+    monkeypatch.setattr(os, "pread", away)  # before the worker starts
+    with pytest.raises(UserError, match=r"cannot be read: no") as caught:
+        next(loader.steps(0, 1))
+    assert caught.value.passing == (number == errno.ESTALE)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

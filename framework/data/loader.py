@@ -239,7 +239,7 @@ def _as_it_is(drawn: Any) -> Any:
 
 def _raised(drawn: Drawn | UserError) -> Drawn:
     if isinstance(drawn, UserError):
-        raise UserError(str(drawn))  # raising ``drawn`` itself would tie its frame, and the workers, to it
+        raise drawn.alone()  # raising ``drawn`` itself would tie its frame, and the workers, to it
     return drawn
 
 

@@ -40,7 +40,7 @@ class Resident:
         whole: Tensor | None = None
         for sample, image in enumerate(_decoded(shards, workers)):
             if isinstance(image, UserError):
-                raise UserError(str(image))
+                raise image.alone()
             if isinstance(image, str):
                 self.broken[sample] = image
                 continue
@@ -104,7 +104,7 @@ class _Whole(Dataset[Tensor | str | UserError]):
         except BrokenImage as error:
             return str(error)
         except UserError as error:
-            return error
+            return error.alone()
 
 
 def _decoded(shards: ShardSet, workers: int) -> DataLoader[Tensor | str | UserError]:

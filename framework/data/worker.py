@@ -74,7 +74,7 @@ class Decoder(Dataset[Drawn | UserError]):
                 for view, chance in enumerate(draws.chance[:, row]):
                     crops[view, row] = self.views.crop(image, self.size, chance).numpy()
         except UserError as error:
-            return error
+            return error.alone()
         return draws.done(self.views, crops)
 
 
@@ -111,7 +111,7 @@ class Boxer(Dataset[Drawn | UserError]):
                 for view, chance in enumerate(draws.chance[:, row]):
                     boxes[view, row] = self.views.box(self.height, self.width, self.size, chance)
         except UserError as error:
-            return error
+            return error.alone()
         return draws.done(self.views, boxes)
 
     def _present(self, sample: int) -> None:
