@@ -20,6 +20,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def draw(path: Path, table: EvidenceTable, members: list[RowRun]) -> None:
     loss.legend(fontsize="small")
     for axes in error:
         axes.set(xlabel="epoch", ylabel="test error in %")
-    figure.suptitle(table.title)
+    figure.suptitle(textwrap.fill(table.title, 100 if measured else 64))
     figure.savefig(path, dpi=110)
 
 
