@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -156,20 +157,6 @@ def test_a_preempted_job_saves_and_comes_back(
     assert starts(tmp_path) == 2
 
 
-def test_a_job_whose_ranks_are_still_there_at_the_time_limit_goes_on(
-    cluster: Cluster, tmp_path: Path, undisturbed: Reference
-) -> None:
-    job = Job(cluster, tmp_path, undisturbed.steps, options=("--time=2", "--signal=URG@1"))
-    job.until_checkpoint()
-    (frozen,) = (pid for pid in cluster.processes(job.id, "n2") if rank_of(pid) == 1)
-    os.kill(frozen, signal.SIGSTOP)
-    until(lambda: job.restarts == 1, PATIENCE, "not started again")
-    assert "Reason=TimeLimit" in job.text
-    cluster.ask("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
-    job.until_done()
-    assert_same_run(tmp_path, *undisturbed)
-
-
 def test_linear_evaluation_is_a_job_too(cluster: Cluster, tmp_path: Path, undisturbed: Reference) -> None:
     """On two nodes it finds what the command finds without Slurm on one rank."""
     command = ["--cached", "--epochs", "30", "--batch-size", "64", "--lr", "1"]  # until both have converged
@@ -201,7 +188,8 @@ def test_a_job_outlives_a_node(cluster: Cluster, tmp_path: Path, undisturbed: Re
     if fate == "lost":
         cluster.start_node("n2")
     else:
-        cluster.ask("scontrol", "update", "nodename=n2", "state=resume")
+        with contextlib.suppress(AssertionError):  # Slurm refuses if the node has come back by itself
+            cluster.ask("scontrol", "update", "nodename=n2", "state=resume")
     job.until_done()
     assert_same_run(tmp_path, *undisturbed)
 
