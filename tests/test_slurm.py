@@ -120,11 +120,24 @@ def test_a_job_over_two_nodes_is_the_same_run(
     assert (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("signalled", "cause"),
+    [("USR1@15", "JobState=RUNNING"), ("URG@1", "Reason=TimeLimit")],
+    ids=[
+        "warned",
+        "not warned",
+    ],  # nobody listens to URG, so that the first the ranks hear is the limit's TERM
+)
 def test_a_job_that_runs_out_of_time_goes_on(
-    cluster: Cluster, tmp_path: Path, undisturbed: Reference, pool: Callable[[int], Pool]
+    cluster: Cluster,
+    tmp_path: Path,
+    undisturbed: Reference,
+    pool: Callable[[int], Pool],
+    signalled: str,
+    cause: str,
 ) -> None:
     """How many steps fit into the limit is the machine's affair, so somebody stops the run after its restart."""
-    job = Job(cluster, tmp_path, 10**6, options=("--time=2", "--signal=USR1@15"))
+    job = Job(cluster, tmp_path, 10**6, options=("--time=2", f"--signal={signalled}"))
     until(lambda: job.restarts and starts(tmp_path) > 1, PATIENCE, "not started again")
     before = len(losses(tmp_path))
     until(
@@ -132,7 +145,7 @@ def test_a_job_that_runs_out_of_time_goes_on(
     )
     (tmp_path / "run" / "stop-now").touch()
     job.until_done()
-    assert "ended with status 75, JobState=RUNNING" in job.text
+    assert re.search(rf"ended with status 75, .*{cause}", job.text), job.text
     steps = len(losses(tmp_path))
     shutil.copytree(undisturbed.folder, tmp_path / "whole")
     reference(pool, tmp_path / "whole", steps)
