@@ -12,11 +12,13 @@ A folder gets its name only when it is whole and on the disk, so a crash at any 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,9 +91,10 @@ def write(run_dir: Path, moment: Snapshot, keep: Keep | None = None) -> Path:
     folder = _folder(run_dir, moment.step)
     write_files(folder, moment.model, moment.optimizer, moment.state)
     # Later ones are those of a run that went back to an earlier step; they are not ours to delete.
-    losses = {_step(f): _loss(f) for f in _folders(run_dir) if _step(f) <= moment.step}
-    for step in superfluous(losses, keep or Keep()):
-        shutil.rmtree(_folder(run_dir, step), ignore_errors=True)
+    with suppress(OSError):  # where one can't be judged for the moment, the next save deletes
+        losses = {_step(f): _loss(f) for f in _folders(run_dir) if _step(f) <= moment.step}
+        for step in superfluous(losses, keep or Keep()):
+            shutil.rmtree(_folder(run_dir, step), ignore_errors=True)
     return folder
 
 
@@ -136,9 +139,8 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
         UserError: the folder is missing or damaged, or belongs to another network or optimizer.
     """
     with same_outcome():
-        if is_main() and (damage := damage_of(folder)):
+        if damage := damage_of(folder):  # as this rank reads it
             raise UserError(f"{folder}: {damage}")
-    with same_outcome():
         state, model, optimizer = read_files(folder)
         _check(folder, state, model, engine)
     engine.load_model_state(model)
@@ -208,20 +210,33 @@ def _step(folder: Path) -> int:
 
 
 def _loss(folder: Path) -> float | None:
-    """What ``state`` said of it; ``None`` for one that is damaged or has none."""
+    """What ``state`` said of it; ``None`` for one that is damaged or has none.
+
+    Raises:
+        OSError: the file system fails.
+    """
     try:
         return float(json.loads((folder / "state.json").read_text())["loss"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def _newest_whole(run_dir: Path) -> Path | None:
     folders = _folders(run_dir)
+    unread: UserError | None = None
     for folder in reversed(folders):
-        damage = damage_of(folder)
+        damage: str | UserError | None
+        try:
+            damage = damage_of(folder)
+        except UserError as error:
+            if getattr(error.__cause__, "errno", None) != errno.EIO:  # which may be a bad sector, and stay
+                raise
+            damage = unread = error
         if damage is None:
             return folder
         logger.warning("%s: passed over: %s", folder, damage)
+    if unread:
+        raise unread
     if folders:
         raise UserError(
             f"{run_dir / 'checkpoints'}: all {len(folders)} checkpoints are damaged; delete them to start afresh"

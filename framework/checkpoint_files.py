@@ -15,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from framework.engines.step import OptimizerState
-from framework.errors import UserError
+from framework.errors import UserError, is_passing
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
@@ -88,11 +88,15 @@ def _sha256(path: Path) -> str:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if nothing is."""
+    """What is wrong with a checkpoint's files, None if nothing is.
+
+    Raises:
+        UserError: the file system fails for the moment, so that nobody can say.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except OSError as error:
-        return f"{MANIFEST} can't be read ({error.strerror})"
+        return _unread(folder / MANIFEST, error)
     except ValueError:
         return f"{MANIFEST} is damaged"
     if not isinstance(manifest, dict) or set(manifest) != set(FILES):
@@ -102,8 +106,14 @@ def damage_of(folder: Path) -> str | None:
             if _sha256(folder / name) != manifest[name]:
                 return f"{name} is damaged: its SHA-256 is not that of {MANIFEST}"
         except OSError as error:
-            return f"{name} can't be read ({error.strerror})"
+            return _unread(folder / name, error)
     return None
+
+
+def _unread(path: Path, error: OSError) -> str:
+    if is_passing(error):
+        raise UserError(f"{path}: can't be read for the moment: {error.strerror}") from error
+    return f"{path.name} can't be read ({error.strerror})"
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], OptimizerState]:

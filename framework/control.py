@@ -12,9 +12,11 @@ from pathlib import Path
 from types import FrameType
 
 from framework import distributed
+from framework.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # preemption; Slurm's --signal before the time limit
 GO_ON_LATER = 75  # exit status (EX_TEMPFAIL of sysexits.h): start the same command again
+MEND_FIRST = 64  # exit status (EX_USAGE): that would not help. Below the other, for srun reports the largest
 LOOK_EVERY = 1.0  # seconds between two looks for touched files: each costs a file server a question
 
 
@@ -32,6 +34,11 @@ class Request(IntEnum):
 
 
 FILES = {Request.SAVE: "save-now", Request.STOP: "stop-now"}
+
+
+def exit_status(error: UserError) -> int:
+    """``GO_ON_LATER`` if the next start may do without this error, else ``MEND_FIRST``."""
+    return GO_ON_LATER if error.passing else MEND_FIRST
 
 
 def leave_at_once(*_: object) -> None:

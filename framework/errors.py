@@ -7,15 +7,29 @@ from typing import Self
 
 # Of file systems and networks. What is missing or forbidden is a mistake, and stays so.
 _PASSING = {
+    errno.EAGAIN,
     errno.EIO,
+    errno.EREMOTEIO,
     errno.ESTALE,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
     errno.ENOTCONN,
     errno.ESHUTDOWN,
     errno.ETIMEDOUT,
 }
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether a file system or network is behind an error, which may work again at the next start."""
+    if isinstance(error, UserError):
+        return error.passing
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno in _PASSING
 
 
 class UserError(Exception):
@@ -25,16 +39,18 @@ class UserError(Exception):
 
     @property
     def passing(self) -> bool:
-        """Whether a file system or network is behind it, which may work again at the next start."""
-        cause = self.__cause__
-        if isinstance(cause, UserError):
-            return cause.passing
-        return self._passing or (isinstance(cause, OSError) and cause.errno in _PASSING)
+        """Whether the next start may do without it, unmended: ``is_passing`` of its cause."""
+        return self._passing or is_passing(self.__cause__)
 
     def alone(self) -> Self:
         """The same without its cause and the frames it came through, which would stay alive with it."""
-        error = type(self)(*self.args)
-        error._passing = self.passing
+        return self.of_passing(*self.args) if self.passing else type(self)(*self.args)
+
+    @classmethod
+    def of_passing(cls, *args: str) -> Self:
+        """One that the next start may do without, whatever its cause."""
+        error = cls(*args)
+        error._passing = True
         return error
 
 
@@ -44,3 +60,5 @@ class LocalError(UserError):
 
 class LostRank(LocalError):
     """Another rank is gone or silent; the same command goes on from the last checkpoint."""
+
+    _passing = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import math
 import os
 import socket
 import sys
@@ -36,7 +35,7 @@ class Watchdog:
     def __init__(self, run_dir: Path, limit: float) -> None:
         self._run_dir, self._limit = run_dir, limit
         self._over = threading.Event()
-        self._done, self._last = 0, time.monotonic()
+        self._done, self._signs, self._awake = 0, 0, True
         self._watched = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -50,20 +49,25 @@ class Watchdog:
 
     def step(self, done: int) -> None:
         """Note that so many steps are done."""
-        self._done, self._last = done, time.monotonic()
+        self._done, self._signs = done, self._signs + 1
 
     @contextmanager
     def asleep(self) -> Iterator[None]:
         """Inside, nothing is watched: for what may take long without a step, such as scoring a large split."""
-        self._last = math.inf
+        self._awake = False
         try:
             yield
         finally:
-            self._last = time.monotonic()
+            self._signs, self._awake = self._signs + 1, True
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self._limit / 10)):
-            if time.monotonic() - self._last > self._limit:
+        tick, last, seen, silent = min(1.0, self._limit / 10), time.monotonic(), 0, 0.0
+        while not self._over.wait(tick):
+            now, signs = time.monotonic(), self._signs
+            # What was suspended (SIGSTOP, scontrol suspend) for long has not hung for long.
+            silent = silent + min(now - last, 2 * tick) if self._awake and signs == seen else 0.0
+            last, seen = now, signs
+            if silent > self._limit:
                 self._report()
                 time.sleep(OTHER_RANKS)
                 os._exit(GO_ON_LATER)

@@ -45,20 +45,23 @@ class RunStatus:
 
     def _begin(self) -> None:
         self._offset = self.starts = self.skipped_steps = 0
+        self._line = b""
         self.last: dict[str, Any] = {}
 
     def update(self) -> None:
         """Read on."""
         if not self._log.exists():
             return
-        if self._log.stat().st_size < self._offset:  # a new start has cut it off
-            self._begin()
         newest = b""
         with self._log.open("rb") as file:
-            file.seek(self._offset)
+            file.seek(self._offset - len(self._line))
+            if file.read(len(self._line)) != self._line:  # a new start has cut it off, and written since
+                self._begin()
+                file.seek(0)
             for line in file:
                 if not line.endswith(b"\n"):
                     break
+                self._line = line
                 self._offset += len(line)
                 self.starts += b'"environment"' in line
                 self.skipped_steps += b'"skipped": true' in line
@@ -83,10 +86,13 @@ class RunStatus:
     @property
     def state(self) -> str:
         """``finished``, ``running``, or how long it has been silent."""
-        if (self.run_dir / "result.json").exists():
-            return "finished"
         if not self._log.exists():
             return "starting"
+        result = (
+            self.run_dir / "result.json"
+        )  # one that is older than the log is of a shorter run, which goes on
+        if result.exists() and result.stat().st_mtime >= self._log.stat().st_mtime:
+            return "finished"
         age = time.time() - self._log.stat().st_mtime
         usual = self._every / self.per_second if self.per_second else 0.0
         return "running" if age < max(SILENT, 10 * usual) else f"silent for {_duration(age)}"

@@ -19,7 +19,7 @@ from framework import config, control, distributed, engines
 from framework.control import Request
 from framework.data.splits import Splits
 from framework.engines import Engine
-from framework.errors import LocalError, LostRank, UserError
+from framework.errors import LocalError, UserError
 from framework.execution import LocalNetwork
 from framework.execution.placement import Placement
 from framework.hangs import Watchdog
@@ -33,11 +33,9 @@ from framework.recipe import Recipe
 from framework.results import leave_results, score_now
 from framework.resume import restore
 
-MEND_FIRST = 2  # exit status: starting the same command again would not help
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe; returns the exit status: 0, ``MEND_FIRST`` or ``GO_ON_LATER``."""
+    """Run a recipe; returns the exit status: 0, or ``MEND_FIRST`` or ``GO_ON_LATER`` of ``control``."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     for number in control.SIGNALS:
         signal.signal(number, control.leave_at_once)
@@ -53,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return control.GO_ON_LATER if isinstance(error, LostRank) or error.passing else MEND_FIRST
+        return control.exit_status(error)
     distributed.stop()
     return control.GO_ON_LATER if request is Request.LEAVE else 0
 

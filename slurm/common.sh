@@ -9,6 +9,7 @@
 #   PYTHON     interpreter; .venv/bin/python if not set
 #   CONTAINER  image.sif (Apptainer) or an image of enroot (pyxis) in which PYTHON is
 #   MOUNTS     what the container sees besides this folder: /data:/data,...
+#   PAUSE      seconds before the next start after one that left no new checkpoint, for a file server to come back; 300
 
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
@@ -47,13 +48,57 @@ patiently() {
   return 1
 }
 
-newest_checkpoint() {
-  find "$1" -path '*/checkpoints/step-*' -name state.json -print0 2> /dev/null | xargs -0 -r ls -t | head -n 1
+# The newest file of path $2 below folder $1, with its time.
+newest() {
+  find -L "$1" -path "$2" -printf '%T@ %p\n' 2> /dev/null | sort -n | tail -n 1
 }
 
-# Train a recipe; start the job again unless it is done (exit status 0) or somebody must mend something (2).
+# Whether it is for this script to start the job again; sets $state. Slurm itself starts a preempted job, and a cancelled
+# one is not to be started: both are COMPLETING by now. So is one whose ranks did not end in time. A node that was lost
+# and lives on may run an earlier start than Slurm's newest.
+ours() {
+  state=$(patiently scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE '(JobState|Reason|Restarts)=\w*' | xargs)
+  [[ $state == @(JobState=RUNNING*|*Reason=TimeLimit*)" Restarts=${SLURM_RESTART_COUNT:-0}" ]]
+}
+
+# Python with the arguments from the third on, on all ranks; start the job again unless it is done (exit status 0) or
+# somebody must mend something (64). Its progress shows in files of path $2 below folder $1.
+until_done() {
+  local folder=$1 progress=$2 before now status count=0 last="" state
+  shift 2
+  [[ ${SLURM_RESTART_COUNT:-0} == 0 ]] && rm -f "$folder/fruitless-starts"
+  trap : TERM # comes at the time limit; this shell has to outlive its ranks
+  before=$(newest "$folder" "$progress")
+  on_all_ranks "$@"
+  status=$?
+  ours
+  local decide=$?
+  echo "$(date '+%F %T') start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID ended with status $status, $state"
+  ((status == 0 || status == 64 || decide)) && exit "$status"
+  now=$(newest "$folder" "$progress")
+  if [[ $now == "$before" ]]; then
+    # Starts that Slurm itself made again since did not write here: what they left shows in the progress.
+    { read -r count && read -r last; } 2> /dev/null < "$folder/fruitless-starts"
+    [[ $now == "$last" ]] && ((++count)) || count=1
+  fi
+  mkdir -p "$folder"
+  printf '%s\n' "$count" "$now" > "$folder/fruitless-starts"
+  if ((count >= FRUITLESS)); then
+    echo "$FRUITLESS starts in a row left no new checkpoint: not started again" >&2
+    exit "$status"
+  fi
+  if ((count)); then
+    echo "no new checkpoint: the next start is in ${PAUSE:-300} seconds"
+    sleep "${PAUSE:-300}" &
+    wait $! # which the time limit's TERM ends, unlike a sleep
+    ours || exit "$status"
+  fi
+  patiently scontrol requeue "$SLURM_JOB_ID"
+}
+
+# Train a recipe.
 train() {
-  local recipe=$1 name run_dir="" argument before status state count
+  local recipe=$1 name run_dir="" argument
   shift
   name=$(basename "$recipe" .yaml)
   for argument in "$@"; do
@@ -63,25 +108,6 @@ train() {
     esac
   done
   run_dir=${run_dir:-${RUNS:-runs}/$name}
-  [[ ${SLURM_RESTART_COUNT:-0} == 0 ]] && rm -f "$run_dir/fruitless-starts"
-  trap : TERM # comes at the time limit; this shell has to outlive its ranks
-  before=$(newest_checkpoint "$run_dir")
-  on_all_ranks framework/train.py "$recipe" run_dir="$run_dir" ${DATA:+data.path="$DATA"} "$@"
-  status=$?
-  state=$(patiently scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE '(JobState|Reason)=\w*' | xargs)
-  echo "$(date '+%F %T') start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID ended with status $status, $state"
-  # Slurm itself starts a preempted job again, and a cancelled one is not to be started. Both are COMPLETING by now, and
-  # so is one whose ranks did not end in time.
-  [[ $status == [02] || $state != @(JobState=RUNNING*|*Reason=TimeLimit) ]] && exit "$status"
-  count=0
-  if [[ $(newest_checkpoint "$run_dir") == "$before" ]]; then
-    count=$(($(cat "$run_dir/fruitless-starts" 2> /dev/null || echo 0) + 1))
-  fi
-  mkdir -p "$run_dir"
-  echo "$count" > "$run_dir/fruitless-starts"
-  if ((count >= FRUITLESS)); then
-    echo "$FRUITLESS starts in a row left no new checkpoint: not started again" >&2
-    exit "$status"
-  fi
-  patiently scontrol requeue "$SLURM_JOB_ID"
+  until_done "$run_dir" '*/checkpoints/step-*/state.json' \
+    framework/train.py "$recipe" run_dir="$run_dir" ${DATA:+data.path="$DATA"} "$@"
 }

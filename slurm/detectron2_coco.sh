@@ -11,5 +11,5 @@ shift
 backbone=$run_dir/detectron2/backbone.pkl
 mkdir -p "$run_dir/detectron2"
 on_all_ranks tools/convert_to_detectron2.py "$run_dir" -o "$backbone" &&
-  on_all_ranks tools/train_detectron2.py --resume --num-gpus "${SLURM_GPUS_ON_NODE:-1}" \
+  until_done "$run_dir/detectron2" '*.pth' tools/train_detectron2.py --resume --num-gpus "${SLURM_GPUS_ON_NODE:-1}" \
     --config recipes/detectron2/coco_1x_frozen.yaml MODEL.WEIGHTS "$backbone" OUTPUT_DIR "$run_dir/detectron2/coco_1x" "$@"

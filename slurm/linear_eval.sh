@@ -5,4 +5,5 @@
 #SBATCH --time=24:00:00 --requeue --open-mode=append --output=%x-%j.log
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
-on_all_ranks tools/linear_eval.py "$@" ${DATA:+data.path="$DATA"}
+run_dir=${1:?name the run folder: sbatch slurm/linear_eval.sh RUN_DIR}
+until_done "$run_dir" '*/linear_eval/*.safetensors' tools/linear_eval.py "$@" ${DATA:+data.path="$DATA"}

@@ -5,4 +5,4 @@
 #SBATCH --time=24:00:00 --signal=USR1@180 --requeue --open-mode=append --output=%x-%j.log
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
-train recipes/loco_r50_800ep.yaml "$@"
+train recipes/loco_r50_800ep.yaml faults.nonfinite=skip "$@"

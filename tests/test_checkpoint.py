@@ -141,6 +141,19 @@ def test_all_damaged_is_an_error_and_none_at_all_is_not(pool: PoolOf, tmp_path: 
         checkpoint.newest(tmp_path)
 
 
+def test_what_can_not_be_read_for_the_moment_is_not_called_damaged(pool: PoolOf, tmp_path: Path) -> None:
+    """Linux answers EIO to who reads its own memory at address 0: the file stands in for a failing disk."""
+    newest = pool(1).run(save_after, DYADIC, tmp_path, range(2))[0]
+    for folder in (newest, newest.with_name("step-00000001")):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").symlink_to("/proc/self/mem")
+        if folder == newest:
+            assert checkpoint.newest(tmp_path).name == "step-00000001"
+    with pytest.raises(UserError, match=r"model.safetensors: can't be read for the moment") as caught:
+        checkpoint.newest(tmp_path)
+    assert caught.value.passing
+
+
 def test_a_missing_folder_is_one_line_on_every_rank(pool: PoolOf, tmp_path: Path) -> None:
     messages = pool(2).run(load_error, DYADIC, tmp_path / "nothing")
     assert messages[0] == messages[1] and "nothing: manifest.json can't be read (No such file" in messages[0]

@@ -18,7 +18,7 @@ import pytest
 from runs import ROOT, losses, starts
 
 from framework import config
-from framework.analysis.evidence import EvidenceTable
+from framework.analysis.evidence import EvidenceTable, Row
 from framework.control import GO_ON_LATER
 from framework.errors import UserError
 from framework.metrics import read_log
@@ -87,6 +87,19 @@ def test_a_row_is_stopped_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert float(line["error"]) == round(100 - result["test_top1"], 2) and float(line["paper_error"]) == 1.5
     log = [json.loads(text) for text in (path.parent / line["log"]).read_text().splitlines()]
     assert log[0]["results"] == [result] and str(tmp_path) not in json.dumps(log)
+    (command,) = log[0]["commands"]
+    assert command.startswith("python framework/train.py recipes/quickstart_mlaan.yaml train.epochs=12 ")
+    assert command.endswith(" seed=0 run_dir=runs/digits/dglstar-k-2-seed0")
+    # A machine that has not run this row keeps its line, and its curve.
+    elsewhere = written.read_text().replace("DGL* K=2,0,", "Elsewhere,0,")
+    written.write_text(elsewhere)
+    two = json.loads(path.read_text())
+    two["rows"].insert(0, {"name": "Elsewhere", "recipe": str(ROOT / "recipes" / "quickstart.yaml")})
+    found = EvidenceTable(two["title"], two["score"], [Row(**row) for row in two["rows"]])
+    ended = EvidenceTable.read(path).runs(path, tmp_path / "runs", arguments[1:2])
+    tool = runpy.run_path(str(ROOT / "tools" / "evidence.py"))
+    assert [row["row"] for row in tool["write_down"](path, found, ended)] == ["Elsewhere", "DGL* K=2"]
+    assert [row["row"] for row in csv.DictReader(written.open())] == ["Elsewhere", "DGL* K=2"]
     during = log[1]["scores"]["test_top1"]
     assert during["epochs"] == [6.0]
     assert float(line["best_error"]) == round(100 - max(result["test_top1"], *during["top1"]), 2)

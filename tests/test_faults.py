@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import resource
@@ -17,8 +18,7 @@ from runs import ROOT, assert_same_run, losses, run, toy, weights
 from test_checkpoint import FILES, MANIFEST
 
 from framework import checkpoint
-from framework.control import GO_ON_LATER
-from framework.train import MEND_FIRST
+from framework.control import GO_ON_LATER, MEND_FIRST
 
 RECIPE = str(ROOT / "recipes" / "loco_r50_800ep.yaml")
 STEPS = 40
@@ -57,16 +57,26 @@ def steps_done(folder: Path) -> int:
     return sum(b'"losses"' in line for line in log.read_bytes().splitlines()) if log.exists() else 0
 
 
+def half_written(folder: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or were when somebody was killed; with their times."""
+    found = set()
+    for partial in folder.glob("run/checkpoints/.step-*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been renamed
+            found.add((partial.name, partial.stat().st_mtime_ns))
+    return found
+
+
 def kill_somewhere(folder: Path, chance: random.Random, *overrides: str) -> str | None:
     """Start, and kill one rank: in mid-step, in mid-save or in mid-rename; which of them, ``None`` if it got away."""
     moments = {
-        "mid-save": Trouble(0, "kill", event="open", path="state.json", count=chance.randint(1, 4)),
+        "mid-save": Trouble(0, "kill", event="open", path=".partial/state.json", count=chance.randint(1, 3)),
         "mid-rename": Trouble(0, "kill", event="os.rename", path=".partial", count=chance.randint(2, 4)),
         "after the rename": Trouble(0, "kill", event="open", path="checkpoints", count=chance.randint(1, 3)),
         "mid-step": None,
         "mid-write": None,
     }
     moment = chance.choice(list(moments))
+    left = half_written(folder)
     with start(folder, *overrides, trouble=moments[moment]) as ranks:
         if moment == "mid-step":
             before = steps_done(folder)
@@ -74,7 +84,7 @@ def kill_somewhere(folder: Path, chance: random.Random, *overrides: str) -> str 
             time.sleep(chance.uniform(0, 0.3))
             ranks.signal(signal.SIGKILL, chance.randrange(2))
         elif moment == "mid-write":
-            ranks.until(lambda: any(folder.glob("run/checkpoints/.step-*.partial")) or not ranks.running)
+            ranks.until(lambda: half_written(folder) - left or not ranks.running)
             time.sleep(chance.uniform(0, 0.01))
             ranks.signal(signal.SIGKILL, 0)
         ranks.first_end()

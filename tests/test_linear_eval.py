@@ -20,6 +20,7 @@ from framework import distributed
 from framework.analysis.encoding import cached_rows
 from framework.analysis.linear_eval import PROTOCOLS, Protocol, Rows, State, accuracy, evaluate_rows, fit
 from framework.analysis.runs import Run
+from framework.control import MEND_FIRST
 from framework.data.order import epoch_order
 from framework.errors import UserError
 from framework.metrics import read_log
@@ -169,7 +170,7 @@ def test_the_command_on_augmented_images(both_runs: tuple[Path, Path], tmp_path:
     assert State(folder / "linear_eval" / "loco.safetensors", {}).load() == (0, {})
     shutil.rmtree(folder / "checkpoints")
     again = command(folder, "--cached")
-    assert again.returncode == 1
+    assert again.returncode == MEND_FIRST
     assert again.stderr.strip().splitlines()[-1].endswith("let it train until one is")
 
 

@@ -17,9 +17,8 @@ from ranks import Ranks, Trouble
 from runs import ROOT, assert_same_run, toy
 
 from framework import checkpoint, distributed
-from framework.control import GO_ON_LATER
+from framework.control import GO_ON_LATER, MEND_FIRST
 from framework.lost import lost_ranks_named
-from framework.train import MEND_FIRST
 
 RECIPE = str(ROOT / "recipes" / "loco_r50_800ep.yaml")
 STAGES, STEPS = 3, 60

@@ -77,7 +77,7 @@ class Job:
         folder.mkdir(exist_ok=True)
         more = (*OPTIONS, "--time=30", f"--output={folder}/job-%j.log", *options)
         # No name server knows the nodes.
-        variables = {"MASTER_ADDR": "127.0.0.1", "TMPDIR": str(folder)}
+        variables = {"MASTER_ADDR": "127.0.0.1", "TMPDIR": str(folder), "PAUSE": "1"}
         arguments = toy(folder, *LENGTH, f"train.max_steps={steps}", *overrides)
         self.id = cluster.submit("slurm/loco_800ep.sh", *arguments, options=more, **variables)
         self.log = folder / f"job-{self.id}.log"
@@ -234,6 +234,15 @@ def test_a_crash_is_started_again_and_a_mistake_is_not(
     assert wrong.restarts == 0
     (line,) = (line for line in wrong.text.splitlines() if line.startswith("error: "))
     assert "optimizer is LARS, and optim.name asks for SGD" in line
+
+
+def test_a_job_that_comes_to_nothing_is_given_up(cluster: Cluster, tmp_path: Path) -> None:
+    """A server that does not answer may do so at the next start, but not for ever."""
+    job = Job(cluster, tmp_path, 10, "data.source=shards", "data.path=http://127.0.0.1:9/images")
+    until(lambda: job.state == "FAILED", PATIENCE, "not ended")
+    assert job.restarts == 2 and job.text.count("ended with status 75, JobState=RUNNING") == 3
+    assert "127.0.0.1:9/images" in job.text and "cannot be read" in job.text
+    assert "3 starts in a row left no new checkpoint: not started again" in job.text
 
 
 def test_nothing_survives_scancel_but_the_checkpoint(

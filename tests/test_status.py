@@ -54,6 +54,14 @@ def test_a_run_is_followed_through_restarts(tmp_path: Path) -> None:
     drawn(run)
     assert run.starts == 2 and run.skipped_steps == 0, "what was skipped past the checkpoint has not been"
     write(log, range(10, 12), skipped=True)
+    log.close()
+    log = MetricLog(tmp_path / "metrics.jsonl", {}, step=10)
+    write(log, range(10, 40))  # by the next look the log is longer than before
+    log.close()
+    drawn(run)
+    assert (run.starts, run.skipped_steps, run.last["step"]) == (3, 0, 39)
+    log = MetricLog(tmp_path / "metrics.jsonl", {}, step=10)
+    write(log, range(10, 12), skipped=True)
     row = drawn(run).splitlines()[3]
     assert "12/100" in row and "0 images, 2 steps" in row and "none" in row
     log.close()

@@ -118,7 +118,12 @@ def resuming(argv: list[str]) -> float:
     with subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         while "first step" not in times:
-            event, _, when = child.stdout.readline().rpartition(" ")
+            line = child.stdout.readline()
+            if not line:
+                sys.exit(
+                    f"the resumed run ended before its first step, with status {child.wait()}: see above"
+                )
+            event, _, when = line.rpartition(" ")
             if event in ("imported", "first step"):
                 times[event] = float(when)
         child.kill()

@@ -5,11 +5,12 @@
         --precision bf16 --channels-last --csv loco.csv
     python tools/bench_step.py --network resnet110 --modules 55 --method mlaan --batch 128 --cuda-graph --csv mlaan.csv
 
-Networks take turns in one process: end-to-end (BP, or SimCLR for a contrastive method), the routed step, and the
-definition that runs the segments of every window again. --cuda-graph and --compile serve the first two; the routed
-step without it then runs, too, and gives the speed-up. Each ratio is the median over rounds of a time to the end-to-end
-time of the same round. Activations are counted, not sampled. On a GPU come the allocator's peak (without --cuda-graph),
-and the share of the step's time in which the GPU is busy.
+Networks take turns in one process: end-to-end (BP, or SimCLR for a contrastive method; one forward and one backward of
+the whole network), the routed step, and the definition that runs the segments of every window again. --cuda-graph and
+--compile serve the first two; the routed step without it then runs, too, and gives the speed-up. Each ratio is the
+median over rounds of a time to the end-to-end time of the same round. Activations are counted, not sampled. On a GPU
+come the allocator's peak (without --cuda-graph), and the share of the step's time in which the GPU is busy. Rows that
+--csv holds already are not measured again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import io
 import json
 import statistics
 import time
@@ -42,6 +44,7 @@ from framework.batch import Batch
 from framework.execution.routing import LocalNetwork
 from framework.local import LocalUnit
 from framework.local.trunks import TRUNKS
+from framework.metrics import commit, environment, write_whole
 from framework.network import create
 from framework.network.cifar import CifarResNet
 
@@ -60,11 +63,35 @@ def measure(steps: list[Callable[[], None]], rounds: int, warm_up: int = 2) -> l
     return times
 
 
+def conditions(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What tells a row of the CSV from the others."""
+    cifar = isinstance(create(arguments.network), CifarResNet)
+    here = environment(1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {
+        "network": arguments.network,
+        "method": method,
+        "cut": f"K={arguments.modules}"
+        if arguments.modules
+        else arguments.cut or ("block" if cifar else "stage"),
+        "window": arguments.window if method in ("loco", "mlm", "mlaan") else "",
+        "head": arguments.head,
+        "image_size": arguments.image_size or (32 if cifar else 128),
+        "precision": arguments.precision,
+        "channels_last": arguments.channels_last,
+        "cuda_graph": arguments.cuda_graph,
+        "compile": arguments.compile,
+        "batch": arguments.batch,
+        "rounds": arguments.rounds,
+        "device": here["device"],
+        "threads": here["threads"],
+        "torch": torch.__version__,
+    }
+
+
 def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
-    cifar = isinstance(create(arguments.network), CifarResNet)
-    size = arguments.image_size or (32 if cifar else 128)
-    cut = arguments.modules or arguments.cut or ("block" if cifar else "stage")
+    setting = conditions(method, arguments)
+    size, cut = setting["image_size"], arguments.modules or setting["cut"]
     views = 2 if method in CONTRASTIVE else 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.randn(arguments.batch, 3, size, size, device=device)
@@ -82,7 +109,9 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for name, net in (("reference", reference), ("routed", network)):
         if arguments.compile:
             net.compile_segments()
-        steps[name] = (graphed_step if arguments.cuda_graph else routed_step)(net, batch)
+        # Without windows to repeat the definition is plain backpropagation.
+        plain = routed_step if quicker or name == "routed" else naive_step
+        steps[name] = (graphed_step if arguments.cuda_graph else plain)(net, batch)
     times = dict(zip(steps, measure(list(steps.values()), arguments.rounds), strict=True))
     seconds = {name: statistics.median(values) for name, values in times.items()}
     ratios = {
@@ -105,17 +134,8 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 "ratio_peak": peaks[1] / peaks[0],
             }
     return {
-        "network": arguments.network,
-        "method": method,
-        "modules": len(network.segments),
-        "window": arguments.window if method in ("loco", "mlm", "mlaan") else None,
-        "head": arguments.head,
-        "image_size": size,
-        "precision": arguments.precision,
-        "channels_last": arguments.channels_last,
-        "cuda_graph": arguments.cuda_graph,
-        "compile": arguments.compile,
-        "batch": arguments.batch,
+        **setting,
+        "segments": len(network.segments),
         "units": len(network.plan.units),
         "reference": "simclr" if views == 2 else "bp",
         "reference_seconds": seconds["reference"],
@@ -127,12 +147,9 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         else None,
         "ratio_time_naive": ratios.get("naive"),
         "ratio_peak_activations": activations,
+        "spread": (max(times["routed"]) - min(times["routed"])) / seconds["routed"],
         **gpu,
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "rounds": arguments.rounds,
+        "commit": commit(),
         "heads": head_times(network, batch, arguments.rounds) if arguments.breakdown else None,
     }
 
@@ -196,7 +213,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         table.add_row(
             f"{r['network']} @ {r['image_size']}",
-            str(r["modules"]),
+            r["cut"].removeprefix("K="),
             r["method"],
             str(r["window"] or "-"),
             r["head"],
@@ -210,6 +227,26 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{r['busy']:.2f}" if "busy" in r else "-",
         )
     Console(width=142).print(table)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV; none if it isn't there."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def is_in(path: Path, setting: dict[str, Any]) -> bool:
+    """Whether a CSV has a row of these conditions."""
+    return any(all(str(value) == line.get(key) for key, value in setting.items()) for line in read(path))
+
+
+def append(path: Path, result: dict[str, Any]) -> None:
+    """Write a row below those of a CSV, which is whole at any moment."""
+    rows = [*read(path), {key: value for key, value in result.items() if key != "heads"}]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, buffer.getvalue())
 
 
 def main() -> None:
@@ -245,24 +282,25 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true", help="all networks in channels-last order")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--csv", type=Path, help="write them here, without what --breakdown adds")
+    parser.add_argument("--csv", type=Path, help="add them here, without what --breakdown adds")
     arguments = parser.parse_args()
     if arguments.cuda_graph and (arguments.compile or not torch.cuda.is_available()):
         parser.error("--cuda-graph needs a GPU, and can't be combined with --compile")
     torch.set_num_threads(arguments.threads)
-    rows = [row(method, arguments) for method in arguments.method.split(",")]
-    show(rows)
+    rows = []
+    for method in arguments.method.split(","):
+        if arguments.csv and is_in(arguments.csv, conditions(method, arguments)):
+            print(f"{method}: is in {arguments.csv} already")
+            continue
+        rows.append(row(method, arguments))
+        if arguments.csv:
+            append(arguments.csv, rows[-1])
+    if rows:
+        show(rows)
     for result in rows if arguments.breakdown else ():
         show_breakdown(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(
-                file, [k for k in rows[0] if k != "heads"], extrasaction="ignore", lineterminator="\n"
-            )
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import csv
 import fcntl
 import io
+import json
 import math
 import re
 import shlex
@@ -65,6 +66,8 @@ def go_on(run: RowRun, deadline: float) -> bool:
             return False
         if process.returncode:
             raise UserError(f"{run.folder}: failed, see above: python {shlex.join(command)}")
+        if not run.files[run.commands.index(command)].exists():
+            return False  # somebody stopped it by hand
     return True
 
 
@@ -88,39 +91,52 @@ def write_down(path: Path, table: EvidenceTable, ended: list[RowRun]) -> list[di
     """Write CSV, curves and logs of the runs that ended, on every device; returns the lines of all CSVs."""
 
     def device(run: RowRun) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", run.device.lower()).strip("-")
+        return re.sub(r"[^a-z0-9]+", "-", run.said("device").lower()).strip("-")
 
     everything = []
     for name, group in groupby(sorted(ended, key=device), device):
-        members, lines = list(group), []
-        for run in members:
+        lines: dict[tuple[str, str], dict[str, Any]] = {}
+        written = path.parent / f"{path.stem}-{name}.csv"
+        if written.exists():  # runs whose folders are elsewhere stay
+            for line in csv.DictReader(written.read_text().splitlines()):
+                lines[line["row"], line["seed"]] = line
+        for run in group:
             log = Path("logs", f"{path.stem}-{name}", f"{run.folder.name}.jsonl")
             write_whole(path.parent / log, run.log())
-            lines.append(run.line(table.score, log))
+            lines[run.row.name, str(run.seed)] = run.line(table.score, log)
+        wanted = [(row.name, str(seed)) for seed in table.seeds for row in table.rows]
+        ordered = [lines[key] for key in wanted if key in lines]
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(lines[0]), lineterminator="\n")
+        writer = csv.DictWriter(
+            buffer, list(dict.fromkeys(k for line in ordered for k in line)), lineterminator="\n"
+        )
         writer.writeheader()
-        writer.writerows(lines)
-        write_whole(path.parent / f"{path.stem}-{name}.csv", buffer.getvalue())
-        draw(path.parent / f"{path.stem}-{name}.png", table, members)
-        everything += lines
+        writer.writerows(ordered)
+        write_whole(written, buffer.getvalue())
+        draw(written.with_suffix(".png"), table, ordered)
+        everything += ordered
     return everything
 
 
-def draw(path: Path, table: EvidenceTable, members: list[RowRun]) -> None:
-    """Loss of the last unit, and the error where it was measured during training; a colour a row."""
-    measured = any(table.score in run.scores for run in members)
+def draw(path: Path, table: EvidenceTable, lines: list[dict[str, Any]]) -> None:
+    """Loss of the last unit, and the error where it was measured during training; a colour a row. From the logs."""
+    logs = [
+        [json.loads(text) for text in (path.parent / line["log"]).read_text().splitlines()] for line in lines
+    ]
+    measured = any(table.score in entry.get("scores", ()) for log in logs for entry in log)
     figure = Figure(figsize=(10 if measured else 6.4, 4), layout="constrained")
     loss, *error = figure.subplots(1, 1 + measured, squeeze=False)[0]
-    for run in members:
-        style: dict[str, Any] = {"color": f"C{table.rows.index(run.row)}", "alpha": 0.4}
-        if run.seed == table.seeds[0]:
-            style |= {"alpha": 1.0, "label": run.row.name}
-        means = run.losses()
-        loss.plot([epoch for epoch, _ in means], [list(units.values())[-1] for _, units in means], **style)
-        if table.score in run.scores:
-            epochs, accuracies = run.scores[table.score]
-            error[0].plot(epochs, [100 - accuracy for accuracy in accuracies], **style)
+    rows = [row.name for row in table.rows]
+    for line, log in zip(lines, logs, strict=True):
+        style: dict[str, Any] = {"color": f"C{rows.index(line['row'])}", "alpha": 0.4}
+        if str(line["seed"]) == str(table.seeds[0]):
+            style |= {"alpha": 1.0, "label": line["row"]}
+        means = [(entry["epoch"], list(entry["losses"].values())[-1]) for entry in log if "losses" in entry]
+        loss.plot(*zip(*means, strict=True), **style)
+        for entry in log:
+            if table.score in entry.get("scores", ()):
+                curve = entry["scores"][table.score]
+                error[0].plot(curve["epochs"], [100 - accuracy for accuracy in curve["top1"]], **style)
     loss.set(xlabel="epoch", ylabel="training loss of the last unit")
     loss.legend(fontsize="small")
     for axes in error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from framework import distributed, metrics
+from framework import control, distributed, metrics
 from framework.analysis.runs import Run, open_runs
 from framework.data.contents import replace as replace_file
 from framework.errors import LocalError, UserError
@@ -105,7 +105,7 @@ def status(work: Callable[[], None]) -> int:
     except UserError as error:
         if launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return control.exit_status(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

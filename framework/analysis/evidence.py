@@ -9,6 +9,7 @@ import shlex
 import statistics
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +122,7 @@ class RowRun:
         seed: the seed.
         folder: of the run.
         commands: what makes it, one after the other: paths of scripts with arguments.
+        files: what each leaves.
     """
 
     def __init__(
@@ -132,28 +134,30 @@ class RowRun:
         arguments = [str(self._recipe), *self._settings, f"run_dir={folder}"]
         self._check(config.load(arguments))
         self.commands = [[str(ROOT / "framework" / "train.py"), *arguments]]
+        self.files = [folder / "result.json"]
         if table.linear_eval:
             evaluation = [str(ROOT / "tools" / "linear_eval.py"), str(folder), *table.linear_eval]
-            self.commands.append([*evaluation, "--out", str(folder / "evidence")])
+            places = [text for text in overrides if text.split("=")[0] in PLACES]
+            self.commands.append([*evaluation, "--out", str(folder / "evidence"), *places])
+            preset = table.linear_eval[table.linear_eval.index("--preset") + 1]
+            cached = "_cached" * ("--cached" in table.linear_eval)
+            self.files.append(folder / "evidence" / f"linear_eval_{preset}{cached}.json")
 
     @property
     def results(self) -> list[dict[str, Any]]:
         """What each command left, as far as they have come."""
-        files = [*self.folder.glob("result.json"), *self.folder.glob("evidence/*.json")]
-        return [json.loads(path.read_text()) for path in files]
+        return [json.loads(path.read_text()) for path in takewhile(Path.exists, self.files)]
 
     @property
     def ended(self) -> bool:
         """Whether nothing is left to do."""
         return len(self.results) == len(self.commands)
 
-    @property
-    def device(self) -> str:
-        """What it ran on; all of them, if pieces ran on several."""
+    def said(self, key: str) -> str:
+        """What its environment was; all of them, if pieces ran in several."""
         entries = read_log(self.folder / "metrics.jsonl")
-        return " and ".join(
-            dict.fromkeys(entry["environment"]["device"] for entry in entries if "environment" in entry)
-        )
+        said = (str(entry["environment"][key]) for entry in entries if "environment" in entry)
+        return " and ".join(dict.fromkeys(said))
 
     @cached_property
     def scores(self) -> dict[str, tuple[list[float], list[float]]]:
@@ -195,25 +199,28 @@ class RowRun:
             "batch_size": recipe.train.batch_size,
             "precision": recipe.train.precision,
             "images_per_second": round(statistics.median(speeds), 2),
-            "device": self.device,
-            "threads": result["threads"],
-            "commit": result["commit"],
+            "device": self.said("device"),
+            "threads": self.said("threads"),
+            "commit": self.said("commit"),
             "log": str(log),
         }
 
     def log(self) -> str:
         """What is kept of the run, in lines of JSON: settings and results, accuracies, losses."""
-        inside = self._recipe.is_relative_to(ROOT)
-        recipe = str(self._recipe.relative_to(ROOT)) if inside else self._recipe.name
-        kept = [text for text in self._settings if text.split("=")[0] not in PLACES]
         first = {
-            "command": shlex.join(["python", "framework/train.py", recipe, *kept]),
+            "commands": [shlex.join(["python", *self._shown(command)]) for command in self.commands],
             "results": self.results,
             "settings": _settings((self.folder / "recipe.yaml").read_text()),
         }
         scores = [{"scores": {key: {"epochs": e, "top1": s}}} for key, (e, s) in self.scores.items()]
         losses = [{"epoch": epoch, "losses": means} for epoch, means in self.losses()]
         return "".join(json.dumps(line) + "\n" for line in [first, *scores, *losses])
+
+    def _shown(self, command: list[str]) -> list[str]:
+        """A command without this machine's paths, its run folder below ``runs``."""
+        kept = [text for text in command if text.split("=")[0] not in PLACES - {"run_dir"}]
+        runs = str(self.folder.parents[1])
+        return [text.replace(f"{ROOT}/", "").replace(runs, "runs") for text in kept]
 
     def _check(self, wanted: Recipe) -> None:
         """Raises:

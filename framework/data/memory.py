@@ -54,7 +54,7 @@ class Resident:
             whole[sample] = image
         if whole is None:
             raise UserError(f"{shards.folder}: all {len(shards)} images are broken")
-        self.images = whole.to(device)
+        self.images = self._on_device(whole)
 
     def boxer(self, views: Views, size: int, views_per_image: int, seed: int) -> Boxer:
         """The workers' half for these images.
@@ -83,10 +83,19 @@ class Resident:
         try:
             return torch.zeros(len(self.shards), *image.shape, dtype=torch.uint8)
         except RuntimeError as error:
-            size = len(self.shards) * image.numel() / 2**30
-            raise UserError(
-                f"data.cache=memory: {self.shards.folder} needs {size:.1f} GiB decoded; set data.cache=none"
-            ) from error
+            raise self._too_large(image.numel()) from error
+
+    def _on_device(self, whole: Tensor) -> Tensor:
+        try:
+            return whole.to(self.device)
+        except torch.OutOfMemoryError as error:
+            raise self._too_large(whole[0].numel()) from error
+
+    def _too_large(self, each: int) -> UserError:
+        size = len(self.shards) * each / 2**30
+        return UserError(
+            f"data.cache=memory: {self.shards.folder} needs {size:.1f} GiB decoded; set data.cache=none"
+        )
 
 
 class _Whole(Dataset[Tensor | str | UserError]):

@@ -125,6 +125,8 @@ class Store:
             except Exception as error:  # each library below fsspec has its own for a lost connection
                 if attempt == _ATTEMPTS:
                     reason = f"{type(error).__name__}: {error}"
-                    raise UserError(f"{what}: cannot be read, {attempt} times in a row ({reason})") from error
+                    raise UserError.of_passing(
+                        f"{what}: cannot be read, {attempt} times in a row ({reason})"
+                    ) from error
                 time.sleep(min(_LONGEST_WAIT, 0.1 * 2**attempt) * random.uniform(0.5, 1))
         raise AssertionError
