@@ -1,11 +1,13 @@
 """Images per second that one core loads, beside other loaders on the same images.
 
     python tools/bench_loader.py --shards data/imagenet/train [--made-up 1281167] [--json rows.json]
+    python tools/bench_loader.py --shards data/cifar10/train --image-size 32 --batch 500 --memory
 
 Everything runs in this process on one thread, with its files in the page cache. A rate is images per second
 of processor time: what one core gives, whatever other jobs leave of it. The loaders take turns, round after
-round; a row has the median. ``bare`` is a loop over images in memory that does nothing else. ``--made-up``
-also times (by the clock) opening an index of that many samples, and going on at 90 % of an epoch.
+round; a row has the median. ``bare`` is a loop over images in memory that does nothing else. ``--memory`` adds
+``data.cache=memory``, for images of one size, on the GPU if there is one (and then by the clock). ``--made-up`` also
+times (by the clock) opening an index of that many samples, and going on at 90 % of an epoch.
 """
 
 from __future__ import annotations
@@ -46,8 +48,25 @@ from framework.errors import UserError
 train_loader = partial(TrainLoader, accumulation=1, rank=0, world_size=1, seed=0, workers=0, device="cpu")
 
 
+def trained_passes(shards: ShardSet, size: int, batch: int, **more: Any) -> dict[str, Pass]:
+    """Whole batches through our loader, as training gets them."""
+
+    def trained(kind: Any, views: int) -> Pass:
+        loader = train_loader(
+            shards, Views(kind=kind), image_size=size, batch_size=batch, views_per_image=views, **more
+        )
+
+        def run() -> int:
+            steps = loader.steps(0, loader.steps_per_epoch)
+            return sum(len(batch.images) // views for (batch,) in steps)
+
+        return run
+
+    return {"supervised": trained("supervised", 1), "simclr": trained("simclr", 2)}
+
+
 def our_passes(shards: ShardSet, size: int, batch: int) -> dict[str, Pass]:
-    """Whole batches through our loader."""
+    """The same, and its parts."""
 
     def decoded() -> int:
         return sum(1 for i in range(len(shards)) if decode(shards.read(i)) is not None)
@@ -59,23 +78,7 @@ def our_passes(shards: ShardSet, size: int, batch: int) -> dict[str, Pass]:
         loader = DataLoader(decoder, sampler=jobs, batch_size=None, collate_fn=lambda drawn: drawn)
         return sum(len(drawn.samples) for drawn in loader)
 
-    def trained(kind: Any, views: int) -> Pass:
-        loader = train_loader(
-            shards, Views(kind=kind), image_size=size, batch_size=batch, views_per_image=views
-        )
-
-        def run() -> int:
-            steps = loader.steps(0, loader.steps_per_epoch)
-            return sum(len(batch.images) // views for (batch,) in steps)
-
-        return run
-
-    return {
-        "decode": decoded,
-        "crops": crops,
-        "supervised": trained("supervised", 1),
-        "simclr": trained("simclr", 2),
-    }
+    return {"decode": decoded, "crops": crops, **trained_passes(shards, size, batch)}
 
 
 def bare_passes(shards: ShardSet, size: int) -> dict[str, Pass]:
@@ -99,15 +102,23 @@ def bare_passes(shards: ShardSet, size: int) -> dict[str, Pass]:
     return {"decode": decoded, "crops": crops}
 
 
+def seconds() -> float:
+    """Processor time; where a GPU works, the clock."""
+    if not torch.cuda.is_initialized():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def measure(passes: dict[str, Pass], rounds: int) -> dict[str, float]:
-    """Median images per second of processor time of each; they take turns, after one round to warm up."""
+    """Median images per second of each; they take turns, after one round to warm up."""
     rates: dict[str, list[float]] = {name: [] for name in passes}
     for round_ in range(rounds + 1):
         for name, run in passes.items():
-            start = time.process_time()
+            start = seconds()
             images = run()
             if round_:
-                rates[name].append(images / (time.process_time() - start))
+                rates[name].append(images / (seconds() - start))
     return {name: statistics.median(rate) for name, rate in rates.items()}
 
 
@@ -130,6 +141,9 @@ def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         }
         if find_spec("litdata"):
             loaders["litdata"] = litdata_passes(shards, size, batch, folders[1])
+        if arguments.memory:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            loaders["memory"] = trained_passes(shards, size, batch, in_memory=True, device=device)
         for view in loaders["ours"]:
             passes = {name: offered[view] for name, offered in loaders.items() if view in offered}
             for name, rate in measure(passes, arguments.rounds).items():
@@ -217,6 +231,9 @@ def main() -> int:
     parser.add_argument("--image-size", type=int, default=224, help="side of a view; default: 224")
     parser.add_argument("--batch", type=int, default=50, help="largest batch; default: 50")
     parser.add_argument("--rounds", type=int, default=5, help="measured passes over the images; default: 5")
+    parser.add_argument(
+        "--memory", action="store_true", help="also data.cache=memory, for images of one size"
+    )
     parser.add_argument("--made-up", type=int, metavar="N", help="also open a made-up index of N samples")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()

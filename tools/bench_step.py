@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument(
         "--method",
         default="mlm",
-        help="one or several, with commas, of bp simclr gim loco dgl infopro mlm lam mlaan (mlm and lam)",
+        help="some of bp simclr gim loco dgl infopro auglocal man hpff mlm lam mlaan, with commas",
     )
     parser.add_argument("--window", type=int, default=2, help="segments in a window (loco, mlm, mlaan)")
     parser.add_argument(

@@ -15,7 +15,7 @@ from framework.execution.graph import RecordedStep
 from framework.execution.naive import naive_gradients
 from framework.execution.routing import LocalNetwork
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import bp, dgl, gim, infopro, loco, mlaan, simclr
+from framework.local.methods import auglocal, bp, dgl, gim, hpff, infopro, loco, man, mlaan, simclr
 from framework.model import local_network
 from framework.network import Cut
 
@@ -35,6 +35,9 @@ def options(method: str, head: str, window: int) -> Any:
         "loco": lambda: loco.Options(window=window, **contrast),
         "dgl": lambda: dgl.Options(**classify),
         "infopro": lambda: infopro.Options(**classify),
+        "auglocal": lambda: auglocal.Options(),
+        "man": lambda: man.Options(),
+        "hpff": lambda: hpff.Options(),
         "mlm": lambda: mlaan.Options(window=window, lam_on="none"),
         "lam": lambda: mlaan.Options(window=1, w_indep=1.0, w_casc=0.0, lam_on="independent"),
         "mlaan": lambda: mlaan.Options(window=window),
@@ -44,7 +47,7 @@ def options(method: str, head: str, window: int) -> Any:
 def build(method: str, arguments: argparse.Namespace, image_size: int, cut: Cut) -> LocalNetwork:
     """The network with the method's units, from the same random weights each time.
 
-    With ``--modules`` the stem is a module of its own for DGL and InfoPro, as in the papers.
+    With ``--modules`` the stem is a module of its own for DGL, InfoPro and AugLocal, as in the papers.
     """
     torch.manual_seed(0)
     name = {"mlm": "mlaan", "lam": "mlaan"}.get(method, method)
@@ -57,7 +60,7 @@ def build(method: str, arguments: argparse.Namespace, image_size: int, cut: Cut)
         image_size=image_size,
         num_classes=classes,
         cut=cut,
-        stem_as_module=bool(arguments.modules) and method in ("dgl", "infopro"),
+        stem_as_module=bool(arguments.modules) and method in ("dgl", "infopro", "auglocal"),
         precision=arguments.precision,
         channels_last=arguments.channels_last,
     ).train()
