@@ -130,7 +130,7 @@ def test_what_can_not_be_combined(overrides: str, message: str) -> None:
 
 @pytest.mark.soak
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("case", ["gim", "loco", "mlaan"])
+@pytest.mark.parametrize("case", ["bp", "simclr", "gim", "loco", "dgl", "infopro", "mlaan"])
 def test_compiled_segments_have_the_same_gradients(case: str) -> None:
     net = networks.network(case, "resnet8").double()
     data, eager = networks.batch(net), copy.deepcopy(net)

@@ -48,10 +48,13 @@ from framework.errors import UserError
 train_loader = partial(TrainLoader, accumulation=1, rank=0, world_size=1, seed=0, workers=0, device="cpu")
 
 
-def trained_passes(shards: ShardSet, size: int, batch: int, **more: Any) -> dict[str, Pass]:
+def trained_passes(
+    shards: ShardSet, size: int, batch: int, kinds: tuple[str, ...], **more: Any
+) -> dict[str, Pass]:
     """Whole batches through our loader, as training gets them."""
 
-    def trained(kind: Any, views: int) -> Pass:
+    def trained(kind: Any) -> Pass:
+        views = 2 if kind == "simclr" else 1
         loader = train_loader(
             shards, Views(kind=kind), image_size=size, batch_size=batch, views_per_image=views, **more
         )
@@ -62,10 +65,10 @@ def trained_passes(shards: ShardSet, size: int, batch: int, **more: Any) -> dict
 
         return run
 
-    return {"supervised": trained("supervised", 1), "simclr": trained("simclr", 2)}
+    return {kind: trained(kind) for kind in kinds}
 
 
-def our_passes(shards: ShardSet, size: int, batch: int) -> dict[str, Pass]:
+def our_passes(shards: ShardSet, size: int, batch: int, kinds: tuple[str, ...]) -> dict[str, Pass]:
     """The same, and its parts."""
 
     def decoded() -> int:
@@ -78,7 +81,7 @@ def our_passes(shards: ShardSet, size: int, batch: int) -> dict[str, Pass]:
         loader = DataLoader(decoder, sampler=jobs, batch_size=None, collate_fn=lambda drawn: drawn)
         return sum(len(drawn.samples) for drawn in loader)
 
-    return {"decode": decoded, "crops": crops, **trained_passes(shards, size, batch)}
+    return {"decode": decoded, "crops": crops, **trained_passes(shards, size, batch, kinds)}
 
 
 def bare_passes(shards: ShardSet, size: int) -> dict[str, Pass]:
@@ -128,13 +131,14 @@ def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     size, batch = arguments.image_size, arguments.batch
     if len(shards) % batch:
         batch = next(b for b in range(batch, 0, -1) if len(shards) % b == 0)  # the same images for everyone
+    kinds = (*(("cifar",) if arguments.memory else ()), "supervised", "simclr")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch, name) for name in ("files", "litdata")]
         for folder in folders:
             folder.mkdir()
         loaders = {
-            "ours": our_passes(shards, size, batch),
+            "ours": our_passes(shards, size, batch, kinds),
             "bare": bare_passes(shards, size),
             "webdataset": webdataset_passes(shards, size, batch),
             "imagefolder": imagefolder_passes(shards, size, batch, folders[0]),
@@ -143,7 +147,7 @@ def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             loaders["litdata"] = litdata_passes(shards, size, batch, folders[1])
         if arguments.memory:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            loaders["memory"] = trained_passes(shards, size, batch, in_memory=True, device=device)
+            loaders["memory"] = trained_passes(shards, size, batch, kinds, in_memory=True, device=device)
         for view in loaders["ours"]:
             passes = {name: offered[view] for name, offered in loaders.items() if view in offered}
             for name, rate in measure(passes, arguments.rounds).items():
