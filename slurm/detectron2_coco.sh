@@ -3,7 +3,7 @@
 # COCO lies below datasets, or DETECTRON2_DATASETS. One task: Detectron2 starts a process for each GPU of the node.
 #SBATCH --job-name=detectron2_coco
 #SBATCH --nodes=1 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
-#SBATCH --time=24:00:00 --requeue --open-mode=append --output=%x-%j.log
+#SBATCH --time=24:00:00 --signal=TERM@60 --requeue --open-mode=append --output=%x-%j.log
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
 run_dir=${1:?name the run folder: sbatch slurm/detectron2_coco.sh RUN_DIR}

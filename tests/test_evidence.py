@@ -137,6 +137,7 @@ def test_a_run_of_other_settings_is_not_taken_for_the_rows(tmp_path: Path) -> No
     [
         ("title: t\nscore: test_top1\nrows: [{name: A b, recipe: x}, {name: a-B, recipe: x}]", "a-b, a-b"),
         ("title: t\nscore: linear_top1\nrows: []", "linear_eval goes with score=linear_top1"),
+        ("title: t\nscore: linear_top1\nrows: []\nlinear_eval: [--cached]", "must name a --preset"),
         ("title: t\nscore: test_top1\nrows: []\nseed: 1", "seed: unknown key"),
     ],
 )

@@ -120,13 +120,11 @@ def test_a_job_over_two_nodes_is_the_same_run(
     assert (tmp_path / "run" / "result.json").exists()
 
 
+# Nobody listens to URG, so that the first the ranks hear is the limit's TERM.
 @pytest.mark.parametrize(
     ("signalled", "cause"),
     [("USR1@15", "JobState=RUNNING"), ("URG@1", "Reason=TimeLimit")],
-    ids=[
-        "warned",
-        "not warned",
-    ],  # nobody listens to URG, so that the first the ranks hear is the limit's TERM
+    ids=["warned", "not warned"],
 )
 def test_a_job_that_runs_out_of_time_goes_on(
     cluster: Cluster,

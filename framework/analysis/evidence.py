@@ -74,6 +74,8 @@ class EvidenceTable:
             raise ValueError(f"two rows have the same file name: {', '.join(slugs)}")
         if (self.score == "linear_top1") != bool(self.linear_eval):
             raise ValueError("linear_eval goes with score=linear_top1, and only with it")
+        if self.linear_eval and "--preset" not in self.linear_eval[:-1]:
+            raise ValueError("linear_eval: must name a --preset, which its result is called after")
 
     @classmethod
     def read(cls, path: Path) -> EvidenceTable:
