@@ -115,6 +115,15 @@ class Cluster:
             _kill(pid)
         self._end(f"slurmd -N {node}")
 
+    def resume(self, node: str) -> bool:
+        """Ask for a node back that was set down; whether it is.
+
+        Slurm refuses to resume a node that has come back by itself, which it may do between any two commands.
+        """
+        with contextlib.suppress(AssertionError):
+            self.ask("scontrol", "update", f"nodename={node}", "state=resume")
+        return not any("DOWN" in state for state in self.states())
+
     def states(self) -> set[str]:
         """States of the nodes."""
         lines = self.ask("scontrol", "show", "node", "--oneliner").splitlines()

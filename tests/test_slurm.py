@@ -197,8 +197,8 @@ def test_a_job_outlives_a_node(cluster: Cluster, tmp_path: Path, undisturbed: Re
     until(lambda: job.restarts == 1, 120, "not started again")
     if fate == "lost":
         cluster.start_node("n2")
-    elif any("DOWN" in state for state in cluster.states()):  # Slurm refuses if it has come back by itself
-        cluster.ask("scontrol", "update", "nodename=n2", "state=resume")
+    else:
+        until(lambda: cluster.resume("n2"), 120, "n2 stays down")
     job.until_done()
     assert_same_run(tmp_path, *undisturbed)
 
