@@ -189,7 +189,8 @@ def export_backbone(engine: Engine, path: Path) -> None:
                 put(partial, to_bytes(backbone, metadata={"format": "pt"}))
                 partial.replace(path)
             except (OSError, SafetensorError) as error:
-                partial.unlink(missing_ok=True)
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
                 raise UserError(f"{path}: can't be written: {error}") from error
 
 

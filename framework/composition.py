@@ -5,6 +5,7 @@ Hydra reads ``defaults:`` lists and overrides, OmegaConf interpolations; no glob
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from yaml import MarkedYAMLError
 
 from framework.errors import UserError
 from framework.schema import Fault
+
+# What Hydra's grammar has no place for, but paths hold: ~ ( ) = & é
+_PLAIN = re.compile(r"([\w.]+)=([^'\"\[\]{},$\s][^'\"\[\]{},$]*)")
 
 
 class Source(NamedTuple):
@@ -60,7 +64,7 @@ def recipe_files(path: Path) -> list[Source]:
 
 
 def parse_overrides(texts: Sequence[str]) -> list[Source]:
-    """Overrides ``a.b=value`` in Hydra's grammar, so that lists, sections and quotes work.
+    """Overrides ``a.b=value`` in Hydra's grammar, so that lists, sections and quotes work; else ``value`` is a text.
 
     Raises:
         UserError: not of that form.
@@ -99,7 +103,11 @@ def _parse_override(text: str) -> tuple[str, Any]:
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        hint = "quote the value: key='value'" if "=" in text else "write key=value"
+        if plain := _PLAIN.fullmatch(text):
+            return plain[1], plain[2]
+        hint = (
+            "quote the value, and that from the shell: \"key='value'\"" if "=" in text else "write key=value"
+        )
         raise UserError(f"command line: {text}: {hint} ({str(error).splitlines()[0]})") from error
     if override.is_delete() or override.is_sweep_override() or override.package or not override.key_or_group:
         raise UserError(f"command line: {text}: write key=value with one value; a list is key=[a,b]")

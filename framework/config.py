@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from difflib import SequenceMatcher
@@ -77,6 +78,8 @@ def _build(tree: dict[str, Any], options: type) -> Recipe:
     method = Method(name, build(options, tree.pop("method"), "method"))
     recipe = build(Recipe, tree)
     recipe.method = method
+    recipe.run_dir = os.path.expanduser(recipe.run_dir)  # a shell leaves the ~ of key=~/folder alone
+    recipe.data.path = os.path.expanduser(recipe.data.path)
     return recipe
 
 
@@ -85,6 +88,9 @@ def _check(recipe: Recipe) -> None:
     warmup, epochs = recipe.optim.warmup_epochs, recipe.train.epochs
     if warmup > epochs:
         raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}")
+    options = recipe.method.options
+    if getattr(options, "module", None) is not None and options.async_mode != "sequential":
+        raise Fault("method.module", options.module, "goes with method.async_mode=sequential")
     _check_pipeline(recipe)
     _check_execution(recipe)
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -79,14 +80,17 @@ class Requests:
     def done(self, request: Request) -> None:
         """Take away the file of a request that has been followed."""
         if distributed.is_main() and request in FILES:
-            (self._run_dir / FILES[request]).unlink(missing_ok=True)
+            with suppress(OSError):  # a file server that is away must not end a run
+                (self._run_dir / FILES[request]).unlink(missing_ok=True)
 
     def _touched(self) -> Request:
         if not distributed.is_main() or time.monotonic() - self._looked < LOOK_EVERY:
             return Request.NOTHING
         self._looked = time.monotonic()
-        found = [request for request, name in FILES.items() if (self._run_dir / name).exists()]
-        return max(found, default=Request.NOTHING)
+        with suppress(OSError):
+            found = [request for request, name in FILES.items() if (self._run_dir / name).exists()]
+            return max(found, default=Request.NOTHING)
+        return Request.NOTHING
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

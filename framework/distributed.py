@@ -127,6 +127,16 @@ def same_outcome() -> Iterator[None]:
         raise UserError(_summary(messages)) from failure
 
 
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Where other ranks may not fail alike: a ``UserError`` becomes one that this rank tells, and its number."""
+    try:
+        yield
+    except UserError as error:
+        where = f"rank {rank()}: " if world_size() > 1 else ""
+        raise LocalError(f"{where}{error}") from error
+
+
 def _summary(messages: list[str]) -> str:
     ranks: dict[str, list[str]] = {}
     for number, message in enumerate(messages):

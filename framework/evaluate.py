@@ -50,7 +50,7 @@ def test_top1(net: LocalNetwork, loader: EvalBatches) -> float:
     """Top-1 accuracy of the last head, the same number on all ranks."""
     with evaluating(net):
         right, total = 0, 0
-        for _, images, labels in loader:
+        for _, images, labels in own(loader):
             right += int((net.predict(images).argmax(1) == _given(labels)).sum())
             total += len(images)
     counts = torch.tensor([right, total], dtype=torch.float64, device=distributed.device())
@@ -109,6 +109,12 @@ def linear_probe(x: Tensor, y: Tensor) -> Pipeline:
     return probe.fit(x.double().cpu().numpy(), y.cpu().numpy())
 
 
+def own(loader: EvalBatches) -> EvalBatches:
+    """A loader whose errors, which other ranks don't meet, name this rank."""
+    with distributed.own_errors():
+        yield from loader
+
+
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module has the mode it had, frozen ones among them.
@@ -132,7 +138,7 @@ def _collect(loader: EvalBatches, encode: Callable[[Tensor], Tensor]) -> tuple[T
     """``encode`` of every image of all ranks, on rank 0, sorted by index."""
     device = distributed.device()
     indices, rows, labels = [], [], []
-    for index, images, target in loader:
+    for index, images, target in own(loader):
         indices.append(index)
         rows.append(encode(images).float())
         labels.append(_given(target))

@@ -21,7 +21,7 @@ from framework.control import Request, Requests
 from framework.data.loader import TrainLoader
 from framework.display import Progress
 from framework.engines import Engine, StepResult
-from framework.errors import LocalError, UserError
+from framework.errors import UserError
 from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate
 from framework.recipe import Recipe
@@ -116,12 +116,12 @@ class Loop:
                 while len(under_way) > (0 if due or self._score_due() or request else self.engine.lag):
                     request = max(request, self._read(under_way.popleft(), logs, progress))
                 alive(self.position.step)
-                if self._score_due():
-                    self._measure(step, logs, progress)
                 if request or due:
                     self.save()
                 if request:
                     requests.done(request)
+                if self._score_due() and request is not Request.LEAVE:  # which leaves no time
+                    self._measure(step, logs, progress)
                 if request >= Request.STOP:
                     break
             try:
@@ -129,7 +129,9 @@ class Loop:
             except UserError:
                 if request is not Request.LEAVE:  # the next start goes on from an earlier one
                     raise
-            return max(request, requests.ask()())
+            last = requests.ask()()
+            requests.done(last)
+            return max(request, last)
 
     def save(self) -> None:
         """Begin to write a checkpoint of this moment; collective."""
@@ -137,6 +139,7 @@ class Loop:
         state = {
             "position": asdict(self.position),
             "ranks": distributed.world_size(),
+            "steps_per_epoch": self.per_epoch,
             "loss": float(np.mean(self.since_save)) if self.since_save else None,
             "recipe": config.to_yaml(self.recipe),
         }
@@ -156,15 +159,12 @@ class Loop:
         }
 
     def _batches(self, start: int) -> Iterator[list[Batch]]:
-        """This rank's batches; an error in the data is this rank's alone to tell."""
+        """This rank's batches."""
         if not self.engine.loads:
             yield from ([] for _ in range(start, self.stop))
             return
-        try:
+        with distributed.own_errors():
             yield from self.loader.steps(start, self.stop)
-        except UserError as error:
-            where = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
-            raise LocalError(f"{where}{error}") from error
 
     def _step(self, step: int, batches: list[Batch], requests: Requests) -> Pending:
         _seed(self.recipe.seed, step)
@@ -250,7 +250,8 @@ class Loop:
                     **metrics.environment(distributed.world_size(), distributed.device()),
                 }
                 log = metrics.MetricLog(self.run_dir / "metrics.jsonl", environment, start)
-                return Logs(log, open_trackers(self.recipe, start), self.recipe.logging.every_steps)
+                every = self.recipe.logging.every_steps
+                return Logs(log, open_trackers(self.recipe, start), every, self.stop - 1)
         return nullcontext()
 
 

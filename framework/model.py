@@ -119,6 +119,9 @@ def parts(recipe: Recipe) -> Iterator[Recipe]:
         yield replace(
             recipe,
             run_dir=str(folder),
+            resume="auto"
+            if module and recipe.resume != "never"
+            else recipe.resume,  # a path is of the first one
             network=replace(network, args={**network.args, **begin}),
             method=replace(recipe.method, options=replace(options, module=module)),
         )

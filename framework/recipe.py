@@ -173,9 +173,10 @@ class Evaluate:
     """What is measured at the end, and during training.
 
     Attributes:
-        knn: classify by the nearest neighbours in feature space, and in raw pixels beside it.
+        knn: classify by the nearest neighbours in feature space, and in raw pixels beside it, where both splits
+            have labels.
         neighbours: k of the k-NN classifier.
-        linear: fit a linear probe on the frozen features.
+        linear: with ``knn``, fit a linear probe on the same features.
         batch_size: images per rank and forward.
         every_epochs: measure during training too, at this interval; ``None`` only at the end.
         images: of each split, evenly spaced, that are used during training; ``None`` all.

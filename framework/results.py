@@ -17,6 +17,7 @@ from framework.analysis.curves import loss_curves
 from framework.data.index import ShardSet
 from framework.data.splits import Splits
 from framework.engines import Engine
+from framework.errors import UserError
 from framework.execution import LocalNetwork
 from framework.model import recipe_network
 from framework.recipe import Recipe
@@ -36,6 +37,10 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str,
     Returns:
         What ``result.json`` holds.
     """
+    run_dir = Path(recipe.run_dir)
+    checkpoint.export_backbone(
+        engine, run_dir / "backbone.safetensors"
+    )  # first: scoring may fail over an image
     scores = score(recipe, engine.whole_net(), splits)
     result = {
         "name": recipe.name,
@@ -48,8 +53,6 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str,
         "seed": recipe.seed,
         **metrics.environment(distributed.world_size(), distributed.device()),
     }
-    run_dir = Path(recipe.run_dir)
-    checkpoint.export_backbone(engine, run_dir / "backbone.safetensors")
     with distributed.same_outcome():
         if distributed.is_main():
             title = f"{recipe.name}: {recipe.method.name} on {recipe.network.name}"
@@ -57,6 +60,28 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str,
             metrics.write_result(run_dir / "result.json", result)
             show(scores, result, run_dir)
     return result
+
+
+def check(recipe: Recipe, splits: Splits) -> None:
+    """Refuse what scoring would only refuse after the training.
+
+    Raises:
+        UserError: fewer training images than neighbours are asked for, or fewer test images than ranks.
+    """
+    if splits.test is None:
+        return
+    evaluation, known = recipe.evaluate, len(splits.train)
+    if evaluation.every_epochs is not None:
+        known = min(known, evaluation.images or known)
+    if evaluation.knn and splits.labelled and known < evaluation.neighbours:
+        raise UserError(
+            f"evaluate.neighbours={evaluation.neighbours}: must be at most {known}, the training images to score with"
+        )
+    asked = min(len(splits.test), evaluation.images or len(splits.test))
+    if asked < distributed.world_size():
+        raise UserError(
+            f"{splits.test.folder}: {asked} images to score on are fewer than the {distributed.world_size()} ranks"
+        )
 
 
 def score(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]:
@@ -68,9 +93,9 @@ def score(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]
     test = splits.test
     if test is None:
         return scores
-    if net.plan.supervised:
+    if net.classifies and test.labelled:
         scores["test_top1"] = evaluate.test_top1(net, splits.eval_loader(test))
-    if splits.num_classes and recipe.evaluate.knn:
+    if splits.labelled and recipe.evaluate.knn:
         linear = recipe.evaluate.linear
         untrained = recipe_network(recipe, splits.num_classes).to(distributed.device())
         for suffix, encode, fit in (
@@ -90,9 +115,9 @@ def score_now(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, fl
     images = recipe.evaluate.images
     some, test = replace(splits, train=splits.train.thinned(images)), splits.test.thinned(images)
     scores: dict[str, float] = {}
-    if net.plan.supervised:
+    if net.classifies and test.labelled:
         scores["test_top1"] = evaluate.test_top1(net, some.eval_loader(test))
-    if splits.num_classes and recipe.evaluate.knn:
+    if splits.labelled and recipe.evaluate.knn:
         scores |= _probe(recipe, some, test, partial(evaluate.features, net), recipe.evaluate.linear)
     return scores
 

@@ -20,12 +20,12 @@ from framework.loop import Position
 from framework.recipe import Recipe
 
 
-def restore(recipe: Recipe, engine: Engine) -> Position:
+def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
     """Load the checkpoint that ``resume`` asks for; where to go on.
 
     Raises:
-        UserError: the checkpoint is damaged, of another network or batch, or needs another number of ranks; a
-            fresh run would mix with an old one.
+        UserError: the checkpoint is damaged, of another network, batch or set of images, or needs another number of
+            ranks; a fresh run would mix with an old one.
     """
     run_dir = Path(recipe.run_dir)
     folder = _chosen(recipe, run_dir)
@@ -34,6 +34,11 @@ def restore(recipe: Recipe, engine: Engine) -> Position:
     state = checkpoint.load(folder, engine)
     with distributed.same_outcome():
         _check_batch(folder, state, recipe, engine.net)
+        if (before := state.get("steps_per_epoch", steps_per_epoch)) != steps_per_epoch:
+            raise UserError(
+                f"{folder}: an epoch of its images had {before} steps, and of those in data.path={recipe.data.path} "
+                f"it has {steps_per_epoch}: set data.path, data.train and data.share as before, or another run_dir"
+            )
     with distributed.same_outcome():
         if distributed.is_main():
             for name in checkpoint.set_aside_later(run_dir, state["step"]):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from framework.config import to_yaml
 from framework.errors import UserError
-from framework.metrics import MetricLog
+from framework.metrics import MetricLog, write_whole
 from framework.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,11 @@ class Logs:
         log: the JSONL file.
         trackers: whatever else.
         every: steps between two entries.
+        last: number of the last step, which is noted too.
     """
 
-    def __init__(self, log: MetricLog, trackers: list[Tracker], every: int) -> None:
-        self._log, self._trackers, self._every = log, trackers, every
+    def __init__(self, log: MetricLog, trackers: list[Tracker], every: int, last: int) -> None:
+        self._log, self._trackers, self._every, self._last = log, trackers, every, last
 
     def __enter__(self) -> Logs:
         return self
@@ -51,8 +52,8 @@ class Logs:
                 logger.warning("%s may lack the last numbers: %s", type(tracker).__name__, error)
 
     def write(self, step: int, **numbers: Any) -> None:
-        """Note a step, counted from 0, if it is one of those that are noted."""
-        if step % self._every:
+        """Note a step, counted from 0, if it is one of those that are noted, or was skipped."""
+        if step % self._every and step != self._last and not numbers.get("skipped"):
             return
         self._log.write(step, **numbers)
         self._track(step, numbers)
@@ -104,9 +105,9 @@ class WeightsAndBiases:
     def __init__(self, recipe: Recipe, mode: str) -> None:
         wandb = _import("wandb", f"logging.wandb={mode}", "wandb")
         known = Path(recipe.run_dir) / "wandb-id.txt"
-        if not known.exists():
-            known.write_text(uuid.uuid4().hex[:12])
         try:
+            if not known.exists():
+                write_whole(known, uuid.uuid4().hex[:12])
             self._run = wandb.init(
                 project=recipe.logging.project,
                 name=recipe.name,
@@ -116,7 +117,7 @@ class WeightsAndBiases:
                 dir=recipe.run_dir,
                 config={"recipe": to_yaml(recipe)},
             )
-        except Exception as error:  # wandb has many; all of them concern its own settings
+        except Exception as error:  # wandb has many
             raise UserError(f"logging.wandb={mode}: {' '.join(str(error).split())}") from error
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:

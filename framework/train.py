@@ -30,7 +30,7 @@ from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
 from framework.pipeline.balance import place
 from framework.recipe import Recipe
-from framework.results import leave_results, score_now
+from framework.results import check, leave_results, score_now
 from framework.resume import restore
 
 
@@ -78,10 +78,11 @@ def train(recipe: Recipe) -> Request:
             raise UserError(
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
             )
+        check(recipe, splits)
     with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
         placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
         engine = build_engine(recipe, net, placement)
-        position = restore(recipe, engine)
+        position = restore(recipe, engine, loader.steps_per_epoch)
 
         def score() -> dict[str, float]:
             with watchdog.asleep():

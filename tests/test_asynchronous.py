@@ -165,6 +165,11 @@ def test_modules_one_after_another_are_trained_on_frozen_outputs() -> None:
         network(async_mode="sequential", module=3)
 
 
+def test_a_module_is_trained_alone_only_one_after_another(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"method.module=1: goes with method.async_mode=sequential"):
+        config.load(arguments(tmp_path, "method.module=1"))
+
+
 SHORT = ["data.source=digits", "data.image_size=8", "data.workers=0", "network.name=resnet8", "network.cut=3"]
 SHORT += ["network.sync_bn=true", "train.epochs=1", "train.batch_size=64", "optim.lr=0.05", "views.pad=1"]
 SHORT += ["optim.warmup_epochs=0", "checkpoint.every_steps=2"]
@@ -180,8 +185,8 @@ def run(argv: list[str]) -> list[str]:
     return folders
 
 
-def arguments(folder: Path, *overrides: str) -> list[str]:
-    recipe = Path(__file__).resolve().parents[1] / "recipes" / "dgl_r32_k8_cifar10.yaml"
+def arguments(folder: Path, *overrides: str, method: str = "dgl") -> list[str]:
+    recipe = Path(__file__).resolve().parents[1] / "recipes" / f"{method}_r32_k8_cifar10.yaml"
     return [str(recipe), f"data.path={folder / 'digits'}", f"run_dir={folder / 'run'}", *SHORT, *overrides]
 
 
@@ -207,11 +212,14 @@ def test_a_resumed_run_with_rings_is_bitwise_that_of_an_undisturbed_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize(
+    ("engine", "method"), [("deepspeed", "dgl"), ("fsdp", "dgl"), ("deepspeed", "infopro")]
+)
 def test_a_sequential_recipe_trains_module_after_module(
-    tmp_path: Path, pool: Callable[[int], Pool], engine: str
+    tmp_path: Path, pool: Callable[[int], Pool], engine: str, method: str
 ) -> None:
-    argv = arguments(tmp_path, f"engine={engine}", "method.async_mode=sequential", "train.max_steps=3")
+    sequential = ("method.async_mode=sequential", "train.max_steps=3", "evaluate.every_epochs=1")
+    argv = arguments(tmp_path, f"engine={engine}", *sequential, method=method)
     folders = [Path(folder) for folder in pool(2).run(run, argv)[0]]
     assert [folder.name for folder in folders] == ["module-00", "module-01", "module-02"]
     backbones = [load_file(folder / "backbone.safetensors") for folder in folders]
@@ -221,7 +229,8 @@ def test_a_sequential_recipe_trains_module_after_module(
                 values = [backbone[key] for backbone in backbones]
                 same = [torch.equal(a, b) for a, b in pairwise(values)]
                 assert same == [i + 1 != number for i in range(2)], key  # moves in its own run alone
-    assert "test_top1" in json.loads((folders[-1] / "result.json").read_text())
+    scored = ["test_top1" in json.loads((folder / "result.json").read_text()) for folder in folders]
+    assert scored == [method == "dgl", method == "dgl", True]  # InfoPro's lower heads have a decoder, too
     pool(2).run(run, argv)  # goes on from the end of each module
     for folder in folders:
         assert sum("losses" in entry for entry in read_log(folder / "metrics.jsonl")) == 3

@@ -190,10 +190,17 @@ WRONG = {
     "deepspeed=[1]": "deepspeed=[1]: must be a section",
     "run_dir=${nme}": "run_dir=${...}: Interpolation key 'nme' not found",
     "run_dir": "run_dir: write key=value",
-    "run_dir=a=b": "run_dir=a=b: quote the value: key='value'",
+    "run_dir='a": "run_dir='a: quote the value, and that from the shell: \"key='value'\"",
+    "method.module=1": "method.module=1: unknown key for the method chosen",
     "~optim": "~optim: write key=value with one value",
     "optim.lr=1,2": "optim.lr=1,2: write key=value with one value; a list is key=[a,b]",
 }
+
+
+def test_paths_need_no_quotes(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load(["recipes/base.yaml", "data.path=~/été (1)/a=b", "run_dir=/x y/z&~"])
+    assert (recipe.data.path, recipe.run_dir) == ("/home/me/été (1)/a=b", "/x y/z&~")
 
 
 @pytest.mark.parametrize("override", WRONG)

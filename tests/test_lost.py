@@ -18,6 +18,10 @@ from runs import ROOT, assert_same_run, toy
 
 from framework import checkpoint, distributed
 from framework.control import GO_ON_LATER, MEND_FIRST
+from framework.data.digits import CLASSES as DIGITS
+from framework.data.digits import prepare_digits
+from framework.data.index import ShardSet
+from framework.data.shards import write_shards
 from framework.lost import lost_ranks_named
 
 RECIPE = str(ROOT / "recipes" / "loco_r50_800ep.yaml")
@@ -80,6 +84,29 @@ def test_an_error_that_one_stage_meets_is_no_death(tmp_path: Path, undisturbed: 
     errors = [line for line in ranks.printed.splitlines() if line.startswith("error: ")]
     assert errors[0] == "error: rank 0: these images are no good"
     assert all(f"rank {r}: rank 0 stopped with an error" in errors[r] for r in range(1, STAGES))
+
+
+@pytest.mark.slow
+def test_images_that_one_rank_can_not_score_on_are_named_and_cost_no_step(
+    tmp_path: Path, pool: PoolOf
+) -> None:
+    """The epoch is saved by then."""
+    data = tmp_path / "data"
+    prepare_digits(data / "whole")
+    whole = ShardSet.open(data / "whole" / "test")
+    half = len(whole) // 2  # the second half is rank 1's
+    images = [whole.read(i) if i < half or i % 4 else b"no image" for i in range(len(whole))]
+    write_shards(((f"{i}", image, "png", i % 10) for i, image in enumerate(images)), data / "test", DIGITS)
+    (data / "whole" / "train").rename(data / "train")
+    every = ("evaluate.every_epochs=1", "checkpoint.every_epochs=1", "train.max_steps=30")
+    more = (f"data.path={data}", "data.source=shards", "data.workers=0", "evaluate.knn=true", *every)
+    argv = [str(ROOT / "recipes/quickstart.yaml"), *toy(tmp_path, *more)]
+    with Ranks(argv, 2, tmp_path / "record") as ranks:
+        assert ranks.statuses() == [MEND_FIRST] * 2, ranks.printed
+    errors = [line for line in ranks.printed.splitlines() if line.startswith("error: ")]
+    assert f"error: rank 1: {data / 'test'}: 45 of 180 images are broken" in errors[1]
+    assert "error: rank 0: rank 1 stopped with an error" in errors[0]
+    assert [folder.name for folder in saved(tmp_path)] == ["step-00000022"]
 
 
 def trains_without_names() -> tuple[float, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from pipelines import (
     Outcome,
     Run,
@@ -22,7 +23,7 @@ from pipelines import (
     rate,
     train,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from framework.batch import Batch
 from framework.distributed import is_main, rank
@@ -83,6 +84,22 @@ def test_grids_of_stages_and_replicas_equal_one_process(pool: PoolOf, run: Run) 
 
 
 @pytest.mark.slow
+def seen_by_norms(run: Run) -> list[list[int]]:
+    """Ranks that PyTorch's own SyncBatchNorms, which serve GPUs, take their statistics from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.network", lambda of: nn.SyncBatchNorm.convert_sync_batchnorm(network(of)))
+        engine = build(run)
+    groups = [m.process_group for m in engine.net.modules() if isinstance(m, nn.SyncBatchNorm)]
+    found = [dist.get_process_group_ranks(group) for group in groups]
+    engine.close()
+    return found
+
+
+def test_norms_of_a_stage_see_its_replicas_alone(pool: PoolOf) -> None:
+    for number, found in enumerate(pool(4).run(seen_by_norms, Run("dgl", 2, 2, replicas=2))):
+        assert found and all(ranks == [number // 2 * 2, number // 2 * 2 + 1] for ranks in found)
+
+
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
 def test_zero_1_changes_nothing(pool: PoolOf, optimizer: str) -> None:
     """Two addends have one sum, so two replicas agree to the last bit, LARS's norms included."""

@@ -25,7 +25,7 @@ def write(folder: Path, steps: range, *overrides: str, start: int = 0) -> None:
     """One start of a run: its steps, logged as the recipe says."""
     of = recipe(folder, *overrides)
     log = MetricLog(folder / "metrics.jsonl", {}, start)
-    with Logs(log, open_trackers(of, start), of.logging.every_steps) as logs:
+    with Logs(log, open_trackers(of, start), of.logging.every_steps, last=9) as logs:
         for step in steps:
             logs.write(step, epoch=step / 4, lr=0.1, losses={"layer2": 2.0**-step}, skipped=False)
 
@@ -54,7 +54,7 @@ def test_weights_and_biases_keeps_one_run_offline(tmp_path: Path, monkeypatch: p
 
 def test_entries_come_as_often_as_asked(tmp_path: Path) -> None:
     write(tmp_path, range(10), "logging.every_steps=4")
-    assert [e["step"] for e in read_log(tmp_path / "metrics.jsonl") if "losses" in e] == [0, 4, 8]
+    assert [e["step"] for e in read_log(tmp_path / "metrics.jsonl") if "losses" in e] == [0, 4, 8, 9]
 
 
 def test_what_can_not_be_had_stops_a_run_only_at_its_beginning(
@@ -88,7 +88,7 @@ class Failing:
 
 def test_a_tracker_that_fails_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     failing = Failing()
-    with Logs(MetricLog(tmp_path / "m.jsonl", {}), [failing], 1) as logs:
+    with Logs(MetricLog(tmp_path / "m.jsonl", {}), [failing], every=1, last=9) as logs:
         for step in range(5):
             logs.write(step, epoch=0.0, lr=0.1, losses={})
     assert failing.taken == [0, 1]

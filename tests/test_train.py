@@ -17,6 +17,9 @@ from runs import run
 from safetensors.torch import load_file
 
 from framework import config
+from framework.data.digits import prepare_digits
+from framework.data.index import ShardSet
+from framework.data.shards import write_shards
 from framework.metrics import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,11 +112,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pool: PoolOf) -
     assert kept == ["step-00000001", "step-00000002"]
 
 
+def test_images_without_labels_are_trained_on_and_not_scored(tmp_path: Path, pool: PoolOf) -> None:
+    """As those of STL-10, whose test images have labels."""
+    prepare_digits(tmp_path / "data")
+    labelled = ShardSet.open(tmp_path / "data" / "train")
+    images = ((f"{i}", labelled.read(i), "png", None) for i in range(len(labelled)))
+    write_shards(images, tmp_path / "data" / "unlabelled", None)
+    data = ("data.source=shards", f"data.path={tmp_path / 'data'}", "data.train=unlabelled")
+    short = ("train.max_steps=2", "evaluate.knn=true", "evaluate.every_epochs=1")
+    assert pool(1).run(run, arguments(tmp_path, *data, *short)) == [""]
+    assert not [key for key in json.loads((tmp_path / "run" / "result.json").read_text()) if "top1" in key]
+    assert (tmp_path / "run" / "backbone.safetensors").exists()
+
+
+def test_a_run_goes_on_with_as_many_images_as_before_only(tmp_path: Path, pool: PoolOf) -> None:
+    assert pool(1).run(run, arguments(tmp_path, "train.max_steps=2")) == [""]
+    (message,) = pool(1).run(run, arguments(tmp_path, "train.max_steps=4", "data.share=0.5"))
+    assert "step-00000002: an epoch of its images had 22 steps, and of those in data.path=" in message
+    assert "it has 11: set data.path, data.train and data.share as before" in message
+
+
 BAD = [
     (["network.cut=block", "method.window=7"], "method.window=7: the network has 3 segments, so 1 to 3"),
     (["network.name=resnet9"], "network.name=resnet9: no such network"),
     (["network.args.zero_int=true"], "network.args"),
     (["data.path={tmp}/nowhere", "data.source=shards"], "{tmp}/nowhere/train: no such folder"),
+    (["evaluate.knn=true", "evaluate.neighbours=1438"], "evaluate.neighbours=1438: must be at most 1437"),
+    (
+        ["evaluate.knn=true", "evaluate.neighbours=20", "evaluate.every_epochs=1", "evaluate.images=19"],
+        "evaluate.neighbours=20: must be at most 19",
+    ),
     (["data.num_classes=5"], "data.num_classes=5: {tmp}/digits/train has labels up to 9, so at least 10"),
     (["train.batch_size=65", "train.accumulation=2"], "batch_size=65"),
     (["train.batch_size=4096"], "holds 1437 samples, fewer than batch_size=4096"),

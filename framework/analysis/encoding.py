@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from framework import distributed
+from framework import distributed, evaluate
 from framework.analysis.command import write_bytes
 from framework.analysis.linear_eval import Rows
 from framework.analysis.runs import Run
@@ -48,7 +48,7 @@ def _compute(run: Run, shards: ShardSet, trained: bool) -> Rows:
         raise UserError(f"{shards.folder}: has no labels; name a split that has, such as data.train=train")
     net = run.encoder(trained)
     x, y = [], []
-    for _, images, labels in run.splits.eval_loader(shards):
+    for _, images, labels in evaluate.own(run.splits.eval_loader(shards)):
         assert labels is not None
         x.append(net.features(images).float())
         y.append(labels)

@@ -62,6 +62,13 @@ class Splits:
             return cls(recipe, train, test, classes)
 
     @property
+    def labelled(self) -> bool:
+        """Whether features can be scored: both splits have labels, those of the training split of two classes."""
+        if self.test is None or not (self.train.labelled and self.test.labelled):
+            return False
+        return bool((self.train.labels != self.train.labels[0]).any())
+
+    @property
     def held_out(self) -> ShardSet:
         """The test split.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def write(path: Path, to: str, network: str, tensors: Mapping[str, Tensor]) -> N
                 torch.save({"state_dict": dict(tensors)} if to == "mmdet" else dict(tensors), file)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"{path}: can't be written: {error.strerror}") from error
 
 

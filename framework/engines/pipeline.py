@@ -22,6 +22,7 @@ from framework.execution import LocalNetwork
 from framework.execution.placement import Placement
 from framework.execution.schedule import Layout, drain_instructions, step_instructions
 from framework.execution.simulation import AHEAD, Event
+from framework.network.norm import synchronise_among
 from framework.pipeline.engine import BoundaryEngine
 from framework.pipeline.following import Following
 from framework.pipeline.stage import Stage, owners
@@ -73,6 +74,7 @@ class PipelinedEngine:
         join_ranks()
         self._stage = Stage(net, placement, world_size() // placement.stages)
         grid = self._stage.mpu()
+        synchronise_among(net.modules(), grid.get_data_parallel_group())
         config = merged_config(
             section,
             batch_size=batch_size,

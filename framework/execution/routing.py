@@ -21,7 +21,7 @@ from framework.errors import UserError
 from framework.execution.compilation import compiled
 from framework.execution.order import moments
 from framework.execution.precision import LossScales, autocast_type
-from framework.execution.step import RoutedStep
+from framework.execution.step import RoutedStep, contrasts
 from framework.execution.turns import Turns
 from framework.local.units import Plan, ReadingHead
 from framework.network.norm import frozen_statistics
@@ -137,6 +137,12 @@ class LocalNetwork(nn.Module):
         """Pooled output of the last segment: (N, 3, H, W) -> (N, C) float32 or better."""
         x = self._last_map(images).mean((2, 3))
         return x if x.dtype == torch.float64 else x.float()
+
+    @property
+    def classifies(self) -> bool:
+        """Whether ``predict`` can be asked: the last head gives logits, which a decoder or a contrast doesn't."""
+        head = self.plan.units[-1].head
+        return self.plan.supervised and hasattr(head, "predict") and not contrasts(head)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:

@@ -110,12 +110,10 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
 
 def _check_alone(recipe: Recipe, net: LocalNetwork) -> None:
     """Refuse what needs the whole network in one process."""
-    for needs, setting in (
-        (net.turns is not None, "method.async_mode=buffer: must be none"),
-        (recipe.faults.nonfinite == "skip", "faults.nonfinite=skip: must be stop"),
-    ):
-        if needs and recipe.pipeline.stages > 1:
-            raise UserError(f"{setting} with pipeline.stages={recipe.pipeline.stages}")
+    if net.turns is not None and recipe.pipeline.stages > 1:
+        raise UserError(
+            f"method.async_mode=buffer: must be none with pipeline.stages={recipe.pipeline.stages}"
+        )
 
 
 def counted(cost: PlanCost, kinds: Sequence[Moment], balance: str) -> list[float]:
