@@ -85,7 +85,7 @@ class Data:
 
 @dataclass
 class Optim:
-    """Optimizer and its schedule: linear warm-up, then cosine to 0. The defaults are LoCo's (FACTS A4).
+    """Optimizer and its schedule: linear warm-up, then cosine to 0. The defaults are LoCo's (section 5.1), or SimCLR's.
 
     Attributes:
         name: optimizer.

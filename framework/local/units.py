@@ -106,7 +106,7 @@ class LocalUnit:
 
 @dataclass(kw_only=True)
 class Asynchronous:
-    """Options of methods whose modules need not wait for each other (FACTS E3, E4).
+    """Options of methods whose modules need not wait for each other (DGL, InfoPro).
 
     Attributes:
         async_mode: "buffer": every module draws its input from a ring of what its predecessor has put there (DGL).
@@ -203,7 +203,7 @@ def sliding_windows(segments: int, window: int) -> list[Window]:
 def weigh(
     units: Sequence[LocalUnit], weights: Sequence[float], reduce: Literal["sum", "mean"]
 ) -> tuple[LocalUnit, ...]:
-    """The units with these weights, all 1 where none are given; for "mean" over their number (FACTS L8).
+    """The units with these weights, all 1 where none are given; for "mean" over their number.
 
     Raises:
         UserError: not as many weights as units.
