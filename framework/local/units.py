@@ -72,7 +72,8 @@ class ReadingHead(nn.Module):
 
         Args:
             segments: all of the network's.
-            amount: 1, or 0 where the step is skipped; a tensor of float16 runs, so that nothing waits for it.
+            amount: 1, or 0 where the step is skipped. A tensor where that is decided on the device (float16,
+                ``faults.nonfinite=skip``), so that nothing waits for it.
         """
 
 
