@@ -27,7 +27,8 @@ def write_files(
     """Write a folder that has its name only when all of it is on the disk, in place of one of that name.
 
     Raises:
-        UserError: it can't be written. An earlier folder of that name is untouched.
+        UserError: it can't be written. A folder of that name is untouched, unless it is the swap that failed:
+            then the old one may be left as ``.NAME.old``, or the new one be in place.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:

@@ -85,7 +85,7 @@ class Data:
 
 @dataclass
 class Optim:
-    """Optimizer and its schedule: linear warm-up, then cosine to 0. The defaults are LoCo's (FACTS A4).
+    """Optimizer and its schedule: linear warm-up, then cosine to 0. The defaults are LoCo's (section 5.1), or SimCLR's.
 
     Attributes:
         name: optimizer.
@@ -118,7 +118,9 @@ class Train:
         epochs: length of the schedule.
         max_steps: stop earlier, with the schedule as it is.
         batch_size: images per step over all ranks and micro-batches, each seen in all its views.
-        accumulation: micro-batches per step.
+        accumulation: micro-batches per step. A contrastive objective (infonce, barlow, vicreg) contrasts, and BatchNorm
+            normalises, only a micro-batch's images, so it is not the same experiment as a larger batch
+            (``pipeline.contrast=batch`` contrasts all of a step's).
         precision: of the forward and backward passes; weights and optimizer stay fp32.
     """
 

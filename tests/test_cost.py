@@ -56,7 +56,7 @@ def test_counts_without_values_are_those_of_a_real_step() -> None:
 
 
 def test_flops_of_resnet_50_are_the_published_ones() -> None:
-    """4.089 G multiply-adds an image, less the classifier's 2 M (FACTS B4)."""
+    """4.089 G multiply-adds an image (torchvision's table has 4.09), less the classifier's 2 M."""
     counted = cost("simclr_r50_100ep", 1)
     per_image = sum(s.flops for s in counted.segments) / 2 / counted.images
     assert per_image / 1e9 == pytest.approx(4.089 - 0.002, abs=0.001)

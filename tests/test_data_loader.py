@@ -80,7 +80,7 @@ def failure(loader: TrainLoader, steps: int) -> str:
 def whole_batches(
     shards: ShardSet, world: int, accumulation: int, start: int, stop: int, **changes: object
 ) -> list:
-    """Each step's images [V, batch, ...] and labels, put together from all ranks and micro-batches."""
+    """Each step's images (V, batch, ...) and labels, put together from all ranks and micro-batches."""
     views = int(changes.get("views_per_image", 1))
     loaders = [
         train_loader(shards, rank=r, world_size=world, accumulation=accumulation, **changes)

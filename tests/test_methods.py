@@ -44,7 +44,7 @@ def train_steps(net: LocalNetwork, steps: int, micro_batches: int = 1) -> None:
 
 
 def by_hand_mlaan(net: LocalNetwork, data: Batch) -> Tensor:
-    """FACTS D2, D3 with k=2: y carries the window's oldest module, x the independent path."""
+    """The authors' loop with k=2: y carries the window's oldest module, x the independent path."""
     modules, heads = net.segments, net.heads
     names = [segment.name.replace(".", "_") for segment in modules]
     weight = {"single": 0.001, "window": 0.999}
@@ -195,7 +195,7 @@ R110_32 += [(3, b) for b in (1, 3, 4, 6, 7, 9, 11, 13, 15, 17)]
 def test_lams_are_as_large_as_the_authors(
     name: str, ends: list[tuple[int, int]], trained: float, averaged: float
 ) -> None:
-    """Millions of parameters, counted on the public code (FACTS D4)."""
+    """Millions of parameters, counted on the authors' code."""
     task = modules_of(name, ends)
     builder = LamBuilder(task, {}, Copies())
     lists = [builder.blocks(i) for i in range(len(task) - 1)]

@@ -115,7 +115,7 @@ def _below(counts: dict[str, int], path: str) -> list[int]:
     ],
 )
 def test_shares_of_memory(name: str, arguments: dict[str, Any], shares: list[float]) -> None:
-    """Residual blocks times the elements that the convolutions of one write, as Table 6 counts (FACTS A9)."""
+    """Residual blocks times the elements that the convolutions of one write, as LoCo's Table 6 counts."""
     network = skeleton(name, **arguments)
     elements = written(network, nn.Conv2d)
     stages = []

@@ -56,7 +56,7 @@ def test_the_head_of_a_recipe_says_how_to_run_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if re.search(r"_k\d+_", n)])
 def test_k_is_the_papers(name: str) -> None:
-    """Modules are K of the name; where the paper counts the stem and the method does not, one less (FACTS D6)."""
+    """Modules are K of the name; where the paper counts the stem and the method does not, one less."""
     recipe = load(name)
     k = int(re.findall(r"_k(\d+)_", name)[0])
     segments = cut(create(recipe.network.name), recipe.network.cut, recipe.network.stem_as_module)

@@ -54,7 +54,7 @@ def named_plan(name: str, segments: int) -> Plan:
 
 
 def unit_costs(segments: int, head: float = 0.1, calls: int | None = None) -> Costs:
-    """DESIGN 4: passes cost 1, a weight pass of many layers 2."""
+    """Passes cost 1, a weight pass of many layers 2."""
     ones = (1.0,) * segments
     return Costs(ones, ones, (2.0,) * segments, (head,) * (segments if calls is None else calls))
 
@@ -221,7 +221,7 @@ def test_one_window_over_everything_is_deepspeeds_1f1b() -> None:
 def test_the_bubble_does_not_grow_with_depth(
     stages: int, micro_batches: int, bp: float, loco: float, gim: float
 ) -> None:
-    """The table of DESIGN 4: utilisation of 1F1B, throughput against it."""
+    """Utilisation of 1F1B, and the throughput of LoCo and GIM against it, on stages of equal cost."""
     ran = {}
     for name in ("bp", "loco", "gim"):
         layout = Layout(moments(named_plan(name, stages)), balanced([1.0] * stages, stages), micro_batches)

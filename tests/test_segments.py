@@ -136,7 +136,7 @@ def test_heads_and_features_get_maps(name: str) -> None:
 
 
 def test_segments_count_as_the_papers_do() -> None:
-    """The papers' K counts the stem; MLAAN merges it into the first block, InfoPro does not (FACTS D6)."""
+    """The papers' K counts the stem; MLAAN merges it into the first block, InfoPro does not."""
     for name, k in [
         ("resnet32", 16),
         ("resnet110", 55),

@@ -1,4 +1,4 @@
-"""Each switch of an open question (FACTS H) changes what it says, by a formula written out here."""
+"""Each switch of what the papers leave open changes what it says, by a formula written out here."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def simclr(size: int) -> Callable[[Image.Image], Tensor]:
 
 
 def counted(loader: Iterable[Any]) -> int:
-    """Images in a loader's batches of [B, ...]."""
+    """Images in a loader's batches of (B, ...)."""
     return sum(len(batch[0]) for batch in loader)
 
 

@@ -24,7 +24,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]  # features (B, C) and labels (B,) of 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the classifier learns; no weight decay (FACTS A5).
+    """How the classifier learns; no weight decay: MoCo and SimCLR have none, LoCo doesn't say.
 
     Attributes:
         lr: for a batch of 256; grows in proportion to the batch.

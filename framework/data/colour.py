@@ -1,6 +1,6 @@
 """Photometric operations on a batch, each image with its own parameters.
 
-All take and return [N, 3, H, W] floats in [0, 1] and compute what ``torchvision.transforms.v2.functional``
+All take and return (N, 3, H, W) floats in [0, 1] and compute what ``torchvision.transforms.v2.functional``
 computes for one image. None of them waits for the device.
 """
 
@@ -17,9 +17,9 @@ def jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     Changes ``images`` in place.
 
     Args:
-        images: [N, 3, H, W].
-        order: [N, 4] int64 on the CPU; column k is the operation that comes k-th, or -1 for none.
-        factors: [N, 4] float32 on the CPU; column k is the parameter of operation k.
+        images: (N, 3, H, W).
+        order: (N, 4) int64 on the CPU; column k is the operation that comes k-th, or -1 for none.
+        factors: (N, 4) float32 on the CPU; column k is the parameter of operation k.
     """
     operations = (brightness, contrast, saturation, hue)
     counts = [torch.bincount(column + 1, minlength=5).tolist() for column in order.T]
@@ -35,22 +35,22 @@ def jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale by ``factor`` [N, 1, 1, 1]."""
+    """Scale by ``factor`` (N, 1, 1, 1)."""
     return (images * factor).clamp_(0, 1)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Away from the image's mean grey by ``factor`` [N, 1, 1, 1]."""
+    """Away from the image's mean grey by ``factor`` (N, 1, 1, 1)."""
     return _blend(images, grey(images).mean((-2, -1), keepdim=True), factor)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Away from the pixel's grey by ``factor`` [N, 1, 1, 1]."""
+    """Away from the pixel's grey by ``factor`` (N, 1, 1, 1)."""
     return _blend(images, grey(images), factor)
 
 
 def hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by ``shift`` [N, 1, 1, 1] circles, each in [-1/2, 1/2].
+    """Turn the hue by ``shift`` (N, 1, 1, 1) circles, each in [-1/2, 1/2].
 
     A channel of a colour with hue h (in circles) is min + chroma * clamp(|6 frac(h + n) - 3| - 1, 0, 1), with
     n = 0, 2/3, 1/3 for red, green, blue.
@@ -71,7 +71,7 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def grey(images: Tensor) -> Tensor:
-    """Luminance, [N, 1, H, W]."""
+    """Luminance, (N, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
@@ -80,8 +80,8 @@ def blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     """Gaussian blur with edges reflected.
 
     Args:
-        images: [N, 3, H, W] with H, W > kernel / 2.
-        sigma: [N] in pixels, above 0.
+        images: (N, 3, H, W) with H, W > kernel / 2.
+        sigma: (N,) in pixels, above 0.
         kernel: number of taps, odd.
     """
     n, channels, height, width = images.shape

@@ -30,10 +30,10 @@ class Table(NamedTuple):
     """One row per sample.
 
     Attributes:
-        shard: [N] int32, number of the shard.
-        offset: [N] int64, first byte of the image in its shard.
-        length: [N] int64, bytes of the image.
-        label: [N] int64, its class, -1 without labels.
+        shard: (N,) int32, number of the shard.
+        offset: (N,) int64, first byte of the image in its shard.
+        length: (N,) int64, bytes of the image.
+        label: (N,) int64, its class, -1 without labels.
     """
 
     shard: np.ndarray

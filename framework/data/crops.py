@@ -41,7 +41,7 @@ def shifted_box(size: int, pad: int, chance: np.ndarray) -> Box:
 
 
 def resized(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """[3, H, W] uint8: the box of a uint8 image at another size (height, width)."""
+    """(3, H, W) uint8: the box of a uint8 image at another size (height, width)."""
     left, upper, right, lower = box
     cut = image[None, :, upper:lower, left:right]
     if cut.shape[2:] == size:
@@ -50,7 +50,7 @@ def resized(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
 
 
 def central(image: Tensor, size: int, share: float) -> Tensor:
-    """[3, size, size]: the middle of the image, with ``share`` of its shorter side."""
+    """(3, size, size): the middle of the image, with ``share`` of its shorter side."""
     height, width = image.shape[1:]
     shorter = round(size / share)
     if width <= height:
@@ -62,11 +62,11 @@ def central(image: Tensor, size: int, share: float) -> Tensor:
 
 
 def shifted_batch(images: Tensor, boxes: Tensor, edge: str) -> Tensor:
-    """[N, 3, S, S]: boxes that may stand out over images [N, 3, S, S].
+    """(N, 3, S, S): boxes that may stand out over images (N, 3, S, S).
 
     Args:
         images: of any type.
-        boxes: [N, 4] int64 on the images' device, each of S pixels.
+        boxes: (N, 4) int64 on the images' device, each of S pixels.
         edge: what lies outside: "reflect" the image mirrored at its outermost pixels, "zeros" black.
     """
     size = images.shape[-1]
@@ -80,7 +80,7 @@ def shifted_batch(images: Tensor, boxes: Tensor, edge: str) -> Tensor:
 
 
 def resized_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """[N, 3, size, size] uint8: a box of each of N uint8 images [N, 3, H, W], as ``resized`` cuts it."""
+    """(N, 3, size, size) uint8: a box of each of N uint8 images (N, 3, H, W), as ``resized`` cuts it."""
     across = _weights(boxes[:, 0], boxes[:, 2], images.shape[3], size)
     down = _weights(boxes[:, 1], boxes[:, 3], images.shape[2], size)
     rows = (images.float() @ across.mT.unsqueeze(1)).round_().clamp_(0, 255)
@@ -88,7 +88,7 @@ def resized_batch(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _weights(low: Tensor, high: Tensor, side: int, size: int) -> Tensor:
-    """[N, size, side]: how much each of ``side`` pixels adds to each of ``size``, seeing [low, high) only."""
+    """(N, size, side): how much each of ``side`` pixels adds to each of ``size``, seeing [low, high) only."""
     scale = ((high - low).float() / size).view(-1, 1, 1)
     widened = scale.clamp_min(1)
     pixels = torch.arange(side, device=low.device)

@@ -18,7 +18,7 @@ class BrokenImage(Exception):
 
 
 def decode(data: bytes) -> Tensor:
-    """[3, H, W] uint8 RGB from the bytes of an image file; its name plays no part.
+    """(3, H, W) uint8 RGB from the bytes of an image file; its name plays no part.
 
     JPEG is decoded at full size, by torchvision, to the pixels that Pillow gives in 1.3 times the time. What
     torchvision refuses (CMYK among it) and every other format is Pillow's.

@@ -123,7 +123,7 @@ class ShardSet:
 
     @property
     def labels(self) -> np.ndarray:
-        """[N] int64, -1 without labels."""
+        """(N,) int64, -1 without labels."""
         return self.table.label
 
     @property

@@ -185,7 +185,7 @@ class EvalLoader:
         return len(self._jobs)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Sample numbers [B] int64 on the CPU; images [B, 3, S, S] and labels [B] (or ``None``) on the
+        """Sample numbers (B,) int64 on the CPU; images (B, 3, S, S) and labels (B,) (or ``None``) on the
         device."""
         for drawn, images in finished(map(_raised, self._loader), self._images, self._device):
             self._tally.add(drawn)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Resident:
-    """Every image of a set as uint8 on the device, [N, 3, H, W]; 50,000 of CIFAR's are 154 MB.
+    """Every image of a set as uint8 on the device, (N, 3, H, W); 50,000 of CIFAR's are 154 MB.
 
     The order, the boxes and all other chance are those of the images on disk. Crops of "cifar" views are
     equal to the bit, resized ones to one grey level (two where the filter clips).
@@ -71,7 +71,7 @@ class Resident:
         return Boxer(self.shards, views, size, views_per_image, seed, self.broken, height, width)
 
     def crops(self, drawn: Drawn, views: Views, size: int) -> Tensor:
-        """[V*B, 3, size, size] uint8 on the device."""
+        """(V*B, 3, size, size) uint8 on the device."""
         boxes = drawn.crops.to(self.device, non_blocking=True)
         samples = drawn.samples.to(self.device, non_blocking=True)
         images = self.images[samples.repeat(len(boxes) // max(1, len(samples)))]

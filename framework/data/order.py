@@ -13,19 +13,19 @@ AHEAD = 4  # shards named to a worker before their first sample is due
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """[n] int64, the sample at every position of an epoch; the same on every machine and version of numpy."""
+    """(n,) int64, the sample at every position of an epoch; the same on every machine and version of numpy."""
     return _random(n, seed, epoch, 0).argsort(kind="stable")
 
 
 def windowed_order(sizes: np.ndarray, window: int, seed: int, epoch: int) -> np.ndarray:
-    """[n] int64, an order that touches few shards at a time.
+    """(n,) int64, an order that touches few shards at a time.
 
     Shards are put in a row at random; each sample then moves back by a random distance of less than
     ``window`` samples. Any two neighbours of a shard end up about ``window / 3`` positions apart, and between
     the first and the last sample of a shard lie fewer than 2 * window + the largest shard.
 
     Args:
-        sizes: [shards] samples of each shard; samples are numbered shard by shard.
+        sizes: (shards,) samples of each shard; samples are numbered shard by shard.
         window: in samples.
     """
     row = _random(len(sizes), seed, epoch, 1).argsort(kind="stable")
@@ -39,7 +39,7 @@ def balanced(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Ascending numbers of ``share`` of the samples of every class, at least one; smaller shares are part of larger.
 
     Args:
-        labels: [n] class of every sample.
+        labels: (n,) class of every sample.
         share: above 0, up to 1.
         seed: picks the samples.
     """
@@ -63,7 +63,7 @@ class Job(NamedTuple):
         epoch: keys the views.
         first: position of the first sample in the epoch; keys the views.
         size: number of samples.
-        samples: [size + spares] sample numbers at ``first`` and after; a broken image gives way to the next
+        samples: (size + spares,) sample numbers at ``first`` and after; a broken image gives way to the next
             that is whole among the ``spares`` that follow it.
         ahead: shards that will be needed next.
     """
@@ -79,7 +79,7 @@ class TrainJobs:
     """The jobs of ``steps`` for one rank; iterated anew for every call of ``TrainLoader.steps``.
 
     Args:
-        shard: [n] shard of every sample, ascending.
+        shard: (n,) shard of every sample, ascending.
         window: of ``windowed_order``; 0 for ``epoch_order``.
     """
 
@@ -118,7 +118,7 @@ class TrainJobs:
 
 
 class Ahead:
-    """Which shards come next, by the position of their first sample; ``shards`` [n] is in order of use."""
+    """Which shards come next, by the position of their first sample; ``shards`` (n,) is in order of use."""
 
     def __init__(self, shards: np.ndarray) -> None:
         names, first = np.unique(shards, return_index=True)

@@ -161,7 +161,7 @@ def encoded(image: bytes | np.ndarray, packing: Packing) -> tuple[bytes, str]:
     """The bytes to store and their extension.
 
     Args:
-        image: encoded, or [H, W, 3] uint8.
+        image: encoded, or (H, W, 3) uint8.
         packing: how to store it.
 
     Raises:

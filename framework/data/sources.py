@@ -30,7 +30,7 @@ class Item(NamedTuple):
 
     Attributes:
         where: for messages.
-        image: encoded bytes, or [H, W, 3] uint8 pixels.
+        image: encoded bytes, or (H, W, 3) uint8 pixels.
         label: its class or ``None``.
     """
 
@@ -85,7 +85,7 @@ class Files:
 
 
 class Pixels:
-    """Images in one array [N, H, W, 3] uint8, with labels [N] or ``None``."""
+    """Images in one array (N, H, W, 3) uint8, with labels (N,) or ``None``."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray | None, classes: list[str] | None) -> None:
         self.images, self.labels, self.classes = images, labels, classes

@@ -34,11 +34,11 @@ class Look(NamedTuple):
     """The parameters of the device half, N images, on the CPU.
 
     Attributes:
-        flip: [N] bool.
-        order: [N, 4] int64, the k-th of the four jitter operations; -1 for no jitter.
-        factors: [N, 4] float32: brightness, contrast, saturation, hue.
-        greyscale: [N] bool.
-        sigma: [N] float32, of the blur in pixels; 0 for no blur.
+        flip: (N,) bool.
+        order: (N, 4) int64, the k-th of the four jitter operations; -1 for no jitter.
+        factors: (N, 4) float32: brightness, contrast, saturation, hue.
+        greyscale: (N,) bool.
+        sigma: (N,) float32, of the blur in pixels; 0 for no blur.
     """
 
     flip: Tensor
@@ -103,7 +103,7 @@ class Views:
             raise ValueError("centre must be above 0")
 
     def crop(self, image: Tensor, size: int, chance: np.ndarray) -> Tensor:
-        """The worker's half: cut and resize a uint8 image [3, H, W] to [3, size, size].
+        """The worker's half: cut and resize a uint8 image (3, H, W) to (3, size, size).
 
         ``chance`` is what ``chances`` gave for this view.
         """
@@ -123,7 +123,7 @@ class Views:
         return crops.random_box(width, height, self.area, self.aspect, chance[_CROP])
 
     def look(self, chance: np.ndarray) -> Look:
-        """The parameters of the device half from ``chances`` [N, ...] of N views."""
+        """The parameters of the device half from ``chances`` (N, ...) of N views."""
         n = len(chance)
         simclr = self.kind == "simclr"
         flipped = (chance[:, _FLIP] < self.flip) & (self.kind != "none")
@@ -151,11 +151,11 @@ class Views:
         """The device's half: flip, jitter, greyscale, blur and normalise.
 
         Args:
-            pixels: [N, 3, S, S] uint8 crops on the CPU.
+            pixels: (N, 3, S, S) uint8 crops on the CPU.
             look: of the N crops.
 
         Returns:
-            [N, 3, S, S] of ``dtype`` on ``device``; computed in float32.
+            (N, 3, S, S) of ``dtype`` on ``device``; computed in float32.
         """
         pixels = pixels.to(device, non_blocking=True)
         together = max(1, len(pixels)) if device.type == "cuda" else _IN_CACHE
@@ -184,7 +184,7 @@ def chances(seed: int, epoch: int, view: int, first: int, count: int) -> np.ndar
     """All the randomness of one view of ``count`` positions from ``first`` on.
 
     Returns:
-        [count, CHANCES] float64 in [0, 1); a row depends on its position, not on where the call began, and is
+        (count, CHANCES) float64 in [0, 1); a row depends on its position, not on where the call began, and is
         the same on every machine and version of numpy.
     """
     philox = np.random.Philox(key=[seed, _VIEW_STREAM], counter=[_BLOCKS * first, 0, epoch, view])

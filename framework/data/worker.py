@@ -26,9 +26,9 @@ class Drawn(NamedTuple):
     """What a worker makes of a job.
 
     Attributes:
-        crops: [V*B, 3, S, S] uint8, view-major; of ``Boxer`` [V*B, 4] int64, the boxes to cut.
+        crops: (V*B, 3, S, S) uint8, view-major; of ``Boxer`` (V*B, 4) int64, the boxes to cut.
         look: parameters of the device half, for V*B images.
-        samples: [B] int64, the sample numbers used.
+        samples: (B,) int64, the sample numbers used.
         broken: sample number and reason of every image that was passed over.
     """
 
@@ -161,7 +161,7 @@ class Draws(Generic[T]):
                     )
 
     def done(self, views: Views, crops: np.ndarray) -> Drawn:
-        """What the job came to; of ``crops`` [V, B, ...] the rows that were filled count."""
+        """What the job came to; of ``crops`` (V, B, ...) the rows that were filled count."""
         whole = slice(len(self.samples))
         look = views.look(self.chance[:, whole].reshape(-1, CHANCES))
         flat = torch.from_numpy(crops[:, whole].reshape(-1, *crops.shape[2:]))

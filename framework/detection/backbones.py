@@ -36,9 +36,9 @@ STRIDES = {
 def add_config(cfg: CfgNode) -> None:
     """Add the keys of this package to Detectron2's configuration.
 
-    ``MODEL.SHUFFLENET.C5`` is what FPN reads at stride 32: "conv5_x", or "conv6" (FACTS S2).
+    ``MODEL.SHUFFLENET.C5`` is what FPN reads at stride 32: "conv5_x", or "conv6".
     ``MODEL.BACKBONE.FROZEN_BN`` is how the BatchNorms of frozen stages normalise: "eval", with the statistics of
-    pretraining, or "batch" (FACTS D1).
+    pretraining, or "batch". LoCo (section 5.2) says neither.
     """
     cfg.MODEL.SHUFFLENET = CfgNode({"C5": "conv5_x"})
     cfg.MODEL.BACKBONE.FROZEN_BN = "eval"

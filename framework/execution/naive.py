@@ -29,7 +29,7 @@ def naive_gradients(
         network: in training mode.
         batch: a micro-batch.
         bn_update: whether only a segment's first run moves BatchNorm's statistics, as in a routed step, or its
-            repetitions do so too, as in MLAAN's code (FACTS M16).
+            repetitions do so too, as in MLAAN's code.
     """
     network.begin_step()
     segments, units = network.segments, network.plan.units

@@ -122,7 +122,8 @@ class LocalNetwork(nn.Module):
 
         Args:
             batch: the micro-batch just done.
-            overflow: bool scalar of float16 runs; any in a step's micro-batches holds the copies still.
+            overflow: bool scalar where steps may be skipped (float16, ``skip_nonfinite``); any in a step's
+                micro-batches holds the copies still.
         """
         if overflow is not None:
             self._overflowed = overflow if self._overflowed is None else self._overflowed | overflow

@@ -1,4 +1,4 @@
-"""Modules that do not wait for each other: DGL's asynchronous training, on one process (FACTS E3).
+"""Modules that do not wait for each other: DGL's asynchronous training as in its code, on one process.
 
 Every module takes one turn a micro-batch. Modules share no weights, so one optimizer step after all turns
 equals a step after each. What is asynchronous is the input: a module draws it from a ring of what its

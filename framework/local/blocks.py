@@ -81,7 +81,7 @@ class EmaCopy(nn.Module):
     Args:
         block: what is copied, and followed later.
         momentum: m.
-        statistics: BatchNorm's running statistics follow, too; otherwise they are the copy's own (FACTS M10).
+        statistics: BatchNorm's running statistics follow, too; otherwise they are the copy's own.
     """
 
     def __init__(self, block: nn.Module, momentum: float, statistics: bool = False) -> None:

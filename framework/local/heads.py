@@ -108,22 +108,24 @@ class Classifier:
 
 @dataclass
 class Projection:
-    """Decoder of a self-supervised unit: residual blocks, pooling, MLP, objective (LoCo section 3.3).
+    """Decoder of a self-supervised unit: residual blocks, pooling, MLP, objective (LoCo, section 5.4).
+
+    LoCo leaves kind, channels and stride of its block open; the defaults give its memory saving (section 5.6).
 
     Attributes:
         conv_blocks: residual convolution blocks before the pooling.
         dec_block: their kind: a bottleneck or a basic block that keeps the channels, or the bottleneck that
-            would open the next stage, with twice the channels (FACTS L2).
-        dec_strides: their strides; blocks beyond the list have 1 (FACTS L14).
-        dec_width: channels of a bottleneck's 3x3 convolution; ``None`` takes a quarter (FACTS L2).
-        dec_groups: groups of that convolution (FACTS P5).
+            would open the next stage, with twice the channels.
+        dec_strides: their strides; blocks beyond the list have 1.
+        dec_width: channels of a bottleneck's 3x3 convolution; ``None`` takes a quarter.
+        dec_groups: groups of that convolution.
         dec_trunk: own copies of the next segment ("1 stage") or of all that follow ("full network") before
-            the pooling; on the last segment there are none (FACTS L15).
-        dec_on_top: blocks on the last segment too (FACTS L3).
+            the pooling; on the last segment, which none follows, there are none.
+        dec_on_top: blocks on the last segment too; LoCo doesn't say.
         layers: linear layers of the MLP; ``None`` takes 2, for Barlow Twins and VICReg 3.
         proj_hidden: width of the hidden layers; ``None`` takes the channels that enter the pooling, or 8192.
         dim: size of the embedding; ``None`` takes 128, or 8192.
-        proj_bn: BatchNorm after none, the hidden, or all layers (FACTS L4).
+        proj_bn: BatchNorm after none, the hidden, or all layers (SimCLR's paper: none, its code: all).
         objective: what scores the embeddings of the two views.
         temperature: tau of InfoNCE.
         loss_form: of InfoNCE: anchors and scale.

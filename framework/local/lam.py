@@ -1,7 +1,7 @@
-"""MLAAN's Leap Augmented Module: copies of later blocks between a segment and its classifier (FACTS D3).
+"""MLAAN's Leap Augmented Module: copies of later blocks between a segment and its classifier.
 
 With A_j the trainable copies and E the EMA copy of the first listed block,
-``z -> A_n(... A_2(A_1(z) + E(z)))``; ``Copies`` has the other readings of the paper.
+``z -> A_n(... A_2(A_1(z) + E(z)))`` in the authors' code; ``Copies`` has the other readings of the paper.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Copies:
 
     Attributes:
         form: the first listed block alone has a moving average, as in the authors' code, or every one, as in
-            the paper's Figure 3 (FACTS M8).
+            the paper's Figure 3.
         weights: a trained and an averaged copy whose outputs add up, or a single one that is trained and pulled
-            towards its block, as Eqs. 9 and 10 read (FACTS M9).
+            towards its block, as Eqs. 9 and 10 read.
         momentum: m of the moving average.
-        statistics: BatchNorm's running statistics follow too (FACTS M10).
-        when: the average takes in the weights from before or after a step (FACTS M10).
+        statistics: BatchNorm's running statistics follow too; they don't in the authors' code.
+        when: the average takes in the weights from before or after a step; before in the authors' code.
     """
 
     form: Literal["sum_first", "ema_chain"] = "sum_first"

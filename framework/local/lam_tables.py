@@ -1,4 +1,4 @@
-"""Which later blocks a module's LAM copies: the authors' lists, and a rule for other networks (FACTS D4).
+"""Which later blocks a module's LAM copies: the lists of MLAAN's code, and a rule for other networks.
 
 Blocks are written ``stage.number``, stages from 1 and numbers from 0; ``1.0-1.4`` means all from 1.0 to 1.4.
 """
@@ -119,7 +119,7 @@ def stages_by_width(blocks: tuple[Block, ...], widths: list[int]) -> tuple[Block
 def by_rule(blocks: tuple[Block, ...], end: Block) -> list[Block]:
     """The first block of each later stage, then blocks of the last up to four in all, the very last included.
 
-    A module of the last stage gets at most two (FACTS M11).
+    A module of the last stage gets at most two. The rule is ours, drawn from the authors' lists.
     """
     last_stage = blocks[-1].stage
     chosen = [b for b in blocks if b.stage > end.stage and b.number == 0]

@@ -32,9 +32,9 @@ class InfoNCE(nn.Module):
     Args:
         temperature: tau, 0.1 on ImageNet (SimCLR Table 5).
         form: "symmetric"; "sum" of the two directions' means, as SimCLR's code has it, twice as much; or
-            "one_sided", with the first views alone as anchors (FACTS L6).
+            "one_sided", with the first views alone as anchors. LoCo doesn't say which.
         gather_grad: the gradient flows through the embeddings of other ranks, so that the mean over ranks is
-            the loss of the whole batch; otherwise they are constants (FACTS L7).
+            the loss of the whole batch, as in SimCLR's code; otherwise they are constants.
     """
 
     contrasts = True
@@ -75,7 +75,7 @@ class SupCon(nn.Module):
     Over the global batch, like ``InfoNCE``; anchors whose class occurs once do not count.
 
     Args:
-        temperature: tau; 0.07 in InfoPro (FACTS E4).
+        temperature: tau; 0.07 in InfoPro's code.
     """
 
     contrasts = True

@@ -1,4 +1,4 @@
-"""InfoPro's reconstruction term, and how much it weighs at each depth (FACTS E4)."""
+"""InfoPro's reconstruction term, and how much it weighs at each depth, as in its code."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Reconstruction:
             for all other networks, ``mlaan`` has the same for all.
         first: (lambda1, lambda2) of the first module, in place of those of ``lambdas``.
         last: the same for the last module but one; between them they are linear in the depth.
-        lambda_index: depth in modules, or in stages as MLAAN's code has it (FACTS M15).
+        lambda_index: depth in modules, or in stages as MLAAN's code has it.
         decoder: ``cifar`` has one hidden convolution at full resolution, ``imagenet`` three on the way there;
             ``auto`` takes the latter from 128 pixels on.
         patches: 1, or 4 for a decoder of its own on each quarter of the image (HPFF), whose losses add up.
@@ -126,7 +126,7 @@ class Reconstruction:
         blocks = blocks_of(task.segments)
         counts = tuple(sum(b.stage == s for b in blocks) for s in sorted({b.stage for b in blocks}))
         rows = LAMBDAS[self.lambdas].get(counts, {})
-        modules = len(task) + (len(task) == len(blocks))  # the papers count the stem (FACTS D6)
+        modules = len(task) + (len(task) == len(blocks))  # the papers count the stem
         if modules in rows:
             return rows[modules]
         if self.lambdas == "auglocal":

@@ -1,4 +1,4 @@
-"""Two copies of a segment that a penalty keeps alike (LoCo Table 5, "L2 penalty"; FACTS A7, L17)."""
+"""Two copies of a segment that a penalty keeps alike (LoCo, section 5.5, "soft sharing")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Auxiliary networks without their objective: maps (N, C, H, W) to logits or embeddings (N, D)."""
+"""Auxiliary networks without their objective: maps (N, C, H, W) to logits or embeddings (N, D).
+
+They follow the authors' code: github.com/eugenium/DGL, blackfeather-wang/InfoPro-Pytorch, ChenxiangMA/AugLocal and
+Wendy231015/MLAAN.
+"""
 
 from __future__ import annotations
 
@@ -97,14 +101,14 @@ def four_conv_one_fc(shape: Shape, out: int) -> nn.Module:
 
 
 def two_conv_one_fc(shape: Shape, out: int) -> nn.Module:
-    """MLAAN's on ResNet-34: 1x1 to twice the channels and back, not from 256 channels on (FACTS D5)."""
+    """MLAAN's on ResNet-34 (its code): 1x1 to twice the channels and back, not from 256 channels on."""
     c = shape.channels
     layers = [*conv_bn_relu(c, 2 * c, 1), *conv_bn_relu(2 * c, c, 1)] if c < 256 else []
     return nn.Sequential(*layers, GlobalAveragePool(), nn.Linear(c, out))
 
 
 def three_conv_four_fc(shape: Shape, out: int) -> nn.Module:
-    """MLAAN's DGL* head: three 1x1 convolutions to 128, pooling, three hidden layers of 512 (FACTS D5)."""
+    """DGL* in earlier commits of MLAAN's code: three 1x1 convolutions to 128, pooling, three hidden layers of 512."""
     layers = conv_bn_relu(shape.channels, 128, 1) + conv_bn_relu(128, 128, 1) + conv_bn_relu(128, 128, 1)
     return nn.Sequential(*layers, GlobalAveragePool(), *mlp((128, 512, 512, 512, out), "hidden"))
 
@@ -112,7 +116,7 @@ def three_conv_four_fc(shape: Shape, out: int) -> nn.Module:
 def mlp_sr(
     shape: Shape, out: int, convolutions: int = 3, hidden_layers: int = 3, bias: bool = True
 ) -> nn.Module:
-    """DGL's MLP-SR-aux: a quarter of the resolution, three 1x1 convolutions, 2x2 pooling, MLP (FACTS E2)."""
+    """DGL's MLP-SR-aux: a quarter of the resolution, three 1x1 convolutions, 2x2 pooling, MLP."""
     c = shape.channels
     layers: list[nn.Module] = [nn.AdaptiveAvgPool2d((-(-shape.height // 4), -(-shape.width // 4)))]
     for _ in range(convolutions):
@@ -124,7 +128,7 @@ def mlp_sr(
 
 
 def mlp_sr_auglocal(shape: Shape, out: int) -> nn.Module:
-    """MLP-SR-aux with two hidden layers without bias, behind the DGL numbers of later papers (FACTS E2)."""
+    """AugLocal's MLP-SR-aux, two hidden layers without bias; probably behind the DGL numbers of later papers."""
     return mlp_sr(shape, out, hidden_layers=2, bias=False)
 
 

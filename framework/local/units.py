@@ -72,7 +72,8 @@ class ReadingHead(nn.Module):
 
         Args:
             segments: all of the network's.
-            amount: 1, or 0 where the step is skipped; a tensor of float16 runs, so that nothing waits for it.
+            amount: 1, or 0 where the step is skipped. A tensor where that is decided on the device (float16,
+                ``faults.nonfinite=skip``), so that nothing waits for it.
         """
 
 
@@ -106,7 +107,7 @@ class LocalUnit:
 
 @dataclass(kw_only=True)
 class Asynchronous:
-    """Options of methods whose modules need not wait for each other (FACTS E3, E4).
+    """Options of methods whose modules need not wait for each other (DGL, InfoPro).
 
     Attributes:
         async_mode: "buffer": every module draws its input from a ring of what its predecessor has put there (DGL).
@@ -203,7 +204,7 @@ def sliding_windows(segments: int, window: int) -> list[Window]:
 def weigh(
     units: Sequence[LocalUnit], weights: Sequence[float], reduce: Literal["sum", "mean"]
 ) -> tuple[LocalUnit, ...]:
-    """The units with these weights, all 1 where none are given; for "mean" over their number (FACTS L8).
+    """The units with these weights, all 1 where none are given; for "mean" over their number.
 
     Raises:
         UserError: not as many weights as units.

@@ -1,4 +1,4 @@
-"""Partitions into K modules that the papers' code lists, where they are not simply even (FACTS D6, E4)."""
+"""Partitions into K modules that MLAAN's and InfoPro's code list, where they are not simply even."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""PResNet-50 (Xiong et al. 2020, section 4.4): a ResNet-50 that loses resolution in six small steps.
+"""PResNet-50 (Xiong et al. 2020, section 5.6 and appendix B): a ResNet-50 that loses resolution in six small steps.
 
 Registered with timm as ``presnet50``. The paper's Table 8 (layers) and Table 6 (FLOPs) disagree; the default
-follows Table 6, whose total and shares only this reading gives (FACTS B2).
+follows Table 6, whose total and shares only this reading gives (see ``pres_groups``).
 """
 
 from __future__ import annotations

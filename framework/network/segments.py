@@ -88,7 +88,7 @@ def cut(backbone: nn.Module, at: Cut = "stage", stem_as_module: bool = False) ->
             A list names the block or stage that ends each segment. What follows the last block joins it.
         stem_as_module: the stem is a segment of its own and counts in K (InfoPro and DGL at K=16 or 55);
             otherwise it joins the first segment, and K may count it nevertheless, as MLAAN's paper does
-            (ResNet-32 has 15 blocks; K=16 gives 15 segments; FACTS D6).
+            (ResNet-32 has 15 blocks; K=16 gives 15 segments).
 
     Raises:
         UserError: the network can't be cut, or not there or into so many; says what is possible.

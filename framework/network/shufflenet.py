@@ -1,6 +1,7 @@
 """ShuffleNet v2-50 (Ma et al. 2018, appendix), the second encoder of LoCo; ``shufflenetv2_50`` in timm.
 
-What the papers leave open is settled as in FACTS C.
+conv2_x widens 64 channels to 244 at the same resolution, for which the paper has no unit: here its first has two
+branches of stride 1. Units have no residual path; the paper has one in its deeper networks.
 """
 
 from __future__ import annotations

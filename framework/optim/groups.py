@@ -14,7 +14,7 @@ def parameter_groups(net: nn.Module, weight_decay: float, decay: Decay = "weight
     """Two groups: weights; and whatever has at most one dimension, or is no weight in timm's eyes.
 
     The second holds norm parameters, biases, position embeddings and the like. It gets neither weight decay nor
-    LARS's adaptation (FACTS A4), unless ``decay`` is "all" (MLAAN's code, FACTS D7); ``group["adapt"]`` says
+    LARS's adaptation (SimCLR's code), unless ``decay`` is "all" (MLAAN's code); ``group["adapt"]`` says
     so. Order inside a group is that of ``net.parameters()``. A group without parameters is left out.
     """
     exempt = set(_named_by_timm(net))

@@ -53,7 +53,7 @@ class LARS(torch.optim.Optimizer):
         w <- w - v
 
     The scale is 1 where the norm of w or d is 0, and in groups with ``adapt=False``. The learning rate is
-    inside the momentum buffer and there is no Nesterov variant (FACTS A4).
+    inside the momentum buffer and there is no Nesterov variant.
 
     Parameters may be plain tensors, FSDP2's DTensors, or ZeRO's flat slices with a ``Shard`` in their group.
     A sharded group costs one all-reduce of 2 x (number of parameters) squared norms. Norms are summed in

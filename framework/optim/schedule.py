@@ -6,10 +6,10 @@ import math
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, base_lr: float) -> float:
-    """Linear warm-up, then half a cosine to 0 without restart (SimCLR's schedule, FACTS A4).
+    """Linear warm-up, then half a cosine to 0 without restart (LoCo, section 5.1).
 
     Args:
-        step: number of the step, from 0. As published, the very first step of a warm-up has rate 0.
+        step: number of the step, from 0. As in SimCLR's code, the very first step of a warm-up has rate 0.
         total_steps: length of the run; at ``step == total_steps`` the rate is 0.
         warmup_steps: steps until ``base_lr`` is reached; 0 starts there.
         base_lr: highest rate.

@@ -138,7 +138,10 @@ def counted(cost: PlanCost, kinds: Sequence[Moment], balance: str) -> list[float
 
 
 def flops(cost: PlanCost, kinds: Sequence[Moment]) -> Costs:
-    """Costs in FLOPs: a pass for input gradients costs a forward, one for weight gradients two (DESIGN 4)."""
+    """Costs in FLOPs: a pass for input gradients costs a forward, one for weight gradients two.
+
+    The latter needs the input gradients between the layers of a segment, too.
+    """
     forward = tuple(float(segment.flops) for segment in cost.segments)
     heads = tuple(3.0 * cost.units[call.units[0]].flops for moment in kinds for call in moment.heads)
     return Costs(forward, forward, tuple(2 * f for f in forward), heads)

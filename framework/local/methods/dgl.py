@@ -10,7 +10,7 @@ from framework.local.units import Asynchronous, LocalUnit, Plan, Task
 
 @dataclass
 class Options(Asynchronous):
-    """``head``: the auxiliary classifier; the last segment has pooling and a linear layer (FACTS E1)."""
+    """``head``: the auxiliary classifier; the last segment has pooling and a linear layer, as in later papers' code."""
 
     head: Classifier = field(default_factory=lambda: Classifier("mlp_sr_auglocal"))
 

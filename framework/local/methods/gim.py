@@ -1,4 +1,4 @@
-"""Greedy InfoMax in the SimCLR framework, the local baseline of LoCo (LoCo section 3.1; FACTS F)."""
+"""Greedy InfoMax in the SimCLR framework, the local baseline of LoCo (LoCo, section 3.2)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Options:
     """GIM as LoCo compares with it.
 
     Attributes:
-        unit_loss_weights: of the units in order; none means all 1 (FACTS L8).
+        unit_loss_weights: of the units in order; none means all 1. LoCo gives none.
         unit_loss_reduce: the weighted losses add up, or are averaged.
         head: pooling and a 2-layer MLP, without a convolution block (LoCo Table 4, row 2).
     """

@@ -1,4 +1,4 @@
-"""InfoPro (Wang et al. 2021): every segment keeps what the image and the task need (FACTS E4)."""
+"""InfoPro (Wang et al. 2021): every segment keeps what the image and the task need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from framework.local.units import Asynchronous, LocalUnit, Plan, Task
 
 @dataclass
 class Options(Asynchronous):
-    """InfoPro with the cross entropy, as later papers compare with it (FACTS E2).
+    """InfoPro with the cross entropy, as AugLocal's and MLAAN's code compare with it.
 
     InfoPro* is the same on segments balanced for memory, which is the network's cut: for ResNet-110 K=2, 3
     or 4, with ``{reconstruction: {lambdas: cifar10_balanced}}``.

@@ -15,22 +15,22 @@ from framework.schema import NonNegative, Positive
 
 @dataclass
 class Options:
-    """The published LoCo, and the rows of its Table 5 (FACTS A7).
+    """The published LoCo, and the rows of its Table 5 (section 5.5).
 
     Attributes:
         window: segments a unit spans; neighbouring units share all but one.
         share_blocks: share only the first 1 or 2 blocks of the next stage, on a network cut at its blocks: a
-            unit is a stage and these, the last stage is one of its own (FACTS L18). ``None`` shares whole
+            unit is a stage and these, the last stage is one of its own (our reading). ``None`` shares whole
             segments.
         shared_grad: whether shared weights learn from all their units, or from the uppermost or lowest
-            alone; gradients pass through them in any case (FACTS L16).
+            alone; gradients pass through them in any case (the paper doesn't say).
         soft_share: coefficient of the L2 penalty between two copies of every shared segment; 0 shares one.
-        soft_share_norm: the penalty holds BatchNorm's weights, too (FACTS L17).
+        soft_share_norm: the penalty holds BatchNorm's weights, too; the paper doesn't say.
         loco_losses: the units of Figure 1, or one on the first segment more, which trains it too or, as a
-            ``monitor``, only its own head (FACTS L1).
-        unit_loss_weights: of the units in order; none means all 1 (FACTS L8).
+            ``monitor``, only its own head. Figure 1 has no loss there; the appendix plots one of res2.
+        unit_loss_weights: of the units in order; none means all 1. The paper gives none.
         unit_loss_reduce: the weighted losses add up, or are averaged.
-        head: one strided residual block, pooling and a 2-layer MLP (LoCo section 3.3, Table 4 row 11).
+        head: one strided residual block, pooling and a 2-layer MLP (section 5.4, Table 4 row 11).
     """
 
     window: int = 2

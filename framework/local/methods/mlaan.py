@@ -1,4 +1,8 @@
-"""MLAAN (Zhang et al. 2024): multilaminar and leap augmented local modules (Eqs. 1, 2, 9-12; FACTS D)."""
+"""MLAAN (Zhang et al. 2024): multilaminar and leap augmented local modules (Eqs. 1, 2, 9-12).
+
+Defaults beyond the paper are those of the authors' code, github.com/Wendy231015/MLAAN; where its CIFAR runs differ, the
+option says so.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +27,22 @@ class Options:
     ``{window: 3, indep_head: {kind: 1c2f}, casc_head: {kind: 1c2f}, reconstruction: {lambdas: mlaan}}``.
 
     Attributes:
-        window: k, modules in a cascaded window (2 for the row "MLAAN", 3 for the starred rows; FACTS M2).
-        w_indep: weight of the loss on a single module (FACTS M4); 0 leaves these units out.
+        window: k, modules in a cascaded window (2 for the row "MLAAN", 3 for the starred rows; the paper: typically 3).
+        w_indep: weight of the loss on a single module; 0 leaves these units out.
         w_casc: weight of the loss on a cascaded window; 0 leaves these units out.
-        indep_head: head of a single module (FACTS M13).
+        indep_head: head of a single module.
         casc_head: head of a window.
         reconstruction: InfoPro's decoder beside every head but the last module's, or ``None``.
-        indep_on_first: units on the single modules 0 .. k-2 too (FACTS M3).
-        last_loss: the last module's two units as weighted, or the window alone with weight 1 (FACTS M5).
-        lam_on: which units have a LAM (FACTS M1).
-        lam_blocks: names of blocks to copy, by segment, in place of the authors' lists (FACTS M11).
-        lam_form: the first block of a list alone has a moving average, or every one (FACTS M8).
-        lam_weights: a trained and an averaged copy, or a single one, trained and pulled (FACTS M9).
-        ema_m: momentum of the moving averages (FACTS M7).
-        ema_update: whether all of them move, or only those of the last module but one (FACTS M6).
-        ema_when: before or after the optimizer step (FACTS M10).
-        ema_buffers: BatchNorm's running statistics follow too (FACTS M10).
+        indep_on_first: units on the single modules 0 .. k-2 too, as Figure 2 draws them.
+        last_loss: the last module's two units as weighted, or the window alone with weight 1 (the code on CIFAR).
+        lam_on: which units have a LAM (Eq. 10 has it on the independent ones).
+        lam_blocks: names of blocks to copy, by segment, in place of the authors' lists.
+        lam_form: the first block of a list alone has a moving average, or every one (Figure 3).
+        lam_weights: a trained and an averaged copy, or a single one, trained and pulled (Eqs. 9 and 10).
+        ema_m: momentum of the moving averages.
+        ema_update: whether all of them move, or only those of the last module but one (the code on CIFAR).
+        ema_when: before or after the optimizer step.
+        ema_buffers: BatchNorm's running statistics follow too.
     """
 
     window: int = 2
@@ -60,7 +64,7 @@ class Options:
 
 
 def plan(task: Task, options: Options) -> Plan:
-    """``[i..i]`` and ``[i-k+1..i]``, both for i >= k-1 only (FACTS M3); the last module has one shared head.
+    """``[i..i]`` and ``[i-k+1..i]``, both for i >= k-1 only; the last module has one shared head.
 
     Raises:
         UserError: the window is longer than the network, or a LAM can't be built.
