@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from framework import distributed
@@ -39,7 +40,8 @@ class Splits:
         """Open the shards, after packing them where ``data.source`` says how.
 
         Raises:
-            UserError: shards missing or broken, or ``data.num_classes`` does not fit the labels.
+            UserError: shards missing or broken, ``data.num_classes`` does not fit the labels, or the splits
+                name their classes differently.
         """
         data = recipe.data
         if data.source == "digits" and is_url(data.path):
@@ -56,6 +58,8 @@ class Splits:
             train, test = _open(data, data.train), _open_test(data)
             if is_url(data.path):
                 _check_window(train, data)
+            if test is not None:
+                _check_names(train, test)
             classes = _classes(data.num_classes, train, test)
             if data.share < 1:
                 train = train.take(balanced(train.labels, data.share, recipe.seed))
@@ -137,6 +141,18 @@ def _check_window(train: ShardSet, data: Data) -> None:
             f"data.cache_gb={data.cache_gb:g}: data.window={data.window} needs {needed:.2g} GB of "
             f"{train.folder} at a time; raise data.cache_gb, or set a smaller data.window above 0 (0 is all)"
         )
+
+
+def _check_names(train: ShardSet, test: ShardSet) -> None:
+    """Refuse splits in which a label means different classes."""
+    if train.classes is None or test.classes is None:
+        return
+    for label, (one, other) in enumerate(zip_longest(train.classes, test.classes, fillvalue="no class")):
+        if one != other:
+            raise UserError(
+                f"label {label} is {one} in {train.folder} and {other} in {test.folder}; "
+                f"pack both from one folder that holds the splits, so that they name the same classes"
+            )
 
 
 def _classes(wanted: int | None, train: ShardSet, test: ShardSet | None) -> int:
