@@ -95,6 +95,15 @@ def test_folders_without_splits_or_classes(tmp_path):
     assert (len(flat), flat.labelled, flat.classes) == (2, False, None)
 
 
+def test_folders_named_like_splits_are_no_classes(tmp_path):
+    files = {"train/0.png": image(0), "train/1.png": image(1), "test/0.png": image(2)}
+    found = packed(tree(tmp_path / "a", files), tmp_path / "out_a")
+    assert {split: len(shards) for split, shards in found.items()} == {"train": 2, "test": 1}
+    assert not any(shards.labelled or shards.classes for shards in found.values())
+    vehicles = {"bus/0.png": image(0), "train/0.png": image(1)}
+    assert packed(tree(tmp_path / "b", vehicles), tmp_path / "out_b")[""].classes == ["bus", "train"]
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_archives_give_the_bytes_of_the_folder(tmp_path, zipped):
     source = tree(tmp_path / "src", photographs())
@@ -301,8 +310,9 @@ def test_svhn(tmp_path, monkeypatch):
     [
         ({}, "holds no images"),
         ({"readme.txt": b""}, "holds no images"),
-        ({"a/0.png": b"", "1.png": b""}, "all alike"),
-        ({"a/b/c/0.png": b""}, "all alike"),
+        ({"a/0.png": b"", "a/1.png": b"", "0.png": b""}, "src: .* all alike; 0.png does not"),
+        ({"train/a/0.png": b"", "train/a/1.png": b"", "test/0.png": b""}, "all alike; test/0.png does not"),
+        ({"a/b/c/0.png": b""}, "all alike; a/b/c/0.png does not"),
     ],
 )
 def test_unusable_folders_are_named(tmp_path, files, problem):
