@@ -224,6 +224,13 @@ def test_shrinking_keeps_small_images_and_the_aspect(tmp_path):
     data, extension = encoded(large, packing)
     assert (decode(data).shape, extension) == ((3, 50, 150), "jpg")
     assert encoded(image(2, form="bmp"), Packing())[1] == "png"
+    camera = io.BytesIO()
+    first, second = (Image.open(io.BytesIO(data)) for data in (large, small))
+    first.save(camera, "MPO", save_all=True, append_images=[second])
+    assert Image.open(camera).format == "MPO"
+    assert encoded(camera.getvalue(), Packing()) == (camera.getvalue(), "jpg")
+    shrunk, extension = encoded(camera.getvalue(), packing)
+    assert (decode(shrunk).shape, extension) == ((3, 50, 150), "jpg")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     assert np.array_equal(decode(encoded(pixels, Packing())[0]).permute(1, 2, 0), pixels)
 
