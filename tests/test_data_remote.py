@@ -350,6 +350,8 @@ def test_s3_that_drops_connections(tmp_path, local, s3, monkeypatch):
     assert [shards.read(i) for i in range(24)] == [local.read(i) for i in range(24)]
     assert door.broken == 5
     assert Store(url).sizes() == local.shards
+    assert Store(url).exists()
+    assert not Store("s3://bucket/none").exists()
     client.delete_object(Bucket="bucket", Key="sets/train/shard-000002.tar")
     with pytest.raises(UserError, match=r"s3://bucket/sets/train/shard-000002\.tar: missing, though indexed"):
         open_remote(url, tmp_path / "cache", GB)
@@ -382,5 +384,7 @@ def test_gs_that_drops_connections(tmp_path, local, gs, monkeypatch):
     door.breaks = 5
     assert [shards.read(i) for i in range(24)] == [local.read(i) for i in range(24)]
     assert door.broken == 5
+    assert Store("gs://bucket/sets/train").exists()
+    assert not Store("gs://bucket/none").exists()
     with pytest.raises(UserError, match="gs://bucket/none: not found"):
         open_remote("gs://bucket/none", tmp_path / "cache", GB)

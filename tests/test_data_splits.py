@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from http_store import serve
 from test_data_loader import grey_png
 
 from framework.data.shards import write_shards
@@ -41,3 +42,38 @@ def test_a_split_may_name_the_same_classes_or_none(tmp_path, names):
     write(tmp_path / "train", ["ant", "bee", "cat"])
     write(tmp_path / "test", names)
     assert opened(tmp_path).num_classes == 3
+
+
+def test_a_url_may_have_no_test_split(tmp_path, caplog):
+    write(tmp_path / "www" / "train", None)
+    cache = str(tmp_path / "cache")
+    with serve(tmp_path / "www") as server:
+        splits = opened(server.url, cache_dir=cache)
+        assert splits.test is None
+        assert f"{server.url}/test: no such folder, so nothing will be scored" in caplog.text
+        with pytest.raises(UserError, match="/test: no such folder; images to score on"):
+            _ = splits.held_out
+        with pytest.raises(UserError, match="/none: not found"):
+            opened(server.url, cache_dir=cache, train="none")
+        write(tmp_path / "www" / "val", None)
+        assert str(opened(server.url, cache_dir=cache).held_out.folder) == f"{server.url}/val"
+        (tmp_path / "www" / "test").mkdir()
+        with pytest.raises(UserError, match="/test: holds no shards"):
+            opened(server.url, cache_dir=cache)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_server_that_fails_is_no_missing_split(tmp_path, monkeypatch, indexed):
+    monkeypatch.setattr("framework.data.store._LONGEST_WAIT", 0.0)
+    for split in ("train", "test"):
+        write(tmp_path / "www" / split, None)
+    if not indexed:
+        (tmp_path / "www" / "test" / "index.json").unlink()
+    with serve(tmp_path / "www") as server:
+        assert len(opened(server.url, cache_dir=str(tmp_path / "cache")).held_out) == 4
+        server.statuses["test"] = 403  # of S3 to who may not list
+        assert opened(server.url, cache_dir=str(tmp_path / "cache")).test is None
+        server.statuses["test"] = 503
+        with pytest.raises(UserError, match=r"/test: cannot be read, 8 times in a row .*503") as caught:
+            opened(server.url, cache_dir=str(tmp_path / "cache"))
+    assert caught.value.passing
