@@ -22,6 +22,7 @@ class Server:
         root: folder of the files.
         drops: how often the connection breaks in the middle of each answer before one is whole.
         ranges: whether parts of files can be asked for.
+        statuses: what is answered instead of files, by the first folder of the path.
         spoiled: names of files in which the last byte arrives changed.
         seen: requests by method and path, dropped ones too.
     """
@@ -29,6 +30,7 @@ class Server:
     root: Path
     drops: int = 0
     ranges: bool = True
+    statuses: dict[str, int] = field(default_factory=dict)
     spoiled: set[str] = field(default_factory=set)
     seen: Counter[str] = field(default_factory=Counter)
     url: str = ""
@@ -53,6 +55,9 @@ def serve(root: Path, **settings: object) -> Iterator[Server]:
 
         def _answer(self, body: bool) -> None:
             state.seen[f"{self.command} {self.path}"] += 1
+            if status := state.statuses.get(self.path.split("/")[1]):
+                self.send_error(status)
+                return
             path = state.root / self.path.strip("/")
             if path.is_dir():
                 data = "".join(f'<a href="{p.name}">{p.name}</a>\n' for p in path.iterdir()).encode()

@@ -271,6 +271,14 @@ def test_existing_folders_are_kept(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("folder", [".", "/"])
+def test_a_folder_without_a_name_is_refused(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{folder}: cannot be replaced; name a folder"):
+        write_shards(samples(1), Path(folder), None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_digits(tmp_path):
     prepare_digits(tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import os
@@ -234,9 +235,16 @@ def test_recipes_name_urls(tmp_path, local):
 def test_recipes_keep_images_in_memory(tmp_path, local):
     shutil.copytree(local.folder, tmp_path / "www" / "test")
     settings = recipe(path=str(tmp_path / "www"), cache="memory")
-    settings.views = Views(kind="supervised")
-    ((batch,),) = Splits.open(settings).train_loader(2).steps(0, 1)
-    assert batch.images.shape == (8, 3, 8, 8)
+    settings.views = dataclasses.replace(PLAIN, kind="supervised")
+    in_memory = Splits.open(settings).train_loader(2)
+    settings.data.cache = "none"
+    ((expected,),) = Splits.open(settings).train_loader(2).steps(0, 1)
+    shutil.rmtree(tmp_path / "www")
+    ((found,),) = in_memory.steps(0, 1)
+    assert found.images.shape == (8, 3, 8, 8)
+    assert torch.equal(found.labels, expected.labels)
+    difference = (255 * (found.images - expected.images)).abs().round()
+    assert difference.max() <= 2
 
 
 def indexed_folders(settings: Recipe) -> int:
@@ -342,6 +350,8 @@ def test_s3_that_drops_connections(tmp_path, local, s3, monkeypatch):
     assert [shards.read(i) for i in range(24)] == [local.read(i) for i in range(24)]
     assert door.broken == 5
     assert Store(url).sizes() == local.shards
+    assert Store(url).exists()
+    assert not Store("s3://bucket/none").exists()
     client.delete_object(Bucket="bucket", Key="sets/train/shard-000002.tar")
     with pytest.raises(UserError, match=r"s3://bucket/sets/train/shard-000002\.tar: missing, though indexed"):
         open_remote(url, tmp_path / "cache", GB)
@@ -374,5 +384,7 @@ def test_gs_that_drops_connections(tmp_path, local, gs, monkeypatch):
     door.breaks = 5
     assert [shards.read(i) for i in range(24)] == [local.read(i) for i in range(24)]
     assert door.broken == 5
+    assert Store("gs://bucket/sets/train").exists()
+    assert not Store("gs://bucket/none").exists()
     with pytest.raises(UserError, match="gs://bucket/none: not found"):
         open_remote("gs://bucket/none", tmp_path / "cache", GB)

@@ -95,6 +95,15 @@ def test_folders_without_splits_or_classes(tmp_path):
     assert (len(flat), flat.labelled, flat.classes) == (2, False, None)
 
 
+def test_folders_named_like_splits_are_no_classes(tmp_path):
+    files = {"train/0.png": image(0), "train/1.png": image(1), "test/0.png": image(2)}
+    found = packed(tree(tmp_path / "a", files), tmp_path / "out_a")
+    assert {split: len(shards) for split, shards in found.items()} == {"train": 2, "test": 1}
+    assert not any(shards.labelled or shards.classes for shards in found.values())
+    vehicles = {"bus/0.png": image(0), "train/0.png": image(1)}
+    assert packed(tree(tmp_path / "b", vehicles), tmp_path / "out_b")[""].classes == ["bus", "train"]
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_archives_give_the_bytes_of_the_folder(tmp_path, zipped):
     source = tree(tmp_path / "src", photographs())
@@ -215,6 +224,13 @@ def test_shrinking_keeps_small_images_and_the_aspect(tmp_path):
     data, extension = encoded(large, packing)
     assert (decode(data).shape, extension) == ((3, 50, 150), "jpg")
     assert encoded(image(2, form="bmp"), Packing())[1] == "png"
+    camera = io.BytesIO()
+    first, second = (Image.open(io.BytesIO(data)) for data in (large, small))
+    first.save(camera, "MPO", save_all=True, append_images=[second])
+    assert Image.open(camera).format == "MPO"
+    assert encoded(camera.getvalue(), Packing()) == (camera.getvalue(), "jpg")
+    shrunk, extension = encoded(camera.getvalue(), packing)
+    assert (decode(shrunk).shape, extension) == ((3, 50, 150), "jpg")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     assert np.array_equal(decode(encoded(pixels, Packing())[0]).permute(1, 2, 0), pixels)
 
@@ -301,8 +317,9 @@ def test_svhn(tmp_path, monkeypatch):
     [
         ({}, "holds no images"),
         ({"readme.txt": b""}, "holds no images"),
-        ({"a/0.png": b"", "1.png": b""}, "all alike"),
-        ({"a/b/c/0.png": b""}, "all alike"),
+        ({"a/0.png": b"", "a/1.png": b"", "0.png": b""}, "src: .* all alike; 0.png does not"),
+        ({"train/a/0.png": b"", "train/a/1.png": b"", "test/0.png": b""}, "all alike; test/0.png does not"),
+        ({"a/b/c/0.png": b""}, "all alike; a/b/c/0.png does not"),
     ],
 )
 def test_unusable_folders_are_named(tmp_path, files, problem):

@@ -2,9 +2,10 @@
 
     python tools/make_shards.py SRC DEST [--shorter-side 256] [--encode jpg] [--workers 8]
 
-SRC is a folder of images (split/class/image, class/image or image), a tar or tar.gz of one, the root folder
-of CIFAR-10, CIFAR-100, STL-10, SVHN or ImageNet as torchvision keeps them, or shards (a folder, one folder
-per split, or a URL). Every split becomes a folder below DEST. Stopped, the same command goes on where it was.
+SRC is a folder of images (split/class/image, split/image, class/image or image), a tar or tar.gz of one, the
+root folder of CIFAR-10, CIFAR-100, STL-10, SVHN or ImageNet as torchvision keeps them, or shards (a folder,
+one folder per split, or a URL). Every split becomes a folder below DEST. Stopped, the same command goes on
+where it was.
 """
 
 from __future__ import annotations

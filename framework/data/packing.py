@@ -23,6 +23,7 @@ from framework.errors import UserError
 
 _FORMATS = {
     "JPEG": "jpg",
+    "MPO": "jpg",  # JPEG of a camera, further pictures behind the first
     "PNG": "png",
     "WEBP": "webp",
     "PPM": "ppm",

@@ -63,8 +63,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     block to go on from or to ``clear``.
 
     Raises:
-        UserError: ``folder`` has contents; it cannot be written, the disk being full for one.
+        UserError: ``folder`` has contents; it is "." or "/"; it cannot be written, the disk being full for one.
     """
+    if not folder.name:
+        raise UserError(f"{folder}: cannot be replaced; name a folder that does not exist yet")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         with _claim(partial):

@@ -11,6 +11,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from statistics import mode
 from typing import BinaryIO, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -23,6 +24,9 @@ from framework.data.store import is_url
 from framework.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+# Where all folders of images are named so, they are splits and not classes.
+_SPLITS = {"train", "val", "valid", "validation", "test", "unlabeled", "extra"}
 
 
 class Item(NamedTuple):
@@ -118,9 +122,9 @@ def open_sources(path: str, work: Path, cache: Path, cache_bytes: int) -> dict[s
     """The splits of whatever lies at ``path``, by name; a source without splits has one, named "".
 
     Args:
-        path: a folder of images (split/class/image, class/image or image); a tar or tar.gz of one; the root
-            folder of CIFAR-10, CIFAR-100, STL-10, SVHN or ImageNet as torchvision keeps them; shards, in one
-            folder or one per split; the URL of a folder of shards.
+        path: a folder of images (split/class/image, split/image, class/image or image); a tar or tar.gz of
+            one; the root folder of CIFAR-10, CIFAR-100, STL-10, SVHN or ImageNet as torchvision keeps them;
+            shards, in one folder or one per split; the URL of a folder of shards.
         work: an existing folder with room to unpack a tar.gz (nothing is left in it).
         cache: for shards of a URL.
         cache_bytes: its bound.
@@ -197,17 +201,19 @@ def _by_folders(root: Path, names: Iterable[str], read: Callable[[str], bytes]) 
     """Splits and classes from the folders of image paths."""
     images = [PurePosixPath(name) for name in sorted(names)]
     images = [name for name in images if name.suffix.lower() in SUFFIXES and not name.name.startswith(".")]
-    depths = {len(name.parts) for name in images}
     if not images:
         raise UserError(f"{root}: holds no images ({' '.join(sorted(SUFFIXES))})")
-    if len(depths) > 1 or max(depths) > 3:
-        raise UserError(f"{root}: images must lie in split/class/, in class/, or in no folder, all alike")
-    depth = depths.pop()
-    classes = sorted({name.parts[-2] for name in images}) if depth > 1 else None
+    depth = mode(len(name.parts) for name in images)
+    if odd := [name for name in images if len(name.parts) != depth or depth > 3]:
+        raise UserError(
+            f"{root}: images must lie in split/class/, split/, class/ or no folder, all alike; {odd[0]} does not"
+        )
+    in_splits = depth == 3 or {name.parts[0] for name in images} <= _SPLITS
+    classes = sorted({name.parts[-2] for name in images}) if depth > 1 + in_splits else None
     number = {name: i for i, name in enumerate(classes or [])}
     splits: dict[str, list[PurePosixPath]] = {}
     for name in images:
-        splits.setdefault(name.parts[0] if depth == 3 else "", []).append(name)
+        splits.setdefault(name.parts[0] if in_splits else "", []).append(name)
     return {
         split: Files(
             [str(name) for name in found],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from framework import distributed
@@ -12,7 +13,7 @@ from framework.data.index import ShardSet
 from framework.data.loader import EvalLoader, TrainLoader
 from framework.data.order import AHEAD, balanced
 from framework.data.remote import open_remote
-from framework.data.store import is_url
+from framework.data.store import Store, is_url
 from framework.errors import UserError
 from framework.recipe import Data, Recipe
 
@@ -25,7 +26,8 @@ class Splits:
 
     Attributes:
         train: the images that networks learn from.
-        test: those they are measured on; ``None`` where the folder is missing, then nothing is scored.
+        test: those they are measured on; ``None`` where it is missing (behind a URL: neither its index nor a
+            listing is to be had), then nothing is scored.
         num_classes: of the labels; 0 without labels.
     """
 
@@ -39,7 +41,8 @@ class Splits:
         """Open the shards, after packing them where ``data.source`` says how.
 
         Raises:
-            UserError: shards missing or broken, or ``data.num_classes`` does not fit the labels.
+            UserError: shards missing or broken, ``data.num_classes`` does not fit the labels, or the splits
+                name their classes differently.
         """
         data = recipe.data
         if data.source == "digits" and is_url(data.path):
@@ -50,12 +53,14 @@ class Splits:
                     prepare_digits(Path(data.path))
                 _open(data, data.train)
                 if _open_test(data) is None:
-                    missing = f"{data.path}/{_held_out(data)}"
+                    missing = f"{data.path}/{data.test}"
                     logger.warning("%s: no such folder, so nothing will be scored (data.test)", missing)
         with distributed.same_outcome():
             train, test = _open(data, data.train), _open_test(data)
             if is_url(data.path):
                 _check_window(train, data)
+            if test is not None:
+                _check_names(train, test)
             classes = _classes(data.num_classes, train, test)
             if data.share < 1:
                 train = train.take(balanced(train.labels, data.share, recipe.seed))
@@ -77,7 +82,7 @@ class Splits:
         """
         if self.test is None:
             raise UserError(
-                f"{self.recipe.data.path}/{_held_out(self.recipe.data)}: no such folder; images to score on are needed"
+                f"{self.recipe.data.path}/{self.recipe.data.test}: no such folder; images to score on are needed"
             )
         return self.test
 
@@ -116,22 +121,24 @@ class Splits:
 
 def _open(data: Data, split: str) -> ShardSet:
     if is_url(data.path):
-        url = f"{data.path.rstrip('/')}/{split}"
-        return open_remote(url, Path(data.cache_dir), round(data.cache_gb * 1e9))
+        return open_remote(_url(data, split), Path(data.cache_dir), round(data.cache_gb * 1e9))
     return ShardSet.open(Path(data.path) / split)
 
 
 def _open_test(data: Data) -> ShardSet | None:
-    split = _held_out(data)
-    missing = not is_url(data.path) and not (Path(data.path) / split).exists()
-    return None if missing else _open(data, split)
+    names = ("test", "val") if data.test == "test" else (data.test,)  # ImageNet has only "val"
+    there = (name for name in names if _exists(data, name))
+    return next((_open(data, name) for name in there), None)
 
 
-def _held_out(data: Data) -> str:
-    """Folder of the held-out split: of ImageNet ``val``."""
-    here = Path(data.path)
-    only_val = not is_url(data.path) and not (here / "test").exists() and (here / "val").exists()
-    return "val" if data.test == "test" and only_val else data.test
+def _exists(data: Data, split: str) -> bool:
+    if is_url(data.path):
+        return Store(_url(data, split)).exists()
+    return (Path(data.path) / split).exists()
+
+
+def _url(data: Data, split: str) -> str:
+    return f"{data.path.rstrip('/')}/{split}"
 
 
 def _check_window(train: ShardSet, data: Data) -> None:
@@ -144,6 +151,18 @@ def _check_window(train: ShardSet, data: Data) -> None:
             f"data.cache_gb={data.cache_gb:g}: data.window={data.window} needs {needed:.2g} GB of "
             f"{train.folder} at a time; raise data.cache_gb, or set a smaller data.window above 0 (0 is all)"
         )
+
+
+def _check_names(train: ShardSet, test: ShardSet) -> None:
+    """Refuse splits in which a label means different classes."""
+    if train.classes is None or test.classes is None:
+        return
+    for label, (one, other) in enumerate(zip_longest(train.classes, test.classes, fillvalue="no class")):
+        if one != other:
+            raise UserError(
+                f"label {label} is {one} in {train.folder} and {other} in {test.folder}; "
+                f"pack both from one folder that holds the splits, so that they name the same classes"
+            )
 
 
 def _classes(wanted: int | None, train: ShardSet, test: ShardSet | None) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import fsspec
 
+from framework.data.contents import HEAD
 from framework.errors import UserError
 
 _RANGE = 8 << 20  # bytes of one request: what a dropped connection costs
@@ -35,6 +38,20 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
 
+    def exists(self) -> bool:
+        """Whether there is an index or a listing to be had.
+
+        Raises:
+            UserError: no connection.
+        """
+        files, root = self._open()
+        looks = (lambda: files.cat_file(f"{root}/{HEAD}"), lambda: files.ls(root, detail=True, refresh=True))
+        for look in looks:
+            with suppress(FileNotFoundError):
+                self._retried(self.url, look, missing=True)
+                return True
+        return False
+
     def sizes(self, names: list[str] | None = None) -> dict[str, int]:
         """Bytes of every shard (``*.tar``), in the order of names.
 
@@ -58,7 +75,7 @@ class Store:
         """A whole, small file.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is none, or none for us.
             UserError: as ``sizes``.
         """
         files, root = self._open()
@@ -116,13 +133,13 @@ class Store:
                 return call()
             except UserError:
                 raise
-            except FileNotFoundError as error:
-                if missing:
-                    raise
-                raise UserError(f"{what}: not found ({error})") from error
-            except PermissionError as error:
-                raise UserError(f"{what}: no permission ({error})") from error
             except Exception as error:  # each library below fsspec has its own for a lost connection
+                if missing and _is_absent(error):
+                    raise FileNotFoundError(str(error)) from error
+                if isinstance(error, FileNotFoundError):
+                    raise UserError(f"{what}: not found ({error})") from error
+                if isinstance(error, PermissionError):
+                    raise UserError(f"{what}: no permission ({error})") from error
                 if attempt == _ATTEMPTS:
                     reason = f"{type(error).__name__}: {error}"
                     raise UserError.of_passing(
@@ -130,3 +147,11 @@ class Store:
                     ) from error
                 time.sleep(min(_LONGEST_WAIT, 0.1 * 2**attempt) * random.uniform(0.5, 1))
         raise AssertionError
+
+
+def _is_absent(error: Exception) -> bool:
+    """Answers 404 and 403; who may not list gets the latter from S3 for what is not there."""
+    return (
+        isinstance(error, FileNotFoundError | PermissionError)
+        or getattr(error, "status", None) == HTTPStatus.FORBIDDEN
+    )

@@ -1,0 +1,79 @@
+"""The splits of a recipe: what their labels mean, and which of them are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from http_store import serve
+from test_data_loader import grey_png
+
+from framework.data.shards import write_shards
+from framework.data.splits import Splits
+from framework.errors import UserError
+from framework.recipe import Data, Recipe
+
+
+def write(folder: Path, classes: list[str] | None) -> None:
+    write_shards(((f"{i}", grey_png(i), "png", i % 2) for i in range(4)), folder, classes)
+
+
+def opened(path: Path | str, **data: object) -> Splits:
+    return Splits.open(Recipe(name="test", data=Data(path=str(path), **data)))
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["bee", "cat"], "label 0 is ant in .*train and bee in .*test; pack both"),
+        (["ant", "bee"], "label 2 is cat in .*train and no class in .*test"),
+        (["ant", "bee", "cat", "dog"], "label 3 is no class in .*train and dog in .*test"),
+    ],
+)
+def test_a_label_means_one_class(tmp_path, names, problem):
+    write(tmp_path / "train", ["ant", "bee", "cat"])
+    write(tmp_path / "test", names)
+    with pytest.raises(UserError, match=problem):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["ant", "bee", "cat"], None])
+def test_a_split_may_name_the_same_classes_or_none(tmp_path, names):
+    write(tmp_path / "train", ["ant", "bee", "cat"])
+    write(tmp_path / "test", names)
+    assert opened(tmp_path).num_classes == 3
+
+
+def test_a_url_may_have_no_test_split(tmp_path, caplog):
+    write(tmp_path / "www" / "train", None)
+    cache = str(tmp_path / "cache")
+    with serve(tmp_path / "www") as server:
+        splits = opened(server.url, cache_dir=cache)
+        assert splits.test is None
+        assert f"{server.url}/test: no such folder, so nothing will be scored" in caplog.text
+        with pytest.raises(UserError, match="/test: no such folder; images to score on"):
+            _ = splits.held_out
+        with pytest.raises(UserError, match="/none: not found"):
+            opened(server.url, cache_dir=cache, train="none")
+        write(tmp_path / "www" / "val", None)
+        assert str(opened(server.url, cache_dir=cache).held_out.folder) == f"{server.url}/val"
+        (tmp_path / "www" / "test").mkdir()
+        with pytest.raises(UserError, match="/test: holds no shards"):
+            opened(server.url, cache_dir=cache)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_server_that_fails_is_no_missing_split(tmp_path, monkeypatch, indexed):
+    monkeypatch.setattr("framework.data.store._LONGEST_WAIT", 0.0)
+    for split in ("train", "test"):
+        write(tmp_path / "www" / split, None)
+    if not indexed:
+        (tmp_path / "www" / "test" / "index.json").unlink()
+    with serve(tmp_path / "www") as server:
+        assert len(opened(server.url, cache_dir=str(tmp_path / "cache")).held_out) == 4
+        server.statuses["test"] = 403  # of S3 to who may not list
+        assert opened(server.url, cache_dir=str(tmp_path / "cache")).test is None
+        server.statuses["test"] = 503
+        with pytest.raises(UserError, match=r"/test: cannot be read, 8 times in a row .*503") as caught:
+            opened(server.url, cache_dir=str(tmp_path / "cache"))
+    assert caught.value.passing
