@@ -20,7 +20,7 @@ from framework.schema import Fraction, NonNegative
 
 @dataclass
 class Options:
-    """The row "MLAAN", as the authors run it.
+    """The row "MLAAN", as the authors' code has it on ImageNet; on CIFAR it sets ``last_loss`` and ``ema_update``.
 
     MLM alone is ``lam_on: none``; LAM alone ``{window: 1, w_indep: 1, w_casc: 0, lam_on: independent}``.
     "DGL*" is ``{window: 3, indep_head: {kind: 3c4f}, casc_head: {kind: 3c4f}}``; "InfoPro*" is
