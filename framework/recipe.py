@@ -28,7 +28,7 @@ class Network:
             or a list of the blocks or stages that end a segment.
         stem_as_module: the stem is a segment of its own (InfoPro and DGL at K=16 and 55).
         sync_bn: BatchNorm statistics over the whole micro-batch of all ranks.
-        channels_last: memory format of images and weights; quicker on most GPUs.
+        channels_last: memory format of images and activations; quicker on most GPUs.
         args: passed to ``timm.create_model`` as they are, such as ``zero_init_last``.
     """
 

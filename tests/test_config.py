@@ -181,6 +181,7 @@ WRONG = {
     "name=3": "name=3: must be text",
     "method.name=locoo": "method.name=locoo: must be one of auglocal, bp, dgl, gim, hpff, infopro, loco",
     "method=loco": "method=loco: must be a section with the key name",
+    "method.head.objective=infonc": "method.head.objective=infonc: must be one of infonce, ",
     "method.head.dim=wide": "method.head.dim=wide: must be a whole number",
     "views.area=[0.1]": "views.area=[0.1]: must be a list of 2, and has 1 entries",
     "views.area=[0.1,x]": "views.area[1]=x: must be a finite number",
@@ -201,6 +202,15 @@ def test_paths_need_no_quotes(recipes: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("HOME", "/home/me")
     recipe = load(["recipes/base.yaml", "data.path=~/été (1)/a=b", "run_dir=/x y/z&~"])
     assert (recipe.data.path, recipe.run_dir) == ("/home/me/été (1)/a=b", "/x y/z&~")
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [("method.indep_head.kind", "linear, mlp_sr"), ("method.reconstruction.lambdas", "auglocal, cifar10")],
+)
+def test_choices_of_a_head_are_told_with_its_key(recipes: Path, key: str, allowed: str) -> None:
+    message = fails("recipes/base.yaml", "method.name=mlaan", f"{key}=x")
+    assert message.startswith(f"command line: {key}=x: must be one of {allowed}")
 
 
 @pytest.mark.parametrize("override", WRONG)

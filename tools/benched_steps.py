@@ -26,7 +26,7 @@ CONTRASTIVE = ("simclr", "gim", "loco")
 def options(method: str, head: str, window: int) -> Any:
     """The method's options: its own head (``paper``), pooling and linear (``gap``), or a classifier's kind."""
     contrast: Any = {"head": Projection(layers=1)} if head == "gap" else {}
-    kind = "linear" if head == "gap" else head
+    kind: Any = "linear" if head == "gap" else head
     classify: Any = {} if head == "paper" else {"head": Classifier(kind)}
     return {
         "bp": lambda: bp.Options(),

@@ -7,6 +7,7 @@ from the device would round differently.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -69,6 +70,7 @@ def record_graph(work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outpu
         for _ in range(WARM_UP):
             work()
     torch.cuda.current_stream().wait_stream(aside)
+    gc.collect()  # a graph of autograd from before, still alive, would be of another stream
     graph = torch.cuda.CUDAGraph()
     # Threads of the loader may use the GPU meanwhile, which only concerns this one in "thread_local".
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -81,8 +83,10 @@ def as_before(net: nn.Module) -> Iterator[None]:
     """Buffers (statistics, copies in heads) and the state of chance are afterwards what they were."""
     buffers = list(net.buffers())
     before = [buffer.clone() for buffer in buffers]
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

@@ -12,10 +12,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from framework.batch import Batch
-from framework.errors import UserError
 from framework.local.blocks import own_copy
 from framework.local.objectives import BarlowTwins, CrossEntropy, InfoNCE, SupCon, VICReg
-from framework.local.trunks import TRUNKS, mlp, residual_block
+from framework.local.trunks import TRUNKS, Trunk, mlp, residual_block
 from framework.local.units import Task
 from framework.network import Shape
 from framework.network.layers import GlobalAveragePool, initialise
@@ -90,17 +89,11 @@ class Classifier:
         task: cross entropy of logits, or the supervised contrast of 128-d embeddings (InfoPro).
     """
 
-    kind: str = "linear"
+    kind: Trunk = "linear"
     task: Literal["cross_entropy", "contrast"] = "cross_entropy"
 
     def build(self, shape: Shape, num_classes: int) -> Head:
-        """A head for segment outputs of ``shape``.
-
-        Raises:
-            UserError: there is no such kind.
-        """
-        if self.kind not in TRUNKS:
-            raise UserError(f"method.head.kind={self.kind}: must be one of {', '.join(TRUNKS)}")
+        """A head for segment outputs of ``shape``."""
         if self.task == "contrast":
             return Head(TRUNKS[self.kind](shape, EMBEDDING), SupCon())
         return Head(TRUNKS[self.kind](shape, num_classes), CrossEntropy())

@@ -21,10 +21,13 @@ from framework.network import Shape
 from framework.network.layers import initialise
 
 Pair = tuple[float, float]
+Source = Literal[
+    "auglocal", "cifar10", "cifar10_balanced", "stl10", "stl10_balanced", "svhn", "imagenet_balanced", "mlaan"
+]
 
 #: source -> blocks of the stages -> modules K -> (lambda1, lambda2) of the first module, of the last but one.
 #: ``balanced`` are the splits called InfoPro*; the other rows of ResNet-32 on CIFAR-10 go with the contrast.
-LAMBDAS: dict[str, dict[tuple[int, ...], dict[int, tuple[Pair, Pair]]]] = {
+LAMBDAS: dict[Source, dict[tuple[int, ...], dict[int, tuple[Pair, Pair]]]] = {
     "auglocal": {
         (5, 5, 5): {16: ((5, 0.05), (0.2, 0.5))},
         (18, 18, 18): {55: ((5, 0), (0.5, 1))},
@@ -85,7 +88,7 @@ class Reconstruction:
         patches: 1, or 4 for a decoder of its own on each quarter of the image (HPFF), whose losses add up.
     """
 
-    lambdas: str = "auglocal"
+    lambdas: Source = "auglocal"
     first: Pair | None = None
     last: Pair | None = None
     lambda_index: Literal["module", "stage"] = "module"
@@ -120,9 +123,6 @@ class Reconstruction:
         return self.first or first, self.last or last
 
     def _listed(self, task: Task) -> tuple[Pair, Pair]:
-        if self.lambdas not in LAMBDAS:
-            known = ", ".join((*LAMBDAS, "mlaan"))
-            raise UserError(f"lambdas={self.lambdas}: must be one of {known}")
         blocks = blocks_of(task.segments)
         counts = tuple(sum(b.stage == s for b in blocks) for s in sorted({b.stage for b in blocks}))
         rows = LAMBDAS[self.lambdas].get(counts, {})
@@ -133,7 +133,7 @@ class Reconstruction:
             return LAMBDAS["auglocal"][5, 5, 5][16]
         possible = ", ".join(f"K={k} of {sum(c)} blocks" for c, r in LAMBDAS[self.lambdas].items() for k in r)
         raise UserError(
-            f"lambdas={self.lambdas}: has no values for K={modules} of {len(blocks)} blocks, only for "
+            f"reconstruction.lambdas={self.lambdas}: has no values for K={modules} of {len(blocks)} blocks, only for "
             f"{possible}; give first and last"
         )
 
