@@ -15,8 +15,9 @@ import sys
 from dataclasses import replace
 
 from framework import config, distributed, metrics
-from framework.analysis.command import only_run, status, told_apart
+from framework.analysis.command import only_run, told_apart
 from framework.analysis.runs import Run, open_runs
+from framework.command import status
 from framework.data.splits import Splits
 from framework.errors import UserError
 from framework.local.methods import bp
