@@ -114,7 +114,7 @@ def _augmented(run: Run, protocol: Protocol, preset: str) -> dict[str, float]:
 
 
 def _train_loader(run: Run, protocol: Protocol) -> TrainLoader:
-    recipe = run.recipe
+    recipe = run.splits.recipe
     if not run.splits.train.labelled:
         raise UserError(
             f"{run.splits.train.folder}: has no labels; name a split that has, such as data.train=train"
