@@ -8,22 +8,21 @@ gradients, an engine averages them over ranks and steps the optimizer. What is l
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from framework import config, control, distributed, engines
+from framework.command import status
 from framework.control import Request
 from framework.data.splits import Splits
 from framework.engines import Engine
-from framework.errors import LocalError, UserError
+from framework.errors import UserError
 from framework.execution import LocalNetwork
 from framework.execution.placement import Placement
 from framework.hangs import Watchdog
-from framework.launch import launched_rank
 from framework.loop import Loop
 from framework.lost import lost_ranks_named
 from framework.model import parts, recipe_network
@@ -36,22 +35,32 @@ from framework.resume import restore
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe; returns the exit status: 0, or ``MEND_FIRST`` or ``GO_ON_LATER`` of ``control``."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    for number in control.SIGNALS:
-        signal.signal(number, control.leave_at_once)
-    try:
+
+    def read() -> Iterable[Recipe]:
         recipe = config.load(sys.argv[1:] if argv is None else argv)
         distributed.start()
-        request = Request.NOTHING
-        with lost_ranks_named():
-            for part in parts(recipe):
-                request = train(part)
-                if request >= Request.STOP:
-                    break
-    except UserError as error:
-        if launched_rank() == 0 or isinstance(error, LocalError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return control.exit_status(error)
+        return parts(recipe)
+
+    return status(lambda: train_all(read))
+
+
+def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
+    """Train recipes one after the other until somebody asks for an end; the exit status of the command.
+
+    Args:
+        read: joins the other ranks, and says what to train.
+
+    Raises:
+        UserError: whatever the person who started it can mend.
+    """
+    for number in control.SIGNALS:
+        signal.signal(number, control.leave_at_once)
+    recipes, request = read(), Request.NOTHING
+    with lost_ranks_named():
+        for recipe in recipes:
+            request = train(recipe)
+            if request >= Request.STOP:
+                break
     distributed.stop()
     return control.GO_ON_LATER if request is Request.LEAVE else 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from framework import config
+from framework.control import MEND_FIRST
 from framework.cost import PlanCost, plan_cost
 from framework.execution.activations import LiveActivations
 from framework.model import recipe_network
@@ -77,6 +78,6 @@ def test_show_plan(tmp_path: Path) -> None:
 def test_show_plan_names_what_is_impossible() -> None:
     command = [sys.executable, "tools/show_plan.py", "recipes/mlaan_r32_k16_cifar10.yaml", "network.cut=40"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == MEND_FIRST
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "network.cut=40" in done.stderr

@@ -16,12 +16,14 @@ import pytest
 import torch
 import torchvision
 import yaml
+from commands import run_tool
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from framework import checkpoint, checkpoint_files, network
+from framework.control import MEND_FIRST
 from framework.detection import conversion, files
 from framework.detection.conversion import Source
 from framework.detection.layouts import NETWORKS, RESNETS, layout
@@ -34,11 +36,6 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 
 
 def tool(name: str) -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))
-
-
-def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    return tool(name)["main"]()
 
 
 def weights(name: str = "resnet18") -> dict[str, Tensor]:
@@ -104,6 +101,14 @@ def test_the_network_is_found_by_its_tensors(name: str) -> None:
     assert set(found.unused.values()) == {"a step counter"}
 
 
+def test_without_detectron2_there_is_nothing_to_try_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    assert run_tool("train_detectron2") == MEND_FIRST
+    assert "README, Detection, says how to install Detectron2" in capsys.readouterr().err
+
+
 Damage = Callable[[dict[str, Tensor]], object]
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing": (lambda t: t.pop("layer4.1.bn2.running_var"), "layer4.1.bn2.running_var is missing"),
@@ -130,22 +135,19 @@ def test_what_would_leave_a_weight_at_its_initial_value_is_refused(
     damage: Damage,
     message: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tensors = dict(resnet18)
     damage(tensors)
     save_file(tensors, tmp_path / "x.safetensors")
     output = tmp_path / "out.pkl"
-    assert run_tool(monkeypatch, "convert_to_detectron2", tmp_path / "x.safetensors", "-o", output) == 1
+    assert run_tool("convert_to_detectron2", tmp_path / "x.safetensors", "-o", output) == MEND_FIRST
     error = capsys.readouterr().err
     assert message in error and "x.safetensors" in error and error.count("\n") == 1
     assert not output.exists()
 
 
-def test_every_kind_of_source_gives_the_same_file(
-    resnet18: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kind_of_source_gives_the_same_file(resnet18: dict[str, Tensor], tmp_path: Path) -> None:
     recipe = {"network": {"name": "resnet18", "args": {"zero_init_last": False}}}
     heads = {"heads.0.weight": torch.zeros(3)}
     inside = {f"backbone.{name}": tensor for name, tensor in resnet18.items()} | heads
@@ -160,7 +162,7 @@ def test_every_kind_of_source_gives_the_same_file(
     assert all(torch.equal(unfinished[name], tensor) for name, tensor in resnet18.items())
     for source in sources:
         output = tmp_path / "out.pkl"
-        assert run_tool(monkeypatch, "convert_to_detectron2", source, "-o", output) == 0
+        assert run_tool("convert_to_detectron2", source, "-o", output) == 0
         content = files.read_pickle(output)
         assert (content["__author__"], content["matching_heuristics"]) == ("stagewise", True)
         arrays = content["model"]
@@ -169,13 +171,11 @@ def test_every_kind_of_source_gives_the_same_file(
         assert np.array_equal(arrays["stem.conv1.weight"], resnet18["conv1.weight"])
 
 
-def test_other_layouts_load_where_they_belong(
-    resnet18: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_layouts_load_where_they_belong(resnet18: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(resnet18, tmp_path / "x.safetensors")
     for to in ("torchvision", "mmdet"):
         arguments = (tmp_path / "x.safetensors", "-o", tmp_path / f"{to}.pth", "--to", to)
-        assert run_tool(monkeypatch, "convert_to_detectron2", *arguments) == 0
+        assert run_tool("convert_to_detectron2", *arguments) == 0
     net = torchvision.models.resnet18()
     outcome = net.load_state_dict(torch.load(tmp_path / "torchvision.pth"), strict=False)
     assert set(outcome.missing_keys) == {"fc.weight", "fc.bias"} and outcome.unexpected_keys == []
@@ -312,31 +312,29 @@ def test_toy_cityscapes_maps_agree_with_polygons(toys: Path) -> None:
 
 
 def test_toy_sets_are_the_same_every_time_and_spare_what_is_there(
-    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_tool(monkeypatch, "make_toy_coco", tmp_path, "--images", 6) == 0
+    assert run_tool("make_toy_coco", tmp_path, "--images", 6) == 0
     made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert made == {p.relative_to(toys): p.read_bytes() for p in toys.rglob("*") if p.is_file()}
-    assert run_tool(monkeypatch, "make_toy_coco", tmp_path, "--images", 9) == 1
+    assert run_tool("make_toy_coco", tmp_path, "--images", 9) == MEND_FIRST
     assert "exists already" in capsys.readouterr().err
     assert made == {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
-def test_splits_are_averaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_splits_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split, ap in ((1, 10.0), (2, 11.0), (10, 13.5)):
         folder = tmp_path / f"split{split}"
         folder.mkdir()
         result = {"test": ["coco_2017_val"], "bbox": {"AP": ap, "AP50": 20.0}, "segm": {"AP": ap / 2}}
         (folder / "result.json").write_text(json.dumps(result))
-    assert run_tool(monkeypatch, "average_splits", tmp_path) == 0
+    assert run_tool("average_splits", tmp_path) == 0
     average = json.loads((tmp_path / "average.json").read_text())
     assert average["splits"] == ["split1", "split2", "split10"]
     assert average["bbox"]["AP"] == {"mean": pytest.approx(11.5), "spread": 3.5}
     assert average["segm"]["AP"] == {"mean": pytest.approx(5.75), "spread": 1.75}
     (tmp_path / "split2" / "result.json").unlink()
-    assert run_tool(monkeypatch, "average_splits", tmp_path) == 1
+    assert run_tool("average_splits", tmp_path) == MEND_FIRST
     assert "split2/result.json: can't be read" in capsys.readouterr().err
 
 

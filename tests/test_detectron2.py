@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import runpy
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run_tool
 from PIL import Image
 from torch import nn
 
 from framework import network
+from framework.control import MEND_FIRST
 from framework.detection import conversion, files
 from framework.detection.conversion import Match, Source
 from framework.detection.layouts import NETWORKS, RESNETS, layout
@@ -285,6 +289,22 @@ def test_mistakes_are_told_in_one_line(name: str, opts: str, message: str, toys:
     assert not Path("sprung").exists()
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [("none.pkl", "none.pkl: no such file"), ("resnet18.pkl", "would keep its initial value")],
+    ids=["before it", "in it"],
+)
+def test_a_mistake_ends_the_launch_of_several_processes(weights: str, message: str, toys: Path) -> None:
+    """With the exit status after which Slurm doesn't try again. Training itself takes GPUs."""
+    written(drawn("resnet18"), toys)
+    tool = [sys.executable, str(ROOT / "tools" / "train_detectron2.py"), "--num-gpus", "2", "--eval-only"]
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", "out"]
+    command = [*tool, "--config", str(recipe("toy_coco")), *opts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == MEND_FIRST
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
 def test_missing_sets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("coco_2017_train", "cityscapes_fine_instance_seg_train"):
@@ -295,9 +315,7 @@ def test_missing_sets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_a_detector_evaluates_resumes_and_draws(
-    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_detector_evaluates_resumes_and_draws(toys: Path, tmp_path: Path) -> None:
     """Two iterations, two more from the checkpoint, evaluation of the result, a picture by it."""
     opts = [*SMALL, "OUTPUT_DIR", str(tmp_path / "run"), "TEST.PRECISE_BN.ENABLED", "False"]
     weights = ["MODEL.WEIGHTS", str(written(drawn("resnet18"), tmp_path))]
@@ -316,10 +334,8 @@ def test_a_detector_evaluates_resumes_and_draws(
         training.run(arguments("toy_coco", [*opts, *weights], eval_only=True))
 
     image = next((toys / "coco" / "val2017").glob("*.jpg"))
-    main = runpy.run_path(str(ROOT / "tools" / "draw_detections.py"))["main"]
-    command = ["x", str(image), "--config", str(recipe("toy_coco")), "-o", str(tmp_path / "pictures")]
-    monkeypatch.setattr("sys.argv", [*command, "--score", "0", "--opts", *SMALL, *final])
-    assert main() == 0
+    where = ["--config", recipe("toy_coco"), "-o", tmp_path / "pictures"]
+    assert run_tool("draw_detections", image, *where, "--score", 0, "--opts", *SMALL, *final) == 0
     drawn_image, original = Image.open(tmp_path / "pictures" / f"{image.stem}.png"), Image.open(image)
     assert drawn_image.size == original.size
     assert np.array_equal(np.array(drawn_image), np.array(original)) is False

@@ -9,12 +9,12 @@ import os
 import runpy
 import signal
 import statistics
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from commands import run_tool
 from runs import ROOT, losses, starts
 
 from framework import config
@@ -46,12 +46,11 @@ def table(folder: Path, *more: str) -> Path:
     return path
 
 
-def evidence(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def evidence(*arguments: str) -> object:
     """Exit status of the tool."""
-    monkeypatch.setattr(sys, "argv", ["evidence.py", *arguments])
     before = signal.getsignal(signal.SIGTERM)
     try:
-        return runpy.run_path(str(ROOT / "tools" / "evidence.py"))["main"]()
+        return run_tool("evidence", *arguments)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -65,16 +64,16 @@ def terminate_after(steps: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_row_is_stopped_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_stopped_and_goes_on(tmp_path: Path) -> None:
     path, run = table(tmp_path), tmp_path / "runs" / "digits" / "dglstar-k-2-seed0"
     (tmp_path / "run").symlink_to(run)
     arguments = [str(path), f"data.path={tmp_path / 'digits'}", "--runs", str(tmp_path / "runs")]
     threading.Thread(target=terminate_after, args=(7, tmp_path), daemon=True).start()
-    assert evidence(monkeypatch, *arguments) == GO_ON_LATER
+    assert evidence(*arguments) == GO_ON_LATER
     assert 7 <= len(losses(tmp_path)) < 60 and not (run / "result.json").exists()
     assert list(path.parent.iterdir()) == [path]
     for _ in range(2):  # nothing is left to do the second time
-        assert evidence(monkeypatch, *arguments) == 0
+        assert evidence(*arguments) == 0
         assert len(losses(tmp_path)) == 60 and starts(tmp_path) == 2
     result = json.loads((run / "result.json").read_text())
     (written,) = path.parent.glob("digits-*.csv")
@@ -110,13 +109,11 @@ def test_a_row_is_stopped_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_do_not_train_a_row_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_do_not_train_a_row_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "digits").mkdir()
     with (tmp_path / "digits" / ".dglstar-k-2-seed0.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert evidence(monkeypatch, str(table(tmp_path)), "data.path=x", "--runs", str(tmp_path)) == 1
+        assert evidence(str(table(tmp_path)), "data.path=x", "--runs", str(tmp_path)) == GO_ON_LATER
     assert (
         "dglstar-k-2-seed0: another process trains there; wait for it, or end it" in capsys.readouterr().err
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,13 @@ def test_ranks_learn_what_one_process_learns(
         np.testing.assert_allclose(weight, alone, atol=1e-9)
         assert its_top == pytest.approx(top)
     assert sum(count for _, _, count in results) == 360
+
+
+def test_a_run_of_a_pipeline_is_evaluated_on_any_ranks(both_runs: tuple[Path, Path]) -> None:
+    run = Run.open(both_runs[0], ["engine=deepspeed", "pipeline.stages=2", "pipeline.micro_batches=4"])
+    loader = runpy.run_path(str(ROOT / "tools" / "linear_eval.py"))["_train_loader"](run, SHORT)
+    ((batch,),) = loader.steps(0, 1)
+    assert len(batch.images) == SHORT.batch_size
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:

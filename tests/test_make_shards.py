@@ -8,7 +8,6 @@ import io
 import os
 import pickle
 import resource
-import runpy
 import signal
 import tarfile
 import tempfile
@@ -19,11 +18,13 @@ import numpy as np
 import pytest
 import torchvision.datasets
 import webdataset
+from commands import run_tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
+from framework.control import MEND_FIRST
 from framework.data.decode import decode
 from framework.data.index import ShardSet
 from framework.data.packing import Packing, encoded, pack
@@ -402,14 +403,12 @@ def test_missing_permission_is_named(tmp_path):
     assert in_child(as_somebody) == 0
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
+def test_command_line(tmp_path, capsys):
     tree(tmp_path / "src", {**photographs(), "train/cat/bad.jpg": b"x"})
-    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "make_shards.py"))
-    command = ["make_shards.py", str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "2"]
-    monkeypatch.setattr("sys.argv", command)
-    assert tool["main"]() == 0
+    command = ("make_shards", tmp_path / "src", tmp_path / "out", "--workers", 2)
+    assert run_tool(*command) == 0
     printed = capsys.readouterr()
     assert f"{tmp_path / 'out' / 'train'}: 12 images, 1 left out" in printed.out
     assert "left out: train/cat/bad.jpg: no known image format" in printed.err
-    assert tool["main"]() == 1
+    assert run_tool(*command) == MEND_FIRST
     assert "is not empty; remove it or name another folder" in capsys.readouterr().err

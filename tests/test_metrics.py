@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from framework import metrics
-from framework.analysis.curves import loss_curves
+from framework.analysis.curves import loss_curves, read_losses
 from framework.display import Progress
 from framework.errors import UserError
 from framework.metrics import MetricLog, Throughput, read_log, write_result
@@ -182,6 +182,13 @@ def test_the_picture_shows_every_unit(tmp_path: Path, units: int, steps: int) ->
     assert all(shows(pixels, u / max(1, units - 1)) for u in range(units))
     if units == 3:
         assert not shows(pixels, 0.25), "a colour that no unit has"
+
+
+def test_steps_between_two_entries_count(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path / "m.jsonl", {})
+    write_steps(log, range(9, 100, 10))
+    log.close()
+    assert read_losses(tmp_path / "m.jsonl").summary()["steps"] == 100
 
 
 def test_a_log_without_steps_can_not_be_drawn(tmp_path: Path) -> None:

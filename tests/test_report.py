@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from commands import run_tool
 from PIL import Image
 from safetensors.torch import load_file
-from trained import ROOT
 
 from framework.analysis import export
 from framework.analysis.report import write_report
@@ -36,14 +35,8 @@ def looked_at(both_runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
         "knn_eval": [*copies, "--images", "300"],
         "memory_report": [copies[0], "--images", "8", "--out", copies[0] / "analysis"],
     }.items():
-        command(name, *arguments)
+        assert run_tool(name, *arguments) == 0
     return copies
-
-
-def command(name: str, *arguments: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [name, *map(str, arguments)])
-        runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]()
 
 
 @pytest.mark.slow

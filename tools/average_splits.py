@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from framework.command import status
 from framework.errors import UserError
 from framework.metrics import write_result
 
@@ -25,22 +26,17 @@ COLUMNS = [(task, key) for task in ("bbox", "segm") for key in ("AP", "AP50", "A
 LABELS = {"bbox": "box", "segm": "mask"}
 
 
-def main() -> int:
-    """Average; returns the exit status."""
+def main() -> None:
+    """Average."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of the runs, with split1, split2 ... in it")
     run = parser.parse_args().run
-    try:
-        results = read(run)
-        average = summarise(results)
-        write_result(run / "average.json", average)
-        _show(results, average)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    results = read(run)
+    average = summarise(results)
+    write_result(run / "average.json", average)
+    _show(results, average)
 
 
 def read(run: Path) -> dict[str, dict[str, Any]]:
@@ -102,4 +98,4 @@ def _number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

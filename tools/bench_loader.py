@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from framework.command import status
 from framework.data.contents import Contents
 from framework.data.contents import Table as Samples
 from framework.data.crops import random_box, resized
@@ -43,7 +44,6 @@ from framework.data.order import TrainJobs
 from framework.data.shards import write_shards
 from framework.data.views import Views
 from framework.data.worker import Decoder
-from framework.errors import UserError
 
 train_loader = partial(TrainLoader, accumulation=1, rank=0, world_size=1, seed=0, workers=0, device="cpu")
 
@@ -224,7 +224,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=100).print(table)
 
 
-def main() -> int:
+def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -242,16 +242,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        rows = rates(arguments) + (made_up(arguments.made_up) if arguments.made_up else [])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    rows = rates(arguments) + (made_up(arguments.made_up) if arguments.made_up else [])
     show(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

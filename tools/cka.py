@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 
 from framework.analysis.cka import draw_cka, run_cka
-from framework.analysis.command import leave, parse, run_parser, status
+from framework.analysis.command import leave, parse, run_parser
+from framework.command import status
 from framework.errors import UserError
 
 

@@ -18,34 +18,28 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from framework.command import status
 from framework.detection import conversion, files
 from framework.detection.conversion import Match
 from framework.detection.layouts import NETWORKS, layout
 from framework.errors import UserError
 
 
-def main() -> int:
-    """Convert; returns the exit status."""
+def main() -> None:
+    """Convert."""
     arguments = _arguments()
-    try:
-        if arguments.timm:
-            source = conversion.from_timm(arguments.timm, arguments.pretrained)
-        else:
-            source = conversion.read(arguments.source)
-        match = conversion.match(source)
-        names = layout(arguments.to, match.network)
-        if names is None:
-            raise UserError(
-                f"--to {arguments.to}: {arguments.to} has no {match.network}; --to detectron2 has"
-            )
-        files.write(arguments.output, arguments.to, match.network, match.renamed(names))
-        _report(source.where, match, arguments.output)
-        if arguments.verify:
-            _verify(match, arguments.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if arguments.timm:
+        source = conversion.from_timm(arguments.timm, arguments.pretrained)
+    else:
+        source = conversion.read(arguments.source)
+    match = conversion.match(source)
+    names = layout(arguments.to, match.network)
+    if names is None:
+        raise UserError(f"--to {arguments.to}: {arguments.to} has no {match.network}; --to detectron2 has")
+    files.write(arguments.output, arguments.to, match.network, match.renamed(names))
+    _report(source.where, match, arguments.output)
+    if arguments.verify:
+        _verify(match, arguments.output)
 
 
 def _report(where: str, match: Match, output: Path) -> None:
@@ -96,4 +90,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

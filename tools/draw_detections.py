@@ -20,11 +20,12 @@ from rich.progress import track
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from framework.command import status
 from framework.errors import UserError
 
 
-def main() -> int:
-    """Draw; returns the exit status."""
+def main() -> None:
+    """Draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,11 +43,9 @@ def main() -> int:
         for path in track(arguments.images, "drawing"):
             picture = draw(*detector.find(_read(path)))
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(arguments.output / f"{path.stem}.png")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        raise UserError(str(error)) from error
     print(f"{len(arguments.images)} pictures in {arguments.output}")
-    return 0
 
 
 def load(config: Path, score: float, opts: list[str]) -> Any:
@@ -104,4 +103,4 @@ def _read(path: Path) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 from framework.analysis.evidence import EvidenceTable, RowRun
+from framework.command import status
 from framework.control import GO_ON_LATER
 from framework.errors import UserError
 from framework.metrics import write_whole
@@ -157,7 +158,7 @@ def show(table: EvidenceTable, lines: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Train what is missing, write down what ended; the exit status: 0, 75 if there is more to do, 1 for an error."""
+    """Train what is missing, write down what ended; the exit status: 0, or 75 if there is more to do."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -185,9 +186,6 @@ def main() -> int:
         ended = [run for run in everything if run.ended]
         if ended:
             show(table, write_down(arguments.table, table, ended))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return GO_ON_LATER
     if len(ended) == len(everything):
@@ -199,4 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

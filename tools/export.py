@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 
 from framework.analysis import export
-from framework.analysis.command import only_run, parse, run_parser, status
+from framework.analysis.command import only_run, parse, run_parser
+from framework.command import status
 from framework.errors import UserError
 from framework.metrics import write_whole
 

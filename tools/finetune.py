@@ -15,20 +15,21 @@ import sys
 from dataclasses import replace
 
 from framework import config, distributed, metrics
-from framework.analysis.command import only_run, status, told_apart
+from framework.analysis.command import only_run, told_apart
 from framework.analysis.runs import Run, open_runs
+from framework.command import status
 from framework.data.splits import Splits
 from framework.errors import UserError
 from framework.local.methods import bp
-from framework.recipe import Method, Optim, Recipe
-from framework.train import train
+from framework.recipe import Method, Optim, Pipeline, Recipe
+from framework.train import train_all
 
 BATCH = 4096
 STEPS_PER_EPOCH = 3  # at least, as 1 % of ImageNet gives
 
 
-def main() -> None:
-    """Write the recipe into the new run folder, and train it."""
+def main() -> int:
+    """Write the recipe into the new run folder, and train it; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,12 +40,16 @@ def main() -> None:
     parser.add_argument("--from-scratch", action="store_true", help="without the run's weights, to compare")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    folders, overrides = told_apart(arguments.runs)
-    run = only_run(open_runs(folders))
-    distributed.start()
-    if not 0 < arguments.labels <= 1:
-        raise UserError(f"--labels {arguments.labels}: must be above 0 and at most 1")
-    train(_recipe(run, arguments.labels, arguments.from_scratch, overrides))
+
+    def read() -> list[Recipe]:
+        folders, overrides = told_apart(arguments.runs)
+        run = only_run(open_runs(folders))
+        if not 0 < arguments.labels <= 1:
+            raise UserError(f"--labels {arguments.labels}: must be above 0 and at most 1")
+        distributed.start()
+        return [_recipe(run, arguments.labels, arguments.from_scratch, overrides)]
+
+    return train_all(read)
 
 
 def _recipe(run: Run, labels: float, from_scratch: bool, overrides: list[str]) -> Recipe:
@@ -69,6 +74,7 @@ def _recipe(run: Run, labels: float, from_scratch: bool, overrides: list[str]) -
             accumulation=1,
             max_steps=None,
         ),
+        pipeline=Pipeline(),
         evaluate=replace(run.recipe.evaluate, knn=False, every_epochs=None),
     )
     if recipe.views.kind != "cifar":

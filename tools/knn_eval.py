@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from framework import distributed, evaluate
-from framework.analysis.command import leave, parse, run_parser, status
+from framework.analysis.command import leave, parse, run_parser
 from framework.analysis.runs import Run
+from framework.command import status
 from framework.execution import LocalNetwork
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     if distributed.is_main():
         _show(scores)
         leave(arguments.out, "knn_eval", scores)
+    distributed.stop()
 
 
 def knn(run: Run, neighbours: int | None, images: int | None) -> dict[str, float]:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from framework import distributed
-from framework.analysis.command import leave, only_run, parse, run_parser, status
+from framework.analysis.command import leave, only_run, parse, run_parser
 from framework.analysis.encoding import cached_rows
 from framework.analysis.linear_eval import (
     PROTOCOLS,
@@ -34,6 +34,7 @@ from framework.analysis.linear_eval import (
     settings,
 )
 from framework.analysis.runs import Run
+from framework.command import status
 from framework.data.loader import TrainLoader
 from framework.errors import UserError
 
@@ -59,6 +60,7 @@ def main() -> None:
     random = _cached(run, protocol, "random encoder", trained=False)
     if distributed.is_main():
         _report(arguments, run, protocol, scores, random, time.perf_counter() - started)
+    distributed.stop()
 
 
 def _protocol(arguments: argparse.Namespace) -> Protocol:
@@ -112,7 +114,7 @@ def _augmented(run: Run, protocol: Protocol, preset: str) -> dict[str, float]:
 
 
 def _train_loader(run: Run, protocol: Protocol) -> TrainLoader:
-    recipe = run.recipe
+    recipe = run.splits.recipe
     if not run.splits.train.labelled:
         raise UserError(
             f"{run.splits.train.folder}: has no labels; name a split that has, such as data.train=train"

@@ -18,12 +18,13 @@ from typing import Any
 
 from rich.console import Console
 
+from framework.command import status
 from framework.errors import UserError
 from framework.metrics import write_whole
 
 
-def main() -> int:
-    """Write all subsets; returns the exit status."""
+def main() -> None:
+    """Write all subsets."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,19 +33,14 @@ def main() -> int:
     parser.add_argument("--splits", type=int, default=5, help="subsets of each size")
     arguments = parser.parse_args()
     annotations = arguments.coco / "annotations"
-    try:
-        with Console(stderr=True).status("reading the annotations"):
-            content = read(annotations / "instances_train2017.json")
-        for images in arguments.images:
-            for split in range(1, arguments.splits + 1):
-                part = subset(content, images, split)
-                path = annotations / f"instances_train2017_{images}_split{split}.json"
-                write_whole(path, json.dumps(part))
-                print(f"{path}: {images} images, {len(part['annotations'])} objects", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    with Console(stderr=True).status("reading the annotations"):
+        content = read(annotations / "instances_train2017.json")
+    for images in arguments.images:
+        for split in range(1, arguments.splits + 1):
+            part = subset(content, images, split)
+            path = annotations / f"instances_train2017_{images}_split{split}.json"
+            write_whole(path, json.dumps(part))
+            print(f"{path}: {images} images, {len(part['annotations'])} objects", flush=True)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -84,4 +80,4 @@ def subset(content: dict[str, Any], images: int, split: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

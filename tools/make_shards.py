@@ -18,27 +18,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from framework.command import status
 from framework.data.packing import Packing, pack
 from framework.data.sources import open_sources
 from framework.errors import UserError
 
 
-def main() -> int:
-    """Pack; returns the exit status."""
+def main() -> None:
+    """Pack."""
     arguments = _arguments()
-    console = Console(stderr=True)
-    try:
-        _pack_all(arguments, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _pack_all(arguments: argparse.Namespace, console: Console) -> None:
     packing = Packing(
         arguments.samples_per_shard, arguments.shorter_side, arguments.encode, arguments.quality
     )
@@ -50,7 +38,7 @@ def _pack_all(arguments: argparse.Namespace, console: Console) -> None:
     cache = parent / f".{arguments.dest.name}.cache"
     sources = open_sources(arguments.src, parent, cache, round(arguments.cache_gb * 1e9))
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*bar, console=console) as progress:
+    with Progress(*bar, console=Console(stderr=True)) as progress:
         for split, source in sources.items():
             task = progress.add_task(split or arguments.dest.name, total=len(source))
             left_out = 0
@@ -90,4 +78,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main, stopped="stopped; the same command goes on from here"))

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from framework.command import status
 from framework.errors import UserError
 
 SIZE = (192, 128)  # width and height in pixels
@@ -58,8 +59,8 @@ class Scene(NamedTuple):
     objects: list[tuple[Shape, list[tuple[int, int]]]]
 
 
-def main() -> int:
-    """Draw; returns the exit status."""
+def main() -> None:
+    """Draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,13 +69,8 @@ def main() -> int:
         "--images", type=int, default=24, help="of each training split; validation has a third"
     )
     arguments = parser.parse_args()
-    try:
-        for make in (make_coco, make_cityscapes):
-            print(f"{make(arguments.dest, arguments.images)}: {arguments.images} training images")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    for make in (make_coco, make_cityscapes):
+        print(f"{make(arguments.dest, arguments.images)}: {arguments.images} training images")
 
 
 def make_coco(dest: Path, images: int) -> Path:
@@ -203,4 +199,4 @@ def _new_folder(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

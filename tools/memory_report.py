@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from framework import config
-from framework.analysis.command import leave, status
+from framework.analysis.command import leave
 from framework.analysis.memory import (
     PUBLISHED,
     STAGES,
@@ -30,6 +30,8 @@ from framework.analysis.memory import (
     published_recipe,
     stage_shares,
 )
+from framework.command import status
+from framework.cost import likely_classes
 from framework.errors import UserError
 from framework.recipe import Recipe
 
@@ -62,7 +64,7 @@ def main() -> None:
 
 def _published(row: Published, images: int | None) -> dict[str, Any]:
     recipe = published_recipe(row.recipe)
-    found = measure(recipe, recipe.data.num_classes or 1000, images or row.images)
+    found = measure(recipe, likely_classes(recipe), images or row.images)
     label = f"{row.network}, {row.method} ({row.table})"
     return _row(label, images or row.images, found, row.saving, row.gigabytes)
 
@@ -71,8 +73,8 @@ def _own(plan: Path, images: int | None) -> dict[str, Any]:
     path = plan / "recipe.yaml" if plan.is_dir() else plan
     recipe: Recipe = config.load([str(path), *(["data.path=unused"] if path == plan else [])])
     images = images or recipe.train.batch_size // recipe.micro_batches
-    classes = 10 if recipe.data.source == "digits" else recipe.data.num_classes or 1000
-    return _row(f"{recipe.name}: {recipe.method.name}", images, measure(recipe, classes, images), None, None)
+    found = measure(recipe, likely_classes(recipe), images)
+    return _row(f"{recipe.name}: {recipe.method.name}", images, found, None, None)
 
 
 def _row(

@@ -11,9 +11,10 @@ import sys
 
 from rich.progress import Progress
 
-from framework.analysis.command import leave, parse, run_parser, status
+from framework.analysis.command import leave, parse, run_parser
 from framework.analysis.probes import draw_layers, probe_layers
 from framework.analysis.runs import comparable
+from framework.command import status
 
 
 def main() -> None:

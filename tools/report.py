@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from framework.analysis.command import parse, run_parser, status
+from framework.analysis.command import parse, run_parser
 from framework.analysis.report import write_report
+from framework.command import status
 from framework.metrics import write_whole
 
 

@@ -19,18 +19,17 @@ from rich.console import Console
 from rich.table import Table
 
 from framework import config
-from framework.cost import PlanCost, plan_cost
+from framework.command import status
+from framework.cost import PlanCost, likely_classes, plan_cost
 from framework.errors import UserError
 from framework.model import recipe_network
 from framework.pipeline.balance import StageForecast, stage_forecast
 from framework.plan_picture import draw_plan
 from framework.recipe import Recipe
 
-CLASSES = 1000  # where neither the recipe nor its data say
 
-
-def main() -> int:
-    """Parse, count, print; returns the exit status."""
+def main() -> None:
+    """Parse, count, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,23 +38,21 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write segments, units and the memory saving here")
     parser.add_argument("--png", type=Path, help="draw the plan here")
     arguments = parser.parse_intermixed_args()
+    recipe = config.load([arguments.recipe, "data.path=unused", *arguments.overrides])
+    classes = likely_classes(recipe)
+    cost = plan_cost(recipe, classes, recipe.train.batch_size // recipe.micro_batches)
+    stages = stage_forecast(recipe, recipe_network(recipe, classes), cost) if recipe.pipelined else []
+    show(recipe, cost)
+    if stages:
+        show_stages(recipe, stages)
     try:
-        recipe = config.load([arguments.recipe, "data.path=unused", *arguments.overrides])
-        classes = 10 if recipe.data.source == "digits" else recipe.data.num_classes or CLASSES
-        cost = plan_cost(recipe, classes, recipe.train.batch_size // recipe.micro_batches)
-        stages = stage_forecast(recipe, recipe_network(recipe, classes), cost) if recipe.pipelined else []
-        show(recipe, cost)
-        if stages:
-            show_stages(recipe, stages)
         if arguments.json:
             content = cost.as_dict() | ({"stages": [asdict(stage) for stage in stages]} if stages else {})
             arguments.json.write_text(json.dumps(content, indent=1) + "\n")
         if arguments.png:
             draw_plan(cost, arguments.png, f"{recipe.name}: {recipe.method.name} on {recipe.network.name}")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except OSError as error:
+        raise UserError(str(error)) from error
 
 
 def show(recipe: Recipe, cost: PlanCost) -> None:
@@ -117,4 +114,4 @@ def show_stages(recipe: Recipe, stages: Sequence[StageForecast]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

@@ -16,12 +16,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from framework.errors import UserError
+from framework.command import status
 from framework.status import RunStatus, table
 
 
-def main() -> int:
-    """Print the table; returns the exit status."""
+def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,14 +29,10 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks")
     arguments = parser.parse_args()
     console = Console()
-    try:
-        runs = [RunStatus(run_dir) for run_dir in arguments.run_dir]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    runs = [RunStatus(run_dir) for run_dir in arguments.run_dir]
     if not console.is_terminal:
         console.print(table(runs))
-        return 0
+        return
     with (
         contextlib.suppress(KeyboardInterrupt),
         Live(table(runs), console=console, auto_refresh=False) as live,
@@ -44,8 +40,7 @@ def main() -> int:
         while True:
             time.sleep(arguments.every)
             live.update(table(runs), refresh=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import sys
 
+from torch.multiprocessing import ProcessExitedException
+
+from framework.command import status
 from framework.errors import UserError
 
 
@@ -20,27 +23,28 @@ def main() -> int:
 
         from framework.detection import training
     except ModuleNotFoundError as error:
-        print(f"error: {error}: README, Detection, says how to install Detectron2", file=sys.stderr)
-        return 1
+        raise UserError(f"{error}: README, Detection, says how to install Detectron2") from error
     parser = default_argument_parser(epilog=__doc__)
     parser.add_argument("--split", type=int, help="train on this subset of COCO, into OUTPUT_DIR/splitN")
     arguments = parser.parse_args()
     if not arguments.config_file:
         parser.error("--config is needed, such as recipes/detectron2/coco_1x_frozen.yaml")
+    training.prepare(arguments)
     try:
         launch(
-            training.run,
+            training.work,
             arguments.num_gpus,
             arguments.num_machines,
             arguments.machine_rank,
             arguments.dist_url,
             (arguments,),
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except ProcessExitedException as error:
+        if error.exit_code < 0:  # a signal, of which the process itself can't tell
+            raise
+        return error.exit_code
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

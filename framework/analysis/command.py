@@ -1,22 +1,19 @@
-"""What the commands in ``tools`` share: arguments, errors of one line, where numbers and pictures go."""
+"""What the analyses among the commands in ``tools`` share: arguments, where numbers and pictures go."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import logging
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from framework import control, distributed, metrics
+from framework import metrics
 from framework.analysis.runs import Run, open_runs
 from framework.data.contents import replace as replace_file
-from framework.errors import LocalError, UserError
-from framework.launch import launched_rank
+from framework.errors import UserError
 
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:
@@ -95,19 +92,3 @@ def write_bytes(path: Path, data: bytes) -> None:
         replace_file(path, data)
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror}") from error
-
-
-def status(work: Callable[[], None]) -> int:
-    """Do the work of a command; its exit status. What a person can mend becomes one line."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        work()
-    except UserError as error:
-        if launched_rank() == 0 or isinstance(error, LocalError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return control.exit_status(error)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    distributed.stop()
-    return 0

@@ -35,6 +35,11 @@ class Losses(NamedTuple):
     units: list[str]
     values: np.ndarray
 
+    @property
+    def trained(self) -> int:
+        """How many steps, logged or not."""
+        return int(self.steps[-1]) + 1
+
     def smooth(self) -> np.ndarray:
         """(T, U) centred moving average over a fortieth of the steps, or what of them there is."""
         window = np.ones(max(1, len(self.values) // 40))
@@ -49,7 +54,7 @@ class Losses(NamedTuple):
         """The last point of every smoothed curve, for JSON."""
         last = self.smooth()[-1].tolist()
         return {
-            "steps": len(self.steps),
+            "steps": self.trained,
             "last_loss": {n: v if np.isfinite(v) else None for n, v in zip(self.units, last, strict=True)},
         }
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from framework import config
 from framework.analysis.curves import read_losses, read_scores
+from framework.analysis.runs import flat
 from framework.errors import UserError
 from framework.metrics import ROOT, read_log
 from framework.recipe import Recipe
@@ -242,11 +243,4 @@ class RowRun:
 
 def _settings(text: str) -> dict[str, Any]:
     """A recipe's values by dotted key, but for places."""
-    values = _flat(OmegaConf.to_container(OmegaConf.create(text)), "")
-    return {key: value for key, value in values.items() if key not in PLACES}
-
-
-def _flat(tree: Any, key: str) -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {key: tree}
-    return {k: v for name, node in tree.items() for k, v in _flat(node, f"{key}.{name}".strip(".")).items()}
+    return {key: value for key, value in flat(text).items() if key not in PLACES}

@@ -109,7 +109,7 @@ def published_recipe(name: str) -> Recipe:
 
 def stage_shares(recipe: Recipe) -> tuple[list[float], list[float]]:
     """Per cent of the saved activations, and of the FLOPs, that fall to each segment; the stem to the first."""
-    segments = cost.plan_cost(recipe, recipe.data.num_classes or 1000, images=1).segments
+    segments = cost.plan_cost(recipe, cost.likely_classes(recipe), images=1).segments
     columns = ([s.activation_bytes for s in segments], [s.flops for s in segments])
     memory, flops = ([100 * v / sum(values) for v in values] for values in columns)
     return memory, flops

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
 from framework import config
 from framework.analysis.curves import Losses, draw_units, read_losses, read_scores, score_curves
 from framework.analysis.pictures import dress, run_colors
-from framework.analysis.runs import Run
-from framework.cost import PlanCost, plan_cost
+from framework.analysis.runs import Run, flat
+from framework.cost import PlanCost, likely_classes, plan_cost
 from framework.metrics import read_log
 from framework.plan_picture import plan_figure
 
@@ -70,7 +69,7 @@ def write_report(runs: Sequence[Run]) -> str:
         title=" and ".join(run.label for run in runs),
         labels=[run.label for run in runs],
         summary=_table([_summary(run, losses[run.label], costs[run.label]) for run in runs]),
-        differences=_differing([_flat(run) for run in runs]) if len(runs) > 1 else [],
+        differences=_differing([_settings(run) for run in runs]) if len(runs) > 1 else [],
         sections=[section for section in sections if section.pictures],
         environment=_table([_environment(run) for run in runs]),
         recipes={run.label: config.to_yaml(run.recipe) for run in runs},
@@ -83,7 +82,7 @@ def _summary(run: Run, losses: Losses, cost: PlanCost) -> dict[str, str]:
     rows = {
         "network": f"{recipe.network.name}, {len(cost.segments)} segments, {recipe.data.image_size} px",
         "method": f"{recipe.method.name}, {len(cost.units)} local units",
-        "steps": f"{len(losses.steps)}" + ("" if result else " (not finished)"),
+        "steps": f"{losses.trained}" + ("" if result else " (not finished)"),
         "batch": f"{recipe.train.batch_size} on {result.get('world_size', '?')} rank(s), {recipe.engine}",
         "last loss of the highest unit": f"{last[-1]:.3f}",
     }
@@ -130,8 +129,7 @@ def _environment(run: Run) -> dict[str, str]:
 
 def _cost(run: Run) -> PlanCost:
     recipe = run.recipe
-    classes = 10 if recipe.data.source == "digits" else recipe.data.num_classes or 1000
-    return plan_cost(recipe, classes, recipe.train.batch_size // recipe.micro_batches)
+    return plan_cost(recipe, likely_classes(recipe), recipe.train.batch_size // recipe.micro_batches)
 
 
 def _plan(run: Run, cost: PlanCost) -> Picture:
@@ -212,20 +210,10 @@ def _differing(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str
     return [(key, values) for key, values in _table(columns) if len(set(values)) > 1]
 
 
-def _flat(run: Run) -> dict[str, str]:
-    """The recipe by dotted keys, less what always differs."""
-    tree = OmegaConf.create(config.to_yaml(run.recipe))
-    flat: dict[str, str] = {}
-
-    def walk(prefix: str, node: Any) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(f"{prefix}.{key}" if prefix else key, value)
-        else:
-            flat[prefix] = str(node)
-
-    walk("", OmegaConf.to_container(tree))
-    return {key: value for key, value in flat.items() if key not in ("name", "run_dir")}
+def _settings(run: Run) -> dict[str, str]:
+    """The recipe, less what always differs."""
+    values = flat(config.to_yaml(run.recipe))
+    return {key: str(value) for key, value in values.items() if key not in ("name", "run_dir")}
 
 
 def _mib(count: int) -> str:

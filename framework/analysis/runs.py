@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from framework.execution import LocalNetwork
 from framework.local.methods import bp
 from framework.model import recipe_network
 from framework.network import Segment
-from framework.recipe import Method, Recipe
+from framework.recipe import Execution, Method, Pipeline, Recipe
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ class Run:
 
     @property
     def network_arguments(self) -> dict[str, Any]:
-        """What timm builds the network with, less the weights that a fine-tuned run began with."""
-        return {k: v for k, v in self.recipe.network.args.items() if k != "checkpoint_path"}
+        """What timm builds the network with, less weights that the run began with."""
+        begun = ("checkpoint_path", "pretrained")
+        return {k: v for k, v in self.recipe.network.args.items() if k not in begun}
 
     @cached_property
     def splits(self) -> Splits:
-        """The images; may pack and index them first."""
-        return Splits.open(self.recipe)
+        """The images, shared among ranks that don't form a pipeline; may pack and index them first."""
+        return Splits.open(replace(self.recipe, pipeline=Pipeline()))
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -102,7 +104,7 @@ class Run:
         """The network in evaluation mode on this rank's device, with a bare classifier in place of its heads.
 
         Args:
-            trained: with the weights of the newest checkpoint, or as the run began.
+            trained: with the weights of the newest checkpoint, or random ones by the run's seed.
 
         Raises:
             UserError: as ``weights``, or the checkpoint is one of another network.
@@ -111,6 +113,7 @@ class Run:
             self.recipe,
             network=replace(self.recipe.network, sync_bn=False, args=self.network_arguments),
             method=Method("bp", bp.Options()),
+            execution=Execution(),
         )
         net = recipe_network(bare, num_classes=1)
         if trained:
@@ -167,14 +170,22 @@ def comparable(runs: Sequence[Run]) -> None:
                 )
 
 
+def flat(recipe: str) -> dict[str, Any]:
+    """The values of a recipe in YAML by dotted key."""
+
+    def walk(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(node, dict):
+            for name, value in node.items():
+                yield from walk(value, f"{key}.{name}")
+        else:
+            yield key.removeprefix("."), node
+
+    return dict(walk(OmegaConf.to_container(OmegaConf.create(recipe)), ""))
+
+
 def _kind(run: Run) -> tuple[str, str]:
     views, size = run.recipe.views, run.recipe.data.image_size
     return run.recipe.network.name, f"{size} px, mean {views.mean}, std {views.std}, centre {views.centre:g}"
-
-
-def pooled_maps(net: LocalNetwork, segments: Sequence[Segment], images: Tensor) -> list[Tensor]:
-    """Every segment's output (N, C, H, W), averaged to (N, C), in float32."""
-    return [x.float().mean((2, 3)) for x in maps(net, segments, images)]
 
 
 @torch.no_grad()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import nn
 from yaml import YAMLError
 
 from framework import metrics
+from framework.command import status
 from framework.detection import backbones, datasets, verification
 from framework.errors import UserError
 
@@ -60,15 +63,30 @@ def configuration(file: Path, overrides: list[str], split: int | None = None) ->
     return cfg
 
 
-def run(arguments: Namespace) -> None:
-    """Train and evaluate, or evaluate only; every process of a launch calls it.
+def prepare(arguments: Namespace) -> CfgNode:
+    """The configuration, with its sets registered and their files and that of the weights there.
 
     Raises:
-        UserError: whatever the person who started it can mend.
+        UserError: one is missing, or doesn't fit.
     """
     cfg = configuration(Path(arguments.config_file), arguments.opts, arguments.split)
     datasets.prepare(cfg.DATASETS.TEST if arguments.eval_only else [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     _check_weights(cfg, arguments)
+    return cfg
+
+
+def work(arguments: Namespace) -> None:
+    """``run`` in a process of a launch, which ends with the exit status of a command."""
+    sys.exit(status(partial(run, arguments)))
+
+
+def run(arguments: Namespace) -> None:
+    """Train and evaluate, or evaluate only.
+
+    Raises:
+        UserError: whatever the person who started it can mend.
+    """
+    cfg = prepare(arguments)
     default_setup(cfg, arguments)
     if arguments.eval_only:
         model = Trainer.build_model(cfg)

@@ -1,0 +1,31 @@
+"""How commands end: errors of one line, and the exit status that job scripts read."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from framework.errors import LocalError, UserError
+from framework.launch import launched_rank
+
+
+def status(work: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Do the work of a command; its exit status. What a person can mend becomes one line.
+
+    Args:
+        work: returns the exit status if it is not 0.
+        stopped: what to say after Ctrl-C.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        return work() or 0
+    except UserError as error:
+        from framework.control import exit_status  # with PyTorch, which commands that only look don't load
+
+        if launched_rank() == 0 or isinstance(error, LocalError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return exit_status(error)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
