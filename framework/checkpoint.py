@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from framework.checkpoint_files import damage_of, put, read_files, write_files
+from framework.checkpoint_files import damage_of, read_files, write_files
 from framework.distributed import from_main, is_main, same_outcome
 from framework.engines.step import Engine, OptimizerState
 from framework.errors import UserError
+from framework.files import write_whole
 from framework.retention import Keep, superfluous
 
 FORMAT = 1
@@ -183,15 +183,7 @@ def export_backbone(engine: Engine, path: Path) -> None:
     with same_outcome():
         if is_main():
             backbone = {n.removeprefix("backbone."): t for n, t in model.items() if n.startswith("backbone.")}
-            partial = path.with_name(f".{path.name}.partial")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                put(partial, to_bytes(backbone, metadata={"format": "pt"}))
-                partial.replace(path)
-            except (OSError, SafetensorError) as error:
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
-                raise UserError(f"{path}: can't be written: {error}") from error
+            write_whole(path, to_bytes(backbone, metadata={"format": "pt"}))
 
 
 def _folders(run_dir: Path) -> list[Path]:

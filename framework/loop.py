@@ -22,6 +22,7 @@ from framework.data.loader import TrainLoader
 from framework.display import Progress
 from framework.engines import Engine, StepResult
 from framework.errors import UserError
+from framework.files import write_whole
 from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate
 from framework.recipe import Recipe
@@ -243,7 +244,7 @@ class Loop:
         """Put the resolved recipe into the run folder and open the logs there, on rank 0."""
         with distributed.same_outcome():
             if distributed.is_main():
-                metrics.write_whole(self.run_dir / "recipe.yaml", config.to_yaml(self.recipe))
+                write_whole(self.run_dir / "recipe.yaml", config.to_yaml(self.recipe))
                 environment = {
                     "started": datetime.now(UTC).isoformat(timespec="seconds"),
                     "job": os.environ.get("SLURM_JOB_ID"),

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from framework.config import to_yaml
 from framework.errors import UserError
-from framework.metrics import MetricLog, write_whole
+from framework.files import write_whole
+from framework.metrics import MetricLog
 from framework.recipe import Recipe
 
 logger = logging.getLogger(__name__)

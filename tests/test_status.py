@@ -13,7 +13,8 @@ from rich.console import Console
 
 from framework import config
 from framework.errors import UserError
-from framework.metrics import MetricLog, write_result, write_whole
+from framework.files import write_whole
+from framework.metrics import MetricLog, write_result
 from framework.status import RunStatus, table
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"

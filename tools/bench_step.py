@@ -42,9 +42,10 @@ from rich.table import Table
 from framework.analysis.gpu import allocator_peak, busy_seconds
 from framework.batch import Batch
 from framework.execution.routing import LocalNetwork
+from framework.files import write_whole
 from framework.local import LocalUnit
 from framework.local.trunks import TRUNKS
-from framework.metrics import commit, environment, write_whole
+from framework.metrics import commit, environment
 from framework.network import create
 from framework.network.cifar import CifarResNet
 

@@ -37,7 +37,7 @@ from framework.analysis.evidence import EvidenceTable, RowRun
 from framework.command import status
 from framework.control import GO_ON_LATER
 from framework.errors import UserError
-from framework.metrics import write_whole
+from framework.files import write_whole
 
 GRACE = 45.0  # seconds that a run may take to finish its step and save
 

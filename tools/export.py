@@ -15,7 +15,7 @@ from framework.analysis import export
 from framework.analysis.command import only_run, parse, run_parser
 from framework.command import status
 from framework.errors import UserError
-from framework.metrics import write_whole
+from framework.files import write_whole
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from framework.command import status
 from framework.errors import UserError
-from framework.metrics import write_whole
+from framework.files import write_whole
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from framework.analysis.command import parse, run_parser
 from framework.analysis.report import write_report
 from framework.command import status
-from framework.metrics import write_whole
+from framework.files import write_whole
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from framework import metrics
 from framework.analysis.runs import Run, open_runs
-from framework.data.contents import replace as replace_file
 from framework.errors import UserError
+from framework.files import write_whole
 
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:
@@ -76,19 +76,6 @@ def leave(folder: Path, name: str, numbers: Mapping[str, Any], figure: Figure | 
     if figure is not None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
-        write_bytes(folder / f"{name}.png", buffer.getvalue())
+        write_whole(folder / f"{name}.png", buffer.getvalue())
         written += f", {name}.png"
     print(f"written: {written}", flush=True)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UserError: it can't be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, data)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror}") from error

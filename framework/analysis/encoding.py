@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from framework import distributed, evaluate
-from framework.analysis.command import write_bytes
 from framework.analysis.linear_eval import Rows
 from framework.analysis.runs import Run
 from framework.data.index import ShardSet
 from framework.errors import UserError
+from framework.files import write_whole
 
 
 def cached_rows(run: Run, shards: ShardSet, trained: bool = True) -> Rows:
@@ -36,7 +36,7 @@ def cached_rows(run: Run, shards: ShardSet, trained: bool = True) -> Rows:
     if rows is None or not everywhere:
         rows = _compute(run, shards, trained)
         with distributed.same_outcome():
-            write_bytes(path, save({"x": rows.x.cpu(), "y": rows.y.cpu()}, {"key": key}))
+            write_whole(path, save({"x": rows.x.cpu(), "y": rows.y.cpu()}, {"key": key}))
     with distributed.same_outcome():
         if broken := int((~rows.x.isfinite()).any(1).sum()):
             raise UserError(f"features of {broken} of {len(rows.x)} images are not finite: training diverged")

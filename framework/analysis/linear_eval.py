@@ -15,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from framework import distributed
-from framework.analysis.command import write_bytes
 from framework.data.order import epoch_order
 from framework.errors import UserError
+from framework.files import write_whole
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # features (B, C) and labels (B,) of this rank
 
@@ -131,7 +131,7 @@ class State:
 
     def save(self, epoch: int, tensors: dict[str, Tensor]) -> None:
         """Replace the file by one for ``epoch`` epochs done."""
-        write_bytes(self.path, save(tensors, {"settings": self._settings, "epoch": str(epoch)}))
+        write_whole(self.path, save(tensors, {"settings": self._settings, "epoch": str(epoch)}))
 
 
 def fit(
