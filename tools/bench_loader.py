@@ -6,8 +6,9 @@
 Everything runs in this process on one thread, with its files in the page cache. A rate is images per second
 of processor time: what one core gives, whatever other jobs leave of it. The loaders take turns, round after
 round; a row has the median. ``bare`` is a loop over images in memory that does nothing else. ``--memory`` adds
-``data.cache=memory``, for images of one size, on the GPU if there is one (and then by the clock). ``--made-up`` also
-times (by the clock) opening an index of that many samples, and going on at 90 % of an epoch.
+``data.cache=memory``, for images of one size, on the GPU if there is one; then all are timed by the clock, and the rate
+is of everything together, not of a core. Rows say which device and clock. ``--made-up`` also times (by the clock)
+opening an index of that many samples, and going on at 90 % of an epoch.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from framework.data.order import TrainJobs
 from framework.data.shards import write_shards
 from framework.data.views import Views
 from framework.data.worker import Decoder
+from framework.metrics import environment
 
 train_loader = partial(TrainLoader, accumulation=1, rank=0, world_size=1, seed=0, workers=0, device="cpu")
 
@@ -105,23 +107,23 @@ def bare_passes(shards: ShardSet, size: int) -> dict[str, Pass]:
     return {"decode": decoded, "crops": crops}
 
 
-def seconds() -> float:
+def seconds(gpu: bool) -> float:
     """Processor time; where a GPU works, the clock."""
-    if not torch.cuda.is_initialized():
+    if not gpu:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def measure(passes: dict[str, Pass], rounds: int) -> dict[str, float]:
+def measure(passes: dict[str, Pass], rounds: int, gpu: bool) -> dict[str, float]:
     """Median images per second of each; they take turns, after one round to warm up."""
     rates: dict[str, list[float]] = {name: [] for name in passes}
     for round_ in range(rounds + 1):
         for name, run in passes.items():
-            start = seconds()
+            start = seconds(gpu)
             images = run()
             if round_:
-                rates[name].append(images / (seconds() - start))
+                rates[name].append(images / (seconds(gpu) - start))
     return {name: statistics.median(rate) for name, rate in rates.items()}
 
 
@@ -145,14 +147,26 @@ def rates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         }
         if find_spec("litdata"):
             loaders["litdata"] = litdata_passes(shards, size, batch, folders[1])
+        gpu = arguments.memory and torch.cuda.is_available()
         if arguments.memory:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if gpu else "cpu"
             loaders["memory"] = trained_passes(shards, size, batch, kinds, in_memory=True, device=device)
         for view in loaders["ours"]:
             passes = {name: offered[view] for name, offered in loaders.items() if view in offered}
-            for name, rate in measure(passes, arguments.rounds).items():
-                rows.append({"view": view, "loader": name, "images_per_second_per_core": round(rate, 1)})
+            for name, rate in measure(passes, arguments.rounds, gpu).items():
+                rows.append(
+                    {"view": view, "loader": name, **timed(rate, gpu, on_gpu=gpu and name == "memory")}
+                )
     return rows
+
+
+def timed(rate: float, gpu: bool, on_gpu: bool) -> dict[str, Any]:
+    """A rate under a name that says what it is of, where the images were made, and by which clock."""
+    return {
+        "images_per_second" if gpu else "images_per_second_per_core": round(rate, 1),
+        "device": environment(1, torch.device("cuda" if on_gpu else "cpu"))["device"],
+        "clock": "wall" if gpu else "processor",
+    }
 
 
 def made_up(samples: int) -> list[dict[str, Any]]:
@@ -217,9 +231,10 @@ def _memory(field: str) -> float:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
-    table = Table("view", "loader", "images / s / core", "seconds", "MB")
+    rate = "images_per_second" if "images_per_second" in rows[0] else "images_per_second_per_core"
+    table = Table("view", "loader", rate.replace("_per_", " / ").replace("second", "s"), "seconds", "MB")
     for row in rows:
-        cells = [str(row.get(key, "")) for key in ("images_per_second_per_core", "seconds", "megabytes")]
+        cells = [str(row.get(key, "")) for key in (rate, "seconds", "megabytes")]
         table.add_row(row["view"], row["loader"], *cells)
     Console(width=100).print(table)
 

@@ -1,16 +1,17 @@
 """Time and memory of one training step of a local method, against end-to-end backpropagation.
 
-    python tools/bench_step.py --network resnet32 --method mlm --window 2 --head gap --batch 64
+    python tools/bench_step.py --network resnet32 --method mlm --window 2 --batch 64
     python tools/bench_step.py --network resnet50 --image-size 224 --method gim,loco --batch 256 \\
         --precision bf16 --channels-last --csv loco.csv
     python tools/bench_step.py --network resnet110 --modules 55 --method mlaan --batch 128 --cuda-graph --csv mlaan.csv
 
 Networks take turns in one process: end-to-end (BP, or SimCLR for a contrastive method; one forward and one backward of
-the whole network), the routed step, and the definition that runs the segments of every window again. --cuda-graph and
---compile serve the first two; the routed step without it then runs, too, and gives the speed-up. Each ratio is the
-median over rounds of a time to the end-to-end time of the same round. Activations are counted, not sampled. On a GPU
-come the allocator's peak (without --cuda-graph), and the share of the step's time in which the GPU is busy. Rows that
---csv holds already are not measured again.
+the whole network, which is one segment), the routed step, and the definition that runs the segments of every window
+again. --cuda-graph and --compile serve the first two; in place of the third the routed step then runs without it, too,
+and gives the speed-up. Each ratio is the median over rounds of a time to the end-to-end time of the same round; on a
+GPU a round is ten steps of each. Activations are counted, not sampled. On a GPU come the allocator's peak (without
+--cuda-graph), and the share of the step's time in which the GPU is busy. There fp32 means fp32: TF32, in which cuDNN
+computes convolutions by default, is off. Rows that --csv holds already are not measured again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import csv
 import io
 import json
 import statistics
-import time
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ from benched_steps import (
     CLASSES,
     CONTRASTIVE,
     build,
+    check,
     graphed_step,
+    head_times,
+    measure,
     naive_step,
     peak_activations,
     routed_step,
@@ -41,27 +44,12 @@ from rich.table import Table
 
 from framework.analysis.gpu import allocator_peak, busy_seconds
 from framework.batch import Batch
-from framework.execution.routing import LocalNetwork
+from framework.command import status
 from framework.files import write_whole
-from framework.local import LocalUnit
 from framework.local.trunks import TRUNKS
 from framework.metrics import commit, environment
 from framework.network import create
 from framework.network.cifar import CifarResNet
-
-
-def measure(steps: list[Callable[[], None]], rounds: int, warm_up: int = 2) -> list[list[float]]:
-    """Seconds of every step in every round; the steps take turns."""
-    times: list[list[float]] = [[] for _ in steps]
-    for round_ in range(warm_up + rounds):
-        for i, step in enumerate(steps):
-            start = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if round_ >= warm_up:
-                times[i].append(time.perf_counter() - start)
-    return times
 
 
 def conditions(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -100,13 +88,15 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (arguments.batch,), device=device)
     batch = Batch(images, None, 2) if views == 2 else Batch(images, labels)
-    reference = build("simclr" if views == 2 else "bp", arguments, size, cut).to(device)
+    reference = build("simclr" if views == 2 else "bp", arguments, size, 1).to(device)
     network = build(method, arguments, size, cut).to(device)
     activations = peak_activations(network, batch) / peak_activations(reference, batch)
-    steps = {} if arguments.no_naive else {"naive": naive_step(copy.deepcopy(network), batch)}
     quicker = arguments.cuda_graph or arguments.compile
+    steps = {}
     if quicker:
         steps["eager"] = routed_step(copy.deepcopy(network), batch)
+    elif not arguments.no_naive:
+        steps["naive"] = naive_step(copy.deepcopy(network), batch)
     for name, net in (("reference", reference), ("routed", network)):
         if arguments.compile:
             net.compile_segments()
@@ -155,31 +145,6 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def head_times(network: LocalNetwork, batch: Batch, rounds: int) -> list[dict[str, Any]]:
-    """What each head takes: forward, and the gradients of its weights and input."""
-    costs: list[dict[str, Any]] = []
-    x = batch.images
-    for number, segment in enumerate(network.segments):
-        with torch.no_grad():
-            x = segment(x)
-        for unit in network.plan.units:
-            if unit.last == number and all(unit.head is not cost["head"] for cost in costs):
-                wanted = [
-                    x.detach().requires_grad_(),
-                    *(p for p in unit.head.parameters() if p.requires_grad),
-                ]
-
-                def run(unit: LocalUnit = unit, wanted: list[torch.Tensor] = wanted) -> None:
-                    torch.autograd.grad(unit.head(wanted[0], batch), wanted)
-
-                seconds = statistics.median(measure([run], rounds)[0])
-                parameters = sum(p.numel() for p in wanted[1:])
-                costs.append(
-                    {"unit": unit.name, "head": unit.head, "seconds": seconds, "parameters": parameters}
-                )
-    return [{key: value for key, value in cost.items() if key != "head"} for cost in costs]
-
-
 def show_breakdown(result: dict[str, Any]) -> None:
     """Print what each head takes of the end-to-end step."""
     table = Table(title=f"heads of {result['method']} on {result['network']}, share of an end-to-end step")
@@ -206,6 +171,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         "time",
         "repeated",
         "activations",
+        "peak",
+        "less",
         "images/s",
         "speed-up",
         "GPU busy",
@@ -223,11 +190,16 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{r['ratio_time']:.2f}",
             f"{r['ratio_time_naive']:.2f}" if r["ratio_time_naive"] else "-",
             f"{r['ratio_peak_activations']:.3f}",
+            *(
+                (f"{r['peak_bytes'] / 2**30:.2f} GiB", f"{1 / r['ratio_peak']:.2f}x")
+                if "ratio_peak" in r
+                else ("-", "-")
+            ),
             f"{r['images_per_second']:.0f}",
             f"{r['speedup']:.2f}" if r["speedup"] else "-",
             f"{r['busy']:.2f}" if "busy" in r else "-",
         )
-    Console(width=142).print(table)
+    Console(width=164).print(table)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -266,7 +238,7 @@ def main() -> None:
         "--head",
         choices=("gap", "paper", *TRUNKS),
         default="paper",
-        help="the method's own head, GAP + linear, or (dgl, infopro) a kind of classifier",
+        help="the method's own head; simclr, gim, loco: or GAP + linear; dgl, infopro: or a kind of classifier",
     )
     parser.add_argument(
         "--cut", choices=("stage", "block"), help="default: blocks for CIFAR networks, stages for others"
@@ -287,9 +259,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.cuda_graph and (arguments.compile or not torch.cuda.is_available()):
         parser.error("--cuda-graph needs a GPU, and can't be combined with --compile")
+    methods = arguments.method.split(",")
+    for method in methods:
+        check(method, arguments.head)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(arguments.threads)
     rows = []
-    for method in arguments.method.split(","):
+    for method in methods:
         if arguments.csv and is_in(arguments.csv, conditions(method, arguments)):
             print(f"{method}: is in {arguments.csv} already")
             continue
@@ -305,4 +281,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status(main))

@@ -1,8 +1,10 @@
-"""What ``bench_step`` times: networks of every method from the same weights, and their steps."""
+"""What ``bench_step`` times: networks of every method from the same weights, and their steps; and how."""
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,17 +12,38 @@ import torch
 from torch import nn
 
 from framework.batch import Batch
+from framework.errors import UserError
 from framework.execution.activations import LiveActivations
 from framework.execution.graph import RecordedStep
 from framework.execution.naive import naive_gradients
 from framework.execution.routing import LocalNetwork
+from framework.local import LocalUnit
 from framework.local.heads import Classifier, Projection
 from framework.local.methods import auglocal, bp, dgl, gim, hpff, infopro, loco, man, mlaan, simclr
+from framework.local.trunks import TRUNKS
 from framework.model import local_network
-from framework.network import Cut
+from framework.network import Cut, Segment
 
 CLASSES = 10
 CONTRASTIVE = ("simclr", "gim", "loco")
+HEADS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(CONTRASTIVE, ("paper", "gap")),
+    **dict.fromkeys(("dgl", "infopro"), ("paper", "gap", *TRUNKS)),
+    **dict.fromkeys(("bp", "auglocal", "man", "hpff", "mlm", "lam", "mlaan"), ("paper",)),
+}
+STEPS = 10  # in a round on a GPU, where one step of milliseconds would be noise
+
+
+def check(method: str, head: str) -> None:
+    """Refuse a head that the method would not have.
+
+    Raises:
+        UserError: there is no such method, or it takes other heads.
+    """
+    if method not in HEADS:
+        raise UserError(f"--method {method}: must be among {', '.join(HEADS)}")
+    if head not in HEADS[method]:
+        raise UserError(f"--head {head}: for --method {method} must be {' or '.join(HEADS[method])}")
 
 
 def options(method: str, head: str, window: int) -> Any:
@@ -111,3 +134,49 @@ def peak_activations(network: nn.Module, batch: Batch) -> int:
         network(batch).loss.backward()
     network.zero_grad()
     return live.peak
+
+
+def measure(steps: list[Callable[[], None]], rounds: int, warm_up: int = 2) -> list[list[float]]:
+    """Seconds of every step in every round; the steps take turns, on a GPU ``STEPS`` of each at a time."""
+    gpu = torch.cuda.is_available()
+    repeats = STEPS if gpu else 1
+    times: list[list[float]] = [[] for _ in steps]
+    for round_ in range(warm_up + rounds):
+        for i, step in enumerate(steps):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            if gpu:
+                torch.cuda.synchronize()
+            if round_ >= warm_up:
+                times[i].append((time.perf_counter() - start) / repeats)
+    return times
+
+
+def head_times(network: LocalNetwork, batch: Batch, rounds: int) -> list[dict[str, Any]]:
+    """What each head takes in a step: forward, and the gradients of its weights and input."""
+    costs: list[dict[str, Any]] = []
+    x = batch.images
+    for number, segment in enumerate(network.segments):
+        with torch.no_grad(), network.autocast(x):
+            x = segment(x)
+        for unit in network.plan.units:
+            if unit.last == number and all(unit.head is not cost["head"] for cost in costs):
+                wanted = [
+                    x.detach().requires_grad_(),
+                    *(p for p in unit.head.parameters() if p.requires_grad),
+                ]
+
+                def run(
+                    unit: LocalUnit = unit, segment: Segment = segment, wanted: list[torch.Tensor] = wanted
+                ) -> None:
+                    with network.autocast(wanted[0]):
+                        loss = unit.head(segment.to_map(wanted[0]), batch)
+                    torch.autograd.grad(loss, wanted)
+
+                seconds = statistics.median(measure([run], rounds)[0])
+                parameters = sum(p.numel() for p in wanted[1:])
+                costs.append(
+                    {"unit": unit.name, "head": unit.head, "seconds": seconds, "parameters": parameters}
+                )
+    return [{key: value for key, value in cost.items() if key != "head"} for cost in costs]

@@ -1,7 +1,7 @@
 """Memory of local training beside end-to-end training, counted and, on a GPU, measured.
 
     python tools/memory_report.py                      the papers' rows (LoCo Tables 6 and 7, MLAAN Table 3)
-    python tools/memory_report.py RECIPE_OR_RUN ... [--images 128]
+    python tools/memory_report.py RECIPE_OR_RUN ... [--images 128] [--csv FILE]
 
 Counted are the activations that autograd holds at once, with tensors that have no values; the papers print what a
 GPU's allocator held, weights and workspace included. On a machine with a GPU that is measured too.
@@ -10,10 +10,13 @@ GPU's allocator held, weights and workspace included. On a machine with a GPU th
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,9 +36,24 @@ from framework.analysis.memory import (
 from framework.command import status
 from framework.cost import likely_classes
 from framework.errors import UserError
+from framework.files import write_whole
+from framework.metrics import environment
 from framework.recipe import Recipe
 
 GIB = 2**30
+COLUMNS = (
+    "plan",
+    "images",
+    "paper_end_to_end_gb",
+    "paper_method_gb",
+    "paper_saving",
+    "counted_end_to_end_gib",
+    "counted_method_gib",
+    "counted_saving",
+    "counted_to_paper",
+    "device",
+    "commit",
+)
 
 
 def main() -> None:
@@ -47,6 +65,7 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, help="on one device; default: the recipe's batch on one rank, or the paper's"
     )
+    parser.add_argument("--csv", type=Path, help="also write the counted rows here, beside the paper's")
     parser.add_argument("--out", type=Path, default=Path("runs/memory"), help="folder; default: runs/memory")
     arguments = parser.parse_args()
     if arguments.images is not None and arguments.images < 2:
@@ -58,6 +77,8 @@ def main() -> None:
         rows = [_published(row, arguments.images) for row in track(PUBLISHED, "counting")]
         stages = [row for network in track(STAGES, "Table 6") for row in _stages(network)]
     _show(rows, stages)
+    if arguments.csv:
+        write_whole(arguments.csv, _csv(rows))
     bars = [(str(row["label"]), float(row["saving"]), row["paper_saving"]) for row in rows]
     leave(arguments.out, "memory", {"rows": rows, "stages": stages}, draw_savings(bars))
 
@@ -124,6 +145,21 @@ def _show(rows: list[dict[str, Any]], stages: list[dict[str, Any]]) -> None:
             values = (row["memory"], row["paper_memory"], row["flops"], row["paper_flops"])
             shares.add_row(row["network"], row["stage"], *(f"{value:.2f}" for value in values))
         console.print(shares)
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    """The counted rows; what the papers don't print is empty."""
+    here = environment(1, torch.device("cpu"))  # where they are counted
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        paper = row["paper_gb"] or (None, None)
+        ratio = row["saving"] / row["paper_saving"] if row["paper_saving"] else None
+        values = (*paper, row["paper_saving"], *row["counted_gib"], row["saving"], ratio)
+        rounded = ["" if value is None else f"{value:.4g}" for value in values]
+        writer.writerow((row["label"], row["images"], *rounded, here["device"], here["commit"]))
+    return buffer.getvalue()
 
 
 def _pair(values: list[float] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -144,8 +145,11 @@ def _bar(axes: Axes, y: float, value: float, color: str, label: str | None) -> N
 
 
 def _allocated(recipe: Recipe, num_classes: int, images: int) -> int:
-    """Peak of the second of two training steps, the first one being a warm-up."""
+    """Peak of the second of two training steps, the first one being a warm-up, above what is there already."""
     device = torch.device("cuda", torch.cuda.current_device())
+    gc.collect()  # what ran before may still hold graphs
+    torch._C._cuda_clearCublasWorkspaces()  # made again, and counted, for each
+    before = torch.cuda.memory_allocated(device)
     net = recipe_network(recipe, num_classes).to(device)
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
     size = recipe.data.image_size
@@ -156,7 +160,7 @@ def _allocated(recipe: Recipe, num_classes: int, images: int) -> int:
         net(batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    peak = torch.cuda.max_memory_allocated(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
     del net, optimizer, pixels, batch
     torch.cuda.empty_cache()
     return peak

@@ -1,7 +1,7 @@
 """The definition, taken literally: run the segments of every window again and let autograd do the rest.
 
-The reference for tests and for the benchmark: up to 3.8 times the cost of the routed step, the same where no windows
-overlap.
+The reference for tests and for the benchmark, where it takes up to 2.25 times as long as the routed step (ResNet-32,
+windows of 3, one CPU thread), and the same where no windows overlap.
 """
 
 from __future__ import annotations
