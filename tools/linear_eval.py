@@ -9,21 +9,20 @@ Beside the accuracy stands that of a random encoder: a checkpoint that was not l
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from framework import distributed
-from framework.analysis.command import leave, only_run, parse, run_parser
+from framework.analysis.command import leave, only_run, parse, run_parser, told_apart
 from framework.analysis.encoding import cached_rows
 from framework.analysis.linear_eval import (
-    PROTOCOLS,
     Batches,
     Protocol,
     State,
@@ -32,6 +31,13 @@ from framework.analysis.linear_eval import (
     evaluate_rows,
     fit,
     settings,
+)
+from framework.analysis.linear_eval_conditions import (
+    add_arguments,
+    conditions,
+    of_checkpoint,
+    protocol_of,
+    result_name,
 )
 from framework.analysis.runs import Run
 from framework.command import status
@@ -44,13 +50,10 @@ OnEpoch = Callable[[int, float], None]
 def main() -> None:
     """Evaluate, print, leave ``linear_eval_PRESET.json``, or ``..._cached.json``."""
     parser = run_parser(__doc__)
-    parser.add_argument("--preset", choices=PROTOCOLS, default="loco", help="protocol; default: loco")
-    parser.add_argument("--cached", action="store_true", help="fast mode on features computed once")
-    parser.add_argument("--epochs", type=int, help="instead of the protocol's")
-    parser.add_argument("--batch-size", type=int, help="over all ranks, instead of the protocol's")
-    parser.add_argument("--lr", type=float, help="for a batch of 256, instead of the protocol's")
+    add_arguments(parser)
+    _, overrides = told_apart(parser.parse_intermixed_args().runs)
     arguments = parse(parser)
-    run, protocol = only_run(arguments.runs), _protocol(arguments)
+    run, protocol = only_run(arguments.runs), protocol_of(arguments)
     distributed.start()
     check_batch(protocol)
     run.checkpoint  # noqa: B018  a missing one is an error before the long work
@@ -59,16 +62,9 @@ def main() -> None:
     scores = measure(run, protocol, arguments.preset)
     random = _cached(run, protocol, "random encoder", trained=False)
     if distributed.is_main():
-        _report(arguments, run, protocol, scores, random, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        _report(arguments.out, run, conditions(arguments, overrides), scores, random, seconds)
     distributed.stop()
-
-
-def _protocol(arguments: argparse.Namespace) -> Protocol:
-    given = {"epochs": arguments.epochs, "batch_size": arguments.batch_size, "lr": arguments.lr}
-    for name, value in given.items():
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    return replace(PROTOCOLS[arguments.preset], **{k: v for k, v in given.items() if v is not None})
 
 
 def _cached(run: Run, protocol: Protocol, name: str, trained: bool = True) -> dict[str, float]:
@@ -94,7 +90,7 @@ def _augmented(run: Run, protocol: Protocol, preset: str) -> dict[str, float]:
         run.folder / "linear_eval" / f"{preset}.safetensors",
         settings(
             protocol,
-            checkpoint=run.checkpoint.name,
+            **of_checkpoint(run.checkpoint),
             ranks=distributed.world_size(),
             data=asdict(run.recipe.data),
         ),
@@ -141,9 +137,9 @@ def _bar(epochs: int, name: str) -> Iterator[OnEpoch]:
 
 
 def _report(
-    arguments: argparse.Namespace,
+    out: Path,
     run: Run,
-    protocol: Protocol,
+    how: dict[str, Any],
     scores: dict[str, float],
     random: dict[str, float],
     seconds: float,
@@ -158,16 +154,14 @@ def _report(
         )
     numbers = {
         "run": run.label,
-        "checkpoint": run.checkpoint.name,
-        "preset": arguments.preset,
-        "cached": arguments.cached,
+        **of_checkpoint(run.checkpoint),
         **scores,
         **{f"{name}_random_encoder": value for name, value in random.items()},
         "seconds": round(seconds, 1),
         "ranks": distributed.world_size(),
-        **settings(protocol),
+        **how,
     }
-    leave(arguments.out, f"linear_eval_{arguments.preset}{'_cached' if arguments.cached else ''}", numbers)
+    leave(out, result_name(how), numbers)
 
 
 if __name__ == "__main__":

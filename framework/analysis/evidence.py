@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -15,8 +16,9 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from framework import config
+from framework import checkpoint, config
 from framework.analysis.curves import read_losses, read_scores
+from framework.analysis.linear_eval_conditions import PLACES, conditions_asked, of_checkpoint, result_name
 from framework.analysis.runs import flat
 from framework.errors import UserError
 from framework.metrics import ROOT, read_log
@@ -24,7 +26,7 @@ from framework.recipe import Recipe
 from framework.schema import Fault, NonNegativeInt, build
 
 POINTS = 50  # of a curve in a log
-PLACES = {"run_dir", "data.path", "data.cache_dir", "data.workers"}  # may change between pieces; not logged
+PATHS = {"data.path", "data.cache_dir"}  # not logged if the command line gives them
 
 
 @dataclass
@@ -77,6 +79,10 @@ class EvidenceTable:
             raise ValueError("linear_eval goes with score=linear_top1, and only with it")
         if self.linear_eval and "--preset" not in self.linear_eval[:-1]:
             raise ValueError("linear_eval: must name a --preset, which its result is called after")
+        try:
+            conditions_asked(self.linear_eval)
+        except UserError as error:
+            raise ValueError(f"linear_eval: {error}") from error
 
     @classmethod
     def read(cls, path: Path) -> EvidenceTable:
@@ -91,6 +97,18 @@ class EvidenceTable:
             return build(cls, OmegaConf.to_container(OmegaConf.load(path)))
         except Fault as fault:
             raise UserError(f"{path}: {fault.key or 'the file'}: {fault.problem or 'unknown key'}") from fault
+
+    def named(self, text: str) -> list[Row]:
+        """The rows of a list such as ``BP,dgl-k-16``; behind the comma of a list is no space.
+
+        Raises:
+            UserError: there is no such row.
+        """
+        rows, names = {row.slug: row for row in self.rows}, re.split(r",(?! )", text)
+        for name in names:
+            if Row(name, "").slug not in rows:
+                raise UserError(f"--rows: no row {name!r}; the table has {', '.join(rows)}")
+        return [rows[Row(name, "").slug] for name in names]
 
     def runs(self, path: Path, folder: Path, overrides: list[str]) -> list[RowRun]:
         """Every run, seed after seed.
@@ -132,24 +150,41 @@ class RowRun:
         self, table: EvidenceTable, row: Row, seed: int, recipe: Path, overrides: list[str], folder: Path
     ) -> None:
         self.row, self.seed, self.folder = row, seed, folder
-        self._recipe = recipe.resolve()
-        self._settings = [*table.overrides, *row.overrides, *overrides, f"seed={seed}"]
-        arguments = [str(self._recipe), *self._settings, f"run_dir={folder}"]
-        self._check(config.load(arguments))
-        self.commands = [[str(ROOT / "framework" / "train.py"), *arguments]]
+        self._table, self._recipe, self._overrides = table, recipe.resolve(), overrides
+        self.commands = self._commands(folder, overrides)
+        self._check(config.load(self.commands[0][1:]))
         self.files = [folder / "result.json"]
         if table.linear_eval:
-            evaluation = [str(ROOT / "tools" / "linear_eval.py"), str(folder), *table.linear_eval]
+            self._evaluation = conditions_asked(table.linear_eval)
+            self.files.append(folder / "evidence" / f"{result_name(self._evaluation)}.json")
+
+    def _commands(self, folder: Path, overrides: list[str]) -> list[list[str]]:
+        settings = [*self._table.overrides, *self.row.overrides, *overrides, f"seed={self.seed}"]
+        training = [str(self._recipe), *settings, f"run_dir={folder}"]
+        commands = [[str(ROOT / "framework" / "train.py"), *training]]
+        if self._table.linear_eval:
+            evaluation = [str(folder), *self._table.linear_eval, "--out", str(folder / "evidence")]
             places = [text for text in overrides if text.split("=")[0] in PLACES]
-            self.commands.append([*evaluation, "--out", str(folder / "evidence"), *places])
-            preset = table.linear_eval[table.linear_eval.index("--preset") + 1]
-            cached = "_cached" * ("--cached" in table.linear_eval)
-            self.files.append(folder / "evidence" / f"linear_eval_{preset}{cached}.json")
+            commands.append([str(ROOT / "tools" / "linear_eval.py"), *evaluation, *places])
+        return commands
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """What each command left, as far as they have come."""
-        return [json.loads(path.read_text()) for path in takewhile(Path.exists, self.files)]
+        """What each command left, as far as they have come; a linear evaluation of something else counts for none."""
+        results = [json.loads(path.read_text()) for path in takewhile(Path.exists, self.files)]
+        if len(results) > 1:
+            wanted = {**self._evaluation, **self._checkpoint}
+            if any(results[1].get(key, value) != value for key, value in wanted.items()):
+                return results[:1]
+        return results
+
+    @cached_property
+    def _checkpoint(self) -> dict[str, str]:
+        """What a linear evaluation says of the newest checkpoint; nothing where that is gone or damaged."""
+        with suppress(UserError):
+            if folder := checkpoint.newest(self.folder):
+                return of_checkpoint(folder)
+        return {}
 
     @property
     def ended(self) -> bool:
@@ -211,7 +246,7 @@ class RowRun:
     def log(self) -> str:
         """What is kept of the run, in lines of JSON: settings and results, accuracies, losses."""
         first = {
-            "commands": [shlex.join(["python", *self._shown(command)]) for command in self.commands],
+            "commands": self._shown(),
             "results": self.results,
             "settings": _settings((self.folder / "recipe.yaml").read_text()),
         }
@@ -219,11 +254,18 @@ class RowRun:
         losses = [{"epoch": epoch, "losses": means} for epoch, means in self.losses()]
         return "".join(json.dumps(line) + "\n" for line in [first, *scores, *losses])
 
-    def _shown(self, command: list[str]) -> list[str]:
-        """A command without this machine's paths, its run folder below ``runs``."""
-        kept = [text for text in command if text.split("=")[0] not in PLACES - {"run_dir"}]
-        runs = str(self.folder.parents[1])
-        return [text.replace(f"{ROOT}/", "").replace(runs, "runs") for text in kept]
+    def _shown(self) -> list[str]:
+        """The commands without this machine's paths, with the number of threads, on which results depend."""
+        folder = Path("runs", *self.folder.parts[-2:])
+        commands = self._commands(
+            folder, [text for text in self._overrides if text.split("=")[0] not in PATHS]
+        )
+        threads = self.said("threads")
+        before = [f"OMP_NUM_THREADS={threads}"] if threads.isdigit() else []  # not where pieces had several
+        return [
+            shlex.join([*before, "python", *(text.removeprefix(f"{ROOT}/") for text in command)])
+            for command in commands
+        ]
 
     def _check(self, wanted: Recipe) -> None:
         """Raises:
