@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from framework.batch import Batch
+from framework.errors import UserError
 from framework.local.blocks import own_copy
 from framework.local.objectives import BarlowTwins, CrossEntropy, InfoNCE, SupCon, VICReg
 from framework.local.trunks import TRUNKS, Trunk, mlp, residual_block
@@ -93,7 +94,13 @@ class Classifier:
     task: Literal["cross_entropy", "contrast"] = "cross_entropy"
 
     def build(self, shape: Shape, num_classes: int) -> Head:
-        """A head for segment outputs of ``shape``."""
+        """A head for segment outputs of ``shape``.
+
+        Raises:
+            UserError: there is no such kind (a recipe's is checked before).
+        """
+        if self.kind not in TRUNKS:
+            raise UserError(f"kind={self.kind}: must be one of {', '.join(TRUNKS)}")
         if self.task == "contrast":
             return Head(TRUNKS[self.kind](shape, EMBEDDING), SupCon())
         return Head(TRUNKS[self.kind](shape, num_classes), CrossEntropy())

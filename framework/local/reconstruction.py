@@ -123,6 +123,8 @@ class Reconstruction:
         return self.first or first, self.last or last
 
     def _listed(self, task: Task) -> tuple[Pair, Pair]:
+        if self.lambdas not in LAMBDAS:  # a recipe's is checked before
+            raise UserError(f"lambdas={self.lambdas}: must be one of {', '.join((*LAMBDAS, 'mlaan'))}")
         blocks = blocks_of(task.segments)
         counts = tuple(sum(b.stage == s for b in blocks) for s in sorted({b.stage for b in blocks}))
         rows = LAMBDAS[self.lambdas].get(counts, {})
