@@ -183,7 +183,12 @@ def draw(path: Path, table: EvidenceTable, lines: list[dict[str, Any]]) -> None:
     loss, *error = figure.subplots(1, 1 + measured, squeeze=False)[0]
     rows = list(dict.fromkeys([*(row.name for row in table.rows), *(line["row"] for line in lines)]))
     for line, log in zip(lines, logs, strict=True):
-        style: dict[str, Any] = {"color": f"C{rows.index(line['row'])}", "alpha": 0.4}
+        number = rows.index(line["row"])  # Matplotlib has ten colours
+        style: dict[str, Any] = {
+            "color": f"C{number}",
+            "linestyle": "--" if number > 9 else "-",
+            "alpha": 0.4,
+        }
         if str(line["seed"]) == str(table.seeds[0]):
             style |= {"alpha": 1.0, "label": line["row"]}
         means = [(entry["epoch"], list(entry["losses"].values())[-1]) for entry in log if "losses" in entry]
