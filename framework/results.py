@@ -38,9 +38,8 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str,
         What ``result.json`` holds.
     """
     run_dir = Path(recipe.run_dir)
-    checkpoint.export_backbone(
-        engine, run_dir / "backbone.safetensors"
-    )  # first: scoring may fail over an image
+    # Before the scores, which may fail over an image.
+    checkpoint.export_backbone(engine, run_dir / "backbone.safetensors")
     scores = score(recipe, engine.whole_net(), splits)
     result = {
         "name": recipe.name,
@@ -62,7 +61,7 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str,
     return result
 
 
-def check(recipe: Recipe, splits: Splits) -> None:
+def check(recipe: Recipe, net: LocalNetwork, splits: Splits) -> None:
     """Refuse what scoring would only refuse after the training.
 
     Raises:
@@ -70,15 +69,16 @@ def check(recipe: Recipe, splits: Splits) -> None:
     """
     if splits.test is None:
         return
-    evaluation, known = recipe.evaluate, len(splits.train)
-    if evaluation.every_epochs is not None:
-        known = min(known, evaluation.images or known)
-    if evaluation.knn and splits.labelled and known < evaluation.neighbours:
+    evaluation, known, asked = recipe.evaluate, len(splits.train), len(splits.test)
+    if evaluation.every_epochs is not None and evaluation.images is not None:
+        known, asked = min(known, evaluation.images), min(asked, evaluation.images)
+    probed = evaluation.knn and splits.labelled
+    if probed and known < evaluation.neighbours:
         raise UserError(
             f"evaluate.neighbours={evaluation.neighbours}: must be at most {known}, the training images to score with"
         )
-    asked = min(len(splits.test), evaluation.images or len(splits.test))
-    if asked < distributed.world_size():
+    classified = net.classifies and splits.test.labelled
+    if (probed or classified) and asked < distributed.world_size():
         raise UserError(
             f"{splits.test.folder}: {asked} images to score on are fewer than the {distributed.world_size()} ranks"
         )

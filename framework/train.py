@@ -87,7 +87,7 @@ def train(recipe: Recipe) -> Request:
             raise UserError(
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
             )
-        check(recipe, splits)
+        check(recipe, net, splits)
     with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
         placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
         engine = build_engine(recipe, net, placement)
