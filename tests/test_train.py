@@ -123,6 +123,9 @@ def test_images_without_labels_are_trained_on_and_not_scored(tmp_path: Path, poo
     assert pool(1).run(run, arguments(tmp_path, *data, *short)) == [""]
     assert not [key for key in json.loads((tmp_path / "run" / "result.json").read_text()) if "top1" in key]
     assert (tmp_path / "run" / "backbone.safetensors").exists()
+    write_shards([("0", labelled.read(0), "png", None)], tmp_path / "data" / "one", None)  # fewer than ranks
+    argv = arguments(tmp_path / "two", *data, *short, "data.test=one")
+    assert pool(2).run(run, argv) == ["", ""]
 
 
 def test_a_run_goes_on_with_as_many_images_as_before_only(tmp_path: Path, pool: PoolOf) -> None:
