@@ -1,101 +1,202 @@
-"""DeepSpeed's pipeline engine under a schedule of our own."""
+"""Pipeline stages on DeepSpeed, as one engine of the training loop."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.schedule import PipeSchedule
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from torch import Tensor
 
-from framework.execution import schedule as do
-from framework.execution.schedule import Instruction
-from framework.execution.simulation import Event
+from framework.batch import Batch
+from framework.distributed import device, gather_tensors, is_main, rank, world_size
+from framework.engines import partition, state
+from framework.engines.deepspeed import checked_config, join_ranks
+from framework.engines.deepspeed_config import merged_config
+from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, marked, set_learning_rate
+from framework.errors import UserError
+from framework.execution import LocalNetwork
+from framework.execution.placement import Placement
+from framework.execution.schedule import Layout, drain_instructions, step_instructions
+from framework.execution.simulation import AHEAD, Event
+from framework.network.norm import synchronise_among
+from framework.pipeline.engine import BoundaryEngine
+from framework.pipeline.following import Following
+from framework.pipeline.stage import Stage, owners
 from framework.pipeline.worker import Worker
+from framework.recipe import Pipeline
 
 
-class Program(PipeSchedule):
-    """Instructions in the form that DeepSpeed's engine runs, one a step.
+class PipelinedEngine:
+    """See ``Engine``. Every rank trains a stage; ``net`` is whole, and stale where other stages train it.
 
     Args:
-        instructions: what to do.
-        events: gets what was done when, in seconds of ``time.perf_counter``.
-    """
-
-    def __init__(self, instructions: Iterable[Instruction], events: list[Event] | None = None) -> None:
-        super().__init__(micro_batches=1, stages=1, stage_id=0)
-        self._instructions, self._events = instructions, events
-
-    def steps(self) -> Iterator[list[Instruction]]:
-        """Called back for the next one when the one before is done."""
-        for instruction in self._instructions:
-            start = time.perf_counter()
-            yield [instruction]
-            if self._events is not None:
-                self._events.append(Event(start, start, time.perf_counter(), instruction))
-
-    def num_pipe_buffers(self) -> int:
-        """None: the worker keeps its own micro-batches."""
-        return 0
-
-
-def _by_worker(name: str) -> Callable[..., None]:
-    def execute(engine: BoundaryEngine, **fields: int) -> None:
-        getattr(engine.worker, name)(**fields)
-
-    return execute
-
-
-class BoundaryEngine(PipelineEngine):
-    """Reduces gradients and steps the optimizer as DeepSpeed does; whatever comes before is the worker's.
+        net: the network, the same on all ranks.
+        make_optimizer: called with this rank's stage.
+        placement: segments of the stages.
+        batch_size: images per step over all replicas and micro-batches.
+        micro_batches: per step.
+        clip: largest norm of the whole gradient; not 0 makes every step wait for all stages.
+        zero_stage: 0 or 1.
+        section: further keys of DeepSpeed's configuration.
+        options: how stages work together.
 
     Attributes:
-        worker: carries out the other instructions.
-        skipped: whether the last step left the weights as they were (float16).
+        lag: steps after which the losses of a step are there without waiting.
+        loads: whether this rank needs data.
+        events: what this rank did when; set to a list to record.
+
+    Raises:
+        UserError: the ``deepspeed:`` section contradicts the recipe, or DeepSpeed refuses it.
     """
 
-    worker: Worker
-    skipped = False
+    def __init__(
+        self,
+        net: LocalNetwork,
+        make_optimizer: OptimizerFactory,
+        placement: Placement,
+        *,
+        batch_size: int,
+        micro_batches: int,
+        clip: float,
+        zero_stage: int,
+        section: Mapping[str, Any],
+        options: Pipeline,
+    ) -> None:
+        self.net, self.placement = net, placement
+        self._following = Following(net, placement)
+        reads = self._following.reads
+        contrast = options.contrast == "batch"
+        self.layout = Layout(net.moments, placement, micro_batches, reads, contrast, options.lam_lag)
+        join_ranks()
+        self._stage = Stage(net, placement, world_size() // placement.stages)
+        grid = self._stage.mpu()
+        synchronise_among(net.modules(), grid.get_data_parallel_group())
+        config = merged_config(
+            section,
+            batch_size=batch_size,
+            accumulation=micro_batches,
+            clip=clip,
+            zero_stage=zero_stage,
+            parameters=sum(p.numel() for p in self._stage.parameters()),
+            replicas=grid.get_data_parallel_world_size(),
+        )
+        self.optimizer = make_optimizer(self._stage)
+        self._engine = BoundaryEngine(
+            args=None,
+            model=self._stage,
+            optimizer=self.optimizer,
+            mpu=grid,
+            config=config,
+            config_class=checked_config(config, grid),
+        )
+        self._worker = self._engine.worker = Worker(net, self.layout, self._following, grid, options.timeout)
+        wrapped = self._engine.optimizer
+        self._zero = wrapped if isinstance(wrapped, DeepSpeedZeroOptimizer) else None
+        self._groups = partition.partitioned_groups(self._zero, net) if self._zero else []
+        for group, partitioned in zip(self.optimizer.param_groups, self._groups, strict=False):
+            group["shard"] = partitioned.shard()
+        self._owners = owners(net, placement)
+        self._parked = False
+        self._reports = dist.new_group()
+        self._steps = 0
+        self.lag = 1 + -(-(placement.stages - 1) * (1 + AHEAD) // micro_batches)
+        self.loads = self._worker.stage == 0
+        self.events: list[Event] | None = None
+        self._park()
 
-    def run(self, instructions: Iterable[Instruction], events: list[Event] | None = None) -> None:
-        """Carry out instructions."""
-        self._exec_schedule(Program(instructions, events))
+    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+        self._park()
+        set_learning_rate(self.optimizer, lr)
+        self._worker.begin_step(list(marked(micro_batches)))
+        self._engine.run(step_instructions(self.layout, self._worker.stage, self._steps), self.events)
+        self._steps += 1
+        skipped = self._engine.skipped
+        if not skipped and not self._engine.was_step_applied():
+            raise UserError("the norm of the gradient is not finite: lower optim.lr, or check the data")
+        losses = self._worker.unit_losses / (self.layout.micro_batches * self._engine.dp_world_size)
+        return StepResult(losses, skipped, dist.all_reduce(losses, group=self._reports, async_op=True))
 
-    def _exec_reduce(self) -> None:
-        parameters = list(self.module.parameters())
-        self.worker.finish_gradients(parameters)
-        if self.zero_optimization():
-            self._exec_reduce_grads()
-        elif self.dp_world_size > 1:  # the parent would do it in float32, whatever the gradients are
-            self._average([p.grad for p in parameters if p.grad is not None])
+    def whole_net(self) -> LocalNetwork:
+        self._drain()
+        self.net.to(device())
+        self._parked = False
+        with torch.no_grad():
+            for name, tensor in self.net.state_dict(keep_vars=True).items():
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, src=self._lead(self._owners[name]))
+                tensor.copy_(whole)
+        return self.net
 
-    def _average(self, gradients: list[Tensor]) -> None:
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat, group=self.mpu.get_data_parallel_group())
-        flat /= self.dp_world_size
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+    def model_state(self) -> dict[str, Tensor]:
+        self._drain()
+        mine = {}
+        if self._leads:
+            entries = self.net.state_dict()
+            mine = {
+                name: entries[name] for name, stage in self._owners.items() if stage == self._worker.stage
+            }
+        gathered = gather_tensors(mine)
+        return {name: gathered[name] for name in self._owners} if is_main() else {}
 
-    def _exec_step(self) -> None:
-        self.skipped = self.basic_optimizer.skip = self.worker.finish_step()
-        self._exec_optimizer_step()
+    def load_model_state(self, full: dict[str, Tensor]) -> None:
+        self._drain()
+        state.write_model(self.net, full)
+        if self._zero:
+            self._zero.refresh_fp32_params()
 
-    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
-        do.LoadMicroBatch: _by_worker("load"),
-        do.ReceiveActivation: _by_worker("receive_activation"),
-        do.SendActivation: _by_worker("send_activation"),
-        do.Forward: _by_worker("forward"),
-        do.Heads: _by_worker("heads"),
-        do.Contrast: _by_worker("contrast"),
-        do.ReceiveCotangents: _by_worker("receive_cotangents"),
-        do.Walk: _by_worker("walk"),
-        do.SendCotangents: _by_worker("send_cotangents"),
-        do.SendWeights: _by_worker("send_weights"),
-        do.ReceiveWeights: _by_worker("receive_weights"),
-        do.ReduceGradients: _exec_reduce,
-        do.OptimizerStep: _exec_step,
-    }
+    def optimizer_state(self) -> OptimizerState:
+        self._drain()
+        if self._zero:
+            own = partition.read_optimizer(self._zero, self._groups)
+        else:
+            own = state.own_optimizer(self.optimizer, self.net) if self._leads else {}
+        flat = {f"{name}/{key}": value for name, values in own.items() for key, value in values.items()}
+        full: OptimizerState = {}
+        for key, value in gather_tensors(flat).items():
+            name, _, kind = key.rpartition("/")
+            full.setdefault(name, {})[kind] = value
+        return full
+
+    def load_optimizer_state(self, full: OptimizerState) -> None:
+        own = {name: values for name, values in full.items() if self._owners[name] == self._worker.stage}
+        if self._zero:
+            partition.write_optimizer(self._zero, self._groups, own)
+        else:
+            state.write_optimizer(self.optimizer, self.net, own)
+
+    def close(self) -> None:
+        self._drain()
+        self._engine.destroy()
+        groups.mpu = None  # DeepSpeed keeps the grid in a global, where the next engine would find it
+        for group in (*self._worker.groups, *self._stage.process_groups(), self._reports):
+            dist.destroy_process_group(group)  # each has threads
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this rank speaks for its stage."""
+        return rank() == self._lead(self._worker.stage)
+
+    def _lead(self, stage: int) -> int:
+        return stage * self._engine.dp_world_size
+
+    def _drain(self) -> None:
+        """Take in what is under way between stages, so that nothing depends on a step before this moment."""
+        self._engine.run(drain_instructions(self.layout, self._worker.stage, self._steps))
+        self._worker.flush()
+        self._steps = 0
+
+    def _park(self) -> None:
+        """Move what other stages train to host memory, but for weights that heads here follow."""
+        if device().type == "cpu" or self._parked:
+            return
+        self._parked = True
+        entries = self.net.state_dict(keep_vars=True)
+        stages = range(self.placement.stages)
+        followed = {id(p) for owner in stages for p in self._following.weights(self._worker.stage, owner)}
+        for name, stage in self._owners.items():
+            if stage != self._worker.stage and id(entries[name]) not in followed:
+                entries[name].data = entries[name].data.cpu()
