@@ -12,11 +12,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from framework import network as networks
+from framework.config.recipe import Recipe
 from framework.execution import LocalNetwork
 from framework.local import Task, methods
 from framework.network import Cut, Segment, Shape
 from framework.network.norm import synchronise
-from framework.recipe import Recipe
 
 
 def local_network(

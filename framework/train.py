@@ -14,30 +14,32 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from framework import config, control, distributed, engines
-from framework.command import status
-from framework.control import Request
+from framework import engines
+from framework.config import loading
+from framework.config.recipe import Recipe
 from framework.data.splits import Splits
 from framework.engines import Engine
-from framework.errors import UserError
 from framework.execution import LocalNetwork
-from framework.execution.placement import Placement
-from framework.hangs import Watchdog
-from framework.loop import Loop
-from framework.lost import lost_ranks_named
 from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
-from framework.pipeline.balance import place
-from framework.recipe import Recipe
-from framework.results import check, leave_results, score_now
-from framework.resume import restore
+from framework.pipeline.scheduling.balance import place
+from framework.pipeline.scheduling.placement import Placement
+from framework.runtime import distributed, requests
+from framework.runtime.command import status
+from framework.runtime.dead_ranks import lost_ranks_named
+from framework.runtime.errors import UserError
+from framework.runtime.requests import Request
+from framework.runtime.watchdog import Watchdog
+from framework.training.loop import Loop
+from framework.training.results import check, leave_results, score_now
+from framework.training.resume import restore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe; returns the exit status: 0, or ``MEND_FIRST`` or ``GO_ON_LATER`` of ``control``."""
 
     def read() -> Iterable[Recipe]:
-        recipe = config.load(sys.argv[1:] if argv is None else argv)
+        recipe = loading.load(sys.argv[1:] if argv is None else argv)
         distributed.start()
         return parts(recipe)
 
@@ -53,8 +55,8 @@ def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
     Raises:
         UserError: whatever the person who started it can mend.
     """
-    for number in control.SIGNALS:
-        signal.signal(number, control.leave_at_once)
+    for number in requests.SIGNALS:
+        signal.signal(number, requests.leave_at_once)
     recipes, request = read(), Request.NOTHING
     with lost_ranks_named():
         for recipe in recipes:
@@ -62,7 +64,7 @@ def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
             if request >= Request.STOP:
                 break
     distributed.stop()
-    return control.GO_ON_LATER if request is Request.LEAVE else 0
+    return requests.GO_ON_LATER if request is Request.LEAVE else 0
 
 
 def train(recipe: Recipe) -> Request:

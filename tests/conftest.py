@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pool import Pool, start_server
+
+from tests.support.pool import Pool, start_server
 
 # As many as a rank of the pool has: float32 sums of two threads differ, and steps of training blow that up.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -44,7 +45,7 @@ def pool() -> Iterator[Callable[[int], Pool]]:
 @pytest.fixture(scope="session")
 def both_runs(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A LoCo run and a GIM run of the same small network on digits, four steps each; not to be changed."""
-    from trained import make_both  # needs the whole package, which most tests do not
+    from tests.support.trained import make_both  # needs the whole package, which most tests do not
 
     loco, gim = pool(1).run(make_both, tmp_path_factory.mktemp("runs"))[0]
     return Path(loco), Path(gim)

@@ -18,9 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from framework.command import status
-from framework.errors import UserError
-from framework.metrics import write_result
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
+from framework.tracking.metrics import write_result
 
 COLUMNS = [(task, key) for task in ("bbox", "segm") for key in ("AP", "AP50", "AP75")]
 LABELS = {"bbox": "box", "segm": "mask"}

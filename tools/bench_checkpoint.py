@@ -19,12 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from framework import config, distributed
+from framework.config import loading
 from framework.data.splits import Splits
-from framework.launch import LAUNCH_VARIABLES
-from framework.loop import Loop, Position
 from framework.model import recipe_network
+from framework.runtime import distributed
+from framework.runtime.launch import LAUNCH_VARIABLES
 from framework.train import build_engine
+from framework.training.loop import Loop, Position
 
 EPOCH = 1_281_167 // 4096  # steps between two saves by default: an epoch of ImageNet in LoCo's batches
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,7 @@ def main() -> None:
 def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
     """Median seconds of a step, and of what a save costs; a checkpoint is left."""
     distributed.start()
-    recipe = config.load(argv)
+    recipe = loading.load(argv)
     splits = Splits.open(recipe)
     net = recipe_network(recipe, splits.num_classes)
     loader = splits.train_loader(net.plan.views)

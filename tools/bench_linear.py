@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from framework.analysis.linear_eval import PROTOCOLS, Rows, evaluate_rows
+from framework.evaluation.linear_eval import PROTOCOLS, Rows, evaluate_rows
 
 
 def main() -> None:

@@ -34,18 +34,18 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from framework.command import status
-from framework.data.contents import Contents
-from framework.data.contents import Table as Samples
-from framework.data.crops import random_box, resized
-from framework.data.decode import decode
-from framework.data.index import ShardSet
-from framework.data.loader import TrainLoader
-from framework.data.order import TrainJobs
-from framework.data.shards import write_shards
-from framework.data.views import Views
-from framework.data.worker import Decoder
-from framework.metrics import environment
+from framework.data.augment.crops import random_box, resized
+from framework.data.augment.views import Views
+from framework.data.loading.decode import decode
+from framework.data.loading.loader import TrainLoader
+from framework.data.loading.sample_order import TrainJobs
+from framework.data.loading.worker import Decoder
+from framework.data.packing.writer import write_shards
+from framework.data.shards.index import ShardSet
+from framework.data.shards.shard_contents import Contents
+from framework.data.shards.shard_contents import Table as Samples
+from framework.runtime.command import status
+from framework.tracking.metrics import environment
 
 train_loader = partial(TrainLoader, accumulation=1, rank=0, world_size=1, seed=0, workers=0, device="cpu")
 

@@ -28,8 +28,8 @@ from rich.progress import Progress
 from rich.table import Table
 from simulated_pipeline import Row, Stages, numbers, simulated
 
-from framework.execution.schedule import Instruction, Layout
-from framework.execution.simulation import AHEAD, Duration, Event, simulate
+from framework.pipeline.scheduling.schedule import Instruction, Layout
+from framework.pipeline.scheduling.simulation import AHEAD, Duration, Event, simulate
 from framework.pipeline.timeline import draw_timelines, idle_fraction, window, write_trace
 
 
@@ -219,8 +219,8 @@ def _answer(rank: Any) -> dict[str, Any]:
 def _serve(pipe: Any, rank: int, stages: int, port: int, arguments: argparse.Namespace) -> None:
     import torch
 
-    from framework import distributed
-    from framework.launch import LAUNCH_VARIABLES
+    from framework.runtime import distributed
+    from framework.runtime.launch import LAUNCH_VARIABLES
 
     values = (rank, stages, rank, "127.0.0.1", port)
     os.environ.update(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
@@ -238,9 +238,9 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
 
     from stock_pipeline import OneForwardOneBackward, batches_of, network, placement
 
-    from framework.engines.pipeline import PipelinedEngine
+    from framework.config.recipe import Pipeline
     from framework.optim import build_optimizer
-    from framework.recipe import Pipeline
+    from framework.pipeline.engine import PipelinedEngine
 
     optimizer = partial(build_optimizer, name="sgd")
     net = network(method, arguments)

@@ -43,13 +43,13 @@ from rich.console import Console
 from rich.table import Table
 
 from framework.analysis.gpu import allocator_peak, busy_seconds
-from framework.batch import Batch
-from framework.command import status
-from framework.files import write_whole
+from framework.data.batch import Batch
 from framework.local.trunks import TRUNKS
-from framework.metrics import commit, environment
 from framework.network import create
 from framework.network.cifar import CifarResNet
+from framework.runtime.command import status
+from framework.runtime.files import write_whole
+from framework.tracking.metrics import commit, environment
 
 
 def conditions(method: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from framework.batch import Batch
-from framework.errors import UserError
-from framework.execution.activations import LiveActivations
+from framework.cost.activations import LiveActivations
+from framework.data.batch import Batch
 from framework.execution.graph import RecordedStep
+from framework.execution.local_network import LocalNetwork
 from framework.execution.naive import naive_gradients
-from framework.execution.routing import LocalNetwork
 from framework.local import LocalUnit
 from framework.local.heads import Classifier, Projection
 from framework.local.methods import auglocal, bp, dgl, gim, hpff, infopro, loco, man, mlaan, simclr
 from framework.local.trunks import TRUNKS
 from framework.model import local_network
 from framework.network import Cut, Segment
+from framework.runtime.errors import UserError
 
 CLASSES = 10
 CONTRASTIVE = ("simclr", "gim", "loco")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 
+from framework.analysis.arguments import leave, parse, run_parser
 from framework.analysis.cka import draw_cka, run_cka
-from framework.analysis.command import leave, parse, run_parser
-from framework.command import status
-from framework.errors import UserError
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from framework.command import status
-from framework.detection import conversion, files
+from framework.detection import conversion, weight_files
 from framework.detection.conversion import Match
 from framework.detection.layouts import NETWORKS, layout
-from framework.errors import UserError
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     names = layout(arguments.to, match.network)
     if names is None:
         raise UserError(f"--to {arguments.to}: {arguments.to} has no {match.network}; --to detectron2 has")
-    files.write(arguments.output, arguments.to, match.network, match.renamed(names))
+    weight_files.write(arguments.output, arguments.to, match.network, match.renamed(names))
     _report(source.where, match, arguments.output)
     if arguments.verify:
         _verify(match, arguments.output)
@@ -78,7 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pretrained", action="store_true", help="timm's weights instead (downloads them)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     parser.add_argument(
-        "--to", choices=list(files.SUFFIXES), default="detectron2", help="whose names and format"
+        "--to", choices=list(weight_files.SUFFIXES), default="detectron2", help="whose names and format"
     )
     parser.add_argument("--verify", action="store_true", help="compare features; needs Detectron2")
     arguments = parser.parse_args()

@@ -20,8 +20,8 @@ from rich.progress import track
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from framework.command import status
-from framework.errors import UserError
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
 
 
 def main() -> None:

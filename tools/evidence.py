@@ -33,10 +33,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as Printed
 
-from framework.analysis.evidence import EvidenceTable, RowRun
-from framework.control import GO_ON_LATER, MEND_FIRST, exit_status
-from framework.errors import UserError
-from framework.files import write_whole
+from framework.analysis.results_tables import EvidenceTable, RowRun
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
+from framework.runtime.requests import GO_ON_LATER, MEND_FIRST, exit_status
 
 GRACE = 45.0  # seconds that a run may take to finish its step and save
 SHORTEST = 20.0  # seconds below which no command is started

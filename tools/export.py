@@ -12,10 +12,10 @@ from __future__ import annotations
 import sys
 
 from framework.analysis import export
-from framework.analysis.command import only_run, parse, run_parser
-from framework.command import status
-from framework.errors import UserError
-from framework.files import write_whole
+from framework.analysis.arguments import only_run, parse, run_parser
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ import sys
 
 import numpy as np
 
-from framework.analysis.command import leave, parse, run_parser
+from framework.analysis.arguments import leave, parse, run_parser
 from framework.analysis.feature_maps import activation_maps, breadth, draw_maps
-from framework.command import status
+from framework.runtime.command import status
 
 SHOWN = 6
 

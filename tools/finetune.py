@@ -14,14 +14,16 @@ import argparse
 import sys
 from dataclasses import replace
 
-from framework import config, distributed, metrics
-from framework.analysis.command import only_run, told_apart
-from framework.analysis.runs import Run, open_runs
-from framework.command import status
+from framework.analysis.arguments import only_run, told_apart
+from framework.config import loading
+from framework.config.recipe import Method, Optim, Pipeline, Recipe
 from framework.data.splits import Splits
-from framework.errors import UserError
+from framework.evaluation.run_folder import Run, open_runs
 from framework.local.methods import bp
-from framework.recipe import Method, Optim, Pipeline, Recipe
+from framework.runtime import distributed
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
+from framework.tracking import metrics
 from framework.train import train_all
 
 BATCH = 4096
@@ -81,8 +83,8 @@ def _recipe(run: Run, labels: float, from_scratch: bool, overrides: list[str]) -
         recipe = replace(recipe, views=replace(recipe.views, kind="supervised"))
     with distributed.same_outcome():
         if distributed.is_main():
-            metrics.write_whole(folder / "recipe.yaml", config.to_yaml(recipe))
-    return config.load([str(folder / "recipe.yaml"), *overrides])
+            metrics.write_whole(folder / "recipe.yaml", loading.to_yaml(recipe))
+    return loading.load([str(folder / "recipe.yaml"), *overrides])
 
 
 def _arguments(run: Run, from_scratch: bool) -> dict[str, object]:

@@ -13,11 +13,12 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from framework import distributed, evaluate
-from framework.analysis.command import leave, parse, run_parser
-from framework.analysis.runs import Run
-from framework.command import status
+from framework.analysis.arguments import leave, parse, run_parser
+from framework.evaluation import features
+from framework.evaluation.run_folder import Run
 from framework.execution import LocalNetwork
+from framework.runtime import distributed
+from framework.runtime.command import status
 
 
 def main() -> None:
@@ -49,10 +50,10 @@ def knn(run: Run, neighbours: int | None, images: int | None) -> dict[str, float
     }
     for name, net in encoders.items():
         loaders = (some.eval_loader(shards) for shards in (some.train, some.held_out))
-        train, test = (evaluate.features(net, x) if net else evaluate.pixels(x) for x in loaders)
+        train, test = (features.features(net, x) if net else features.pixels(x) for x in loaders)
         with distributed.same_outcome():
             if distributed.is_main():
-                scores[name] = evaluate.knn_top1(*train, *test, k)
+                scores[name] = features.knn_top1(*train, *test, k)
     return scores
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from framework import distributed
-from framework.analysis.command import leave, only_run, parse, run_parser, told_apart
-from framework.analysis.encoding import cached_rows
-from framework.analysis.linear_eval import (
+from framework.analysis.arguments import leave, only_run, parse, run_parser, told_apart
+from framework.data.loading.loader import TrainLoader
+from framework.evaluation.encoding import cached_rows
+from framework.evaluation.linear_eval import (
     Batches,
     Protocol,
     State,
@@ -32,17 +32,17 @@ from framework.analysis.linear_eval import (
     fit,
     settings,
 )
-from framework.analysis.linear_eval_conditions import (
+from framework.evaluation.linear_eval_conditions import (
     add_arguments,
     conditions,
     of_checkpoint,
     protocol_of,
     result_name,
 )
-from framework.analysis.runs import Run
-from framework.command import status
-from framework.data.loader import TrainLoader
-from framework.errors import UserError
+from framework.evaluation.run_folder import Run
+from framework.runtime import distributed
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
 
 OnEpoch = Callable[[int, float], None]
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from rich.console import Console
 
-from framework.command import status
-from framework.errors import UserError
-from framework.files import write_whole
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
 
 
 def main() -> None:

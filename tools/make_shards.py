@@ -18,10 +18,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from framework.command import status
-from framework.data.packing import Packing, pack
-from framework.data.sources import open_sources
-from framework.errors import UserError
+from framework.data.packing.packer import Packing, pack
+from framework.data.packing.sources import open_sources
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from framework.command import status
-from framework.errors import UserError
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
 
 SIZE = (192, 128)  # width and height in pixels
 CELLS = (3, 2)  # at most one shape in each

@@ -21,9 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from framework import config
-from framework.analysis.command import leave
-from framework.analysis.memory import (
+from framework.analysis.arguments import leave
+from framework.analysis.memory_tables import (
     PUBLISHED,
     STAGES,
     Memory,
@@ -33,12 +32,13 @@ from framework.analysis.memory import (
     published_recipe,
     stage_shares,
 )
-from framework.command import status
-from framework.cost import likely_classes
-from framework.errors import UserError
-from framework.files import write_whole
-from framework.metrics import environment
-from framework.recipe import Recipe
+from framework.config import loading
+from framework.config.recipe import Recipe
+from framework.cost.counting import likely_classes
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
+from framework.tracking.metrics import environment
 
 GIB = 2**30
 COLUMNS = (
@@ -92,7 +92,7 @@ def _published(row: Published, images: int | None) -> dict[str, Any]:
 
 def _own(plan: Path, images: int | None) -> dict[str, Any]:
     path = plan / "recipe.yaml" if plan.is_dir() else plan
-    recipe: Recipe = config.load([str(path), *(["data.path=unused"] if path == plan else [])])
+    recipe: Recipe = loading.load([str(path), *(["data.path=unused"] if path == plan else [])])
     images = images or recipe.train.batch_size // recipe.micro_batches
     found = measure(recipe, likely_classes(recipe), images)
     return _row(f"{recipe.name}: {recipe.method.name}", images, found, None, None)

@@ -17,8 +17,8 @@ from torchvision import transforms as v1
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from framework.data.index import ShardSet
-from framework.data.views import Views
+from framework.data.augment.views import Views
+from framework.data.shards.index import ShardSet
 
 Pass = Callable[[], int]  # loads every image once, returns their number
 BICUBIC = v2.InterpolationMode.BICUBIC

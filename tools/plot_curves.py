@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 
-from framework.analysis.command import leave, parse, run_parser
+from framework.analysis.arguments import leave, parse, run_parser
 from framework.analysis.curves import compare_curves, read_losses, read_scores, score_curves
-from framework.command import status
+from framework.runtime.command import status
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ import sys
 
 from rich.progress import Progress
 
-from framework.analysis.command import leave, parse, run_parser
+from framework.analysis.arguments import leave, parse, run_parser
 from framework.analysis.probes import draw_layers, probe_layers
-from framework.analysis.runs import comparable
-from framework.command import status
+from framework.evaluation.run_folder import comparable
+from framework.runtime.command import status
 
 
 def main() -> None:

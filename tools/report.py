@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from framework.analysis.command import parse, run_parser
+from framework.analysis.arguments import parse, run_parser
 from framework.analysis.report import write_report
-from framework.command import status
-from framework.files import write_whole
+from framework.runtime.command import status
+from framework.runtime.files import write_whole
 
 
 def main() -> None:

@@ -18,14 +18,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from framework import config
-from framework.command import status
-from framework.cost import PlanCost, likely_classes, plan_cost
-from framework.errors import UserError
+from framework.config import loading
+from framework.config.recipe import Recipe
+from framework.cost.counting import PlanCost, likely_classes, plan_cost
+from framework.cost.plan_picture import draw_plan
 from framework.model import recipe_network
-from framework.pipeline.balance import StageForecast, stage_forecast
-from framework.plan_picture import draw_plan
-from framework.recipe import Recipe
+from framework.pipeline.scheduling.balance import StageForecast, stage_forecast
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write segments, units and the memory saving here")
     parser.add_argument("--png", type=Path, help="draw the plan here")
     arguments = parser.parse_intermixed_args()
-    recipe = config.load([arguments.recipe, "data.path=unused", *arguments.overrides])
+    recipe = loading.load([arguments.recipe, "data.path=unused", *arguments.overrides])
     classes = likely_classes(recipe)
     cost = plan_cost(recipe, classes, recipe.train.batch_size // recipe.micro_batches)
     stages = stage_forecast(recipe, recipe_network(recipe, classes), cost) if recipe.pipelined else []

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from framework.execution.order import moments
-from framework.execution.placement import Costs, balanced
-from framework.execution.schedule import Layout
-from framework.execution.simulation import Event, Simulation, costs_of, simulate
+from framework.execution.program import moments
 from framework.local import LocalUnit, Plan
 from framework.local.units import sliding_windows
+from framework.pipeline.scheduling.placement import Costs, balanced
+from framework.pipeline.scheduling.schedule import Layout
+from framework.pipeline.scheduling.simulation import Event, Simulation, costs_of, simulate
 
 Row = dict[str, Any]
 Stages = list[list[Event]]

@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from framework.command import status
-from framework.status import RunStatus, table
+from framework.runtime.command import status
+from framework.tracking.status import RunStatus, table
 
 
 def main() -> None:

@@ -17,12 +17,13 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor, nn
 
-from framework import distributed
-from framework.batch import Batch
+from framework.data.batch import Batch
 from framework.engines.deepspeed import checked_config, join_ranks
 from framework.execution import LocalNetwork
-from framework.execution.placement import Placement, balanced
-from framework.execution.schedule import (
+from framework.model import local_network
+from framework.pipeline.scheduling.balance import measured_costs
+from framework.pipeline.scheduling.placement import Placement, balanced
+from framework.pipeline.scheduling.schedule import (
     Forward,
     Instruction,
     LoadMicroBatch,
@@ -34,9 +35,8 @@ from framework.execution.schedule import (
     SendCotangents,
     Walk,
 )
-from framework.execution.simulation import Event
-from framework.model import local_network
-from framework.pipeline.balance import measured_costs
+from framework.pipeline.scheduling.simulation import Event
+from framework.runtime import distributed
 
 CLASSES = 10
 

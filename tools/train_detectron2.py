@@ -12,8 +12,8 @@ import sys
 
 from torch.multiprocessing import ProcessExitedException
 
-from framework.command import status
-from framework.errors import UserError
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
     try:
         from detectron2.engine import default_argument_parser, launch
 
-        from framework.detection import training
+        from framework.detection import trainer
     except ModuleNotFoundError as error:
         raise UserError(f"{error}: README, Detection, says how to install Detectron2") from error
     parser = default_argument_parser(epilog=__doc__)
@@ -29,10 +29,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.config_file:
         parser.error("--config is needed, such as recipes/detectron2/coco_1x_frozen.yaml")
-    training.prepare(arguments)
+    trainer.prepare(arguments)
     try:
         launch(
-            training.work,
+            trainer.work,
             arguments.num_gpus,
             arguments.num_machines,
             arguments.machine_rank,

@@ -10,10 +10,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from framework import metrics
-from framework.analysis.runs import Run, open_runs
-from framework.errors import UserError
-from framework.files import write_whole
+from framework.evaluation.run_folder import Run, open_runs
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
+from framework.tracking import metrics
 
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:

@@ -11,8 +11,8 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from framework.analysis.pictures import dress, run_colors, segment_ticks
-from framework.analysis.runs import Run, comparable, maps
-from framework.errors import UserError
+from framework.evaluation.run_folder import Run, comparable, maps
+from framework.runtime.errors import UserError
 
 FEWEST = 4  # images of a batch: the unbiased estimator divides by n - 3
 _COLUMNS = 2**16  # of float64 activations at a time

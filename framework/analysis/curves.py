@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
 from framework.analysis.pictures import dress, run_colors
-from framework.errors import UserError
-from framework.metrics import read_log
+from framework.runtime.errors import UserError
+from framework.tracking.metrics import read_log
 
 LEGEND_LIMIT = 12  # more units than that get a colour bar over depth instead of a legend
 

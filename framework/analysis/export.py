@@ -17,9 +17,9 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from framework import config
-from framework.analysis.runs import Run
-from framework.errors import UserError
+from framework.config import loading
+from framework.evaluation.run_folder import Run
+from framework.runtime.errors import UserError
 
 TOLERANCE = 1e-4  # largest difference of features, relative to the largest feature
 
@@ -120,7 +120,7 @@ def model_card(run: Run) -> str:
         run=run,
         recipe=run.recipe,
         scores=scores,
-        yaml=config.to_yaml(run.recipe),
+        yaml=loading.to_yaml(run.recipe),
         checkpoint=run.checkpoint.name,
     )
 

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from framework import network
-from framework.analysis.runs import Run, comparable, maps
-from framework.data.views import Views
-from framework.errors import UserError
+from framework.data.augment.views import Views
+from framework.evaluation.run_folder import Run, comparable, maps
 from framework.network import Segment
+from framework.runtime.errors import UserError
 
 
 def activation_maps(

@@ -11,12 +11,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from framework import config, cost
 from framework.analysis.pictures import dress, run_colors
-from framework.batch import Batch
-from framework.metrics import ROOT
+from framework.config import loading
+from framework.config.recipe import Recipe
+from framework.cost import counting
+from framework.data.batch import Batch
 from framework.model import recipe_network
-from framework.recipe import Recipe
+from framework.tracking.metrics import ROOT
 
 
 class Published(NamedTuple):
@@ -52,8 +53,8 @@ PUBLISHED = (
     Published("LoCo, text", "ResNet-50", "LoCo", "loco_r50_100ep", 32, 1.28),
     Published("LoCo Table 7", "PResNet-50", "GIM", "gim_pr50_100ep", 32, 4.56),
     Published("LoCo Table 7", "PResNet-50", "LoCo", "loco_pr50_100ep", 32, 2.76),
-    _mlaan("ResNet-32 (K=16)", "mlaan_r32_k16_cifar10", 1024, 3.37, 2.62),
-    _mlaan("ResNet-110 (K=55)", "mlaan_r110_k55_cifar10", 1024, 9.26, 2.76),
+    _mlaan("ResNet-32 (K=16)", "cifar10/mlaan_r32_k16_cifar10", 1024, 3.37, 2.62),
+    _mlaan("ResNet-110 (K=55)", "cifar10/mlaan_r110_k55_cifar10", 1024, 9.26, 2.76),
     _mlaan("ResNet-34 (K=17)", "mlaan_r34", 128, 10.74, 9.09),
     _mlaan("ResNet-101 (K=34)", "mlaan_r101", 64, 20.64, 17.93),
     _mlaan("ResNet-152 (K=51)", "mlaan_r152", 128, 26.29, 23.01),
@@ -95,22 +96,22 @@ def measure(recipe: Recipe, num_classes: int, images: int) -> Memory:
         UserError: as ``local_network``.
     """
     recipe = replace(recipe, network=replace(recipe.network, sync_bn=False))  # there is one device
-    method, end_to_end = cost.peak_bytes(recipe, num_classes, images)
+    method, end_to_end = counting.peak_bytes(recipe, num_classes, images)
     if not torch.cuda.is_available():
         return Memory((end_to_end, method), None)
-    whole = cost.end_to_end(recipe, recipe_network(recipe, num_classes).plan.supervised)
+    whole = counting.end_to_end(recipe, recipe_network(recipe, num_classes).plan.supervised)
     allocated = _allocated(whole, num_classes, images), _allocated(recipe, num_classes, images)
     return Memory((end_to_end, method), allocated)
 
 
 def published_recipe(name: str) -> Recipe:
     """A recipe of this repository, without its data."""
-    return config.load([str(ROOT / "recipes" / f"{name}.yaml"), "data.path=unused"])
+    return loading.load([str(ROOT / "recipes" / f"{name}.yaml"), "data.path=unused"])
 
 
 def stage_shares(recipe: Recipe) -> tuple[list[float], list[float]]:
     """Per cent of the saved activations, and of the FLOPs, that fall to each segment; the stem to the first."""
-    segments = cost.plan_cost(recipe, cost.likely_classes(recipe), images=1).segments
+    segments = counting.plan_cost(recipe, counting.likely_classes(recipe), images=1).segments
     columns = ([s.activation_bytes for s in segments], [s.flops for s in segments])
     memory, flops = ([100 * v / sum(values) for v in values] for values in columns)
     return memory, flops

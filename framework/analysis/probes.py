@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from framework.analysis.pictures import dress, run_colors, segment_ticks
-from framework.analysis.runs import Run, maps
-from framework.data.index import ShardSet
-from framework.evaluate import linear_top1
+from framework.data.shards.index import ShardSet
+from framework.evaluation.features import linear_top1
+from framework.evaluation.run_folder import Run, maps
 from framework.execution import LocalNetwork
 from framework.network import Segment
 

@@ -13,13 +13,13 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from framework import config
 from framework.analysis.curves import Losses, draw_units, read_losses, read_scores, score_curves
 from framework.analysis.pictures import dress, run_colors
-from framework.analysis.runs import Run, flat
-from framework.cost import PlanCost, likely_classes, plan_cost
-from framework.metrics import read_log
-from framework.plan_picture import plan_figure
+from framework.config import loading
+from framework.cost.counting import PlanCost, likely_classes, plan_cost
+from framework.cost.plan_picture import plan_figure
+from framework.evaluation.run_folder import Run, flat
+from framework.tracking.metrics import read_log
 
 _SIZE = (5.4, 3.5)  # inches: the text of a picture stays legible at the width of a phone
 #: file of ``analysis`` -> caption
@@ -72,7 +72,7 @@ def write_report(runs: Sequence[Run]) -> str:
         differences=_differing([_settings(run) for run in runs]) if len(runs) > 1 else [],
         sections=[section for section in sections if section.pictures],
         environment=_table([_environment(run) for run in runs]),
-        recipes={run.label: config.to_yaml(run.recipe) for run in runs},
+        recipes={run.label: loading.to_yaml(run.recipe) for run in runs},
     )
 
 
@@ -212,7 +212,7 @@ def _differing(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str
 
 def _settings(run: Run) -> dict[str, str]:
     """The recipe, less what always differs."""
-    values = flat(config.to_yaml(run.recipe))
+    values = flat(loading.to_yaml(run.recipe))
     return {key: str(value) for key, value in values.items() if key not in ("name", "run_dir")}
 
 

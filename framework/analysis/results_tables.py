@@ -16,14 +16,15 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from framework import checkpoint, config
 from framework.analysis.curves import read_losses, read_scores
-from framework.analysis.linear_eval_conditions import PLACES, conditions_asked, of_checkpoint, result_name
-from framework.analysis.runs import flat
-from framework.errors import UserError
-from framework.metrics import ROOT, read_log
-from framework.recipe import Recipe
-from framework.schema import Fault, NonNegativeInt, build
+from framework.checkpoints import snapshot
+from framework.config import loading
+from framework.config.recipe import Recipe
+from framework.config.schema import Fault, NonNegativeInt, build
+from framework.evaluation.linear_eval_conditions import PLACES, conditions_asked, of_checkpoint, result_name
+from framework.evaluation.run_folder import flat
+from framework.runtime.errors import UserError
+from framework.tracking.metrics import ROOT, read_log
 
 POINTS = 50  # of a curve in a log
 PATHS = {"data.path", "data.cache_dir"}  # not logged if the command line gives them
@@ -152,7 +153,7 @@ class RowRun:
         self.row, self.seed, self.folder = row, seed, folder
         self._table, self._recipe, self._overrides = table, recipe.resolve(), overrides
         self.commands = self._commands(folder, overrides)
-        self._check(config.load(self.commands[0][1:]))
+        self._check(loading.load(self.commands[0][1:]))
         self.files = [folder / "result.json"]
         if table.linear_eval:
             self._evaluation = conditions_asked(table.linear_eval)
@@ -182,7 +183,7 @@ class RowRun:
     def _checkpoint(self) -> dict[str, str]:
         """What a linear evaluation says of the newest checkpoint; nothing where that is gone or damaged."""
         with suppress(UserError):
-            if folder := checkpoint.newest(self.folder):
+            if folder := snapshot.newest(self.folder):
                 return of_checkpoint(folder)
         return {}
 
@@ -222,7 +223,7 @@ class RowRun:
         for found in evaluation:
             accuracies |= {"linear_top1": found["top1"], "linear_top1_random": found["top1_random_encoder"]}
         during = self.scores[score][1] if score == "test_top1" and score in self.scores else []
-        recipe = config.load([str(self.folder / "recipe.yaml")])
+        recipe = loading.load([str(self.folder / "recipe.yaml")])
         entries = read_log(self.folder / "metrics.jsonl")
         speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
         return {
@@ -274,7 +275,7 @@ class RowRun:
         path = self.folder / "recipe.yaml"
         if not path.exists():
             return
-        there, here = _settings(path.read_text()), _settings(config.to_yaml(wanted))
+        there, here = _settings(path.read_text()), _settings(loading.to_yaml(wanted))
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
                 raise UserError(

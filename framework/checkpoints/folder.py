@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from framework.engines.step import OptimizerState
-from framework.errors import UserError, is_passing
+from framework.engines.base import OptimizerState
+from framework.runtime.errors import UserError, is_passing
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"

@@ -8,11 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from framework import checkpoint
-from framework.distributed import is_main, same_outcome
+from framework.checkpoints import snapshot
+from framework.checkpoints.retention import Keep
 from framework.engines import Engine
-from framework.errors import UserError
-from framework.retention import Keep
+from framework.runtime.distributed import is_main, same_outcome
+from framework.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,9 @@ class Saver:
             UserError: on every rank, if a weight is not finite.
         """
         self._finish()
-        moment = checkpoint.snapshot(engine, step, state)
+        moment = snapshot.snapshot(engine, step, state)
         if is_main():
-            self._writing = self._thread.submit(checkpoint.write, self._run_dir, moment, self._keep)
+            self._writing = self._thread.submit(snapshot.write, self._run_dir, moment, self._keep)
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk; all ranks must call it.

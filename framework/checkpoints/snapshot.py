@@ -26,12 +26,12 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from framework.checkpoint_files import damage_of, read_files, write_files
-from framework.distributed import from_main, is_main, same_outcome
-from framework.engines.step import Engine, OptimizerState
-from framework.errors import UserError
-from framework.files import write_whole
-from framework.retention import Keep, superfluous
+from framework.checkpoints.folder import damage_of, read_files, write_files
+from framework.checkpoints.retention import Keep, superfluous
+from framework.engines.base import Engine, OptimizerState
+from framework.runtime.distributed import from_main, is_main, same_outcome
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
 
 FORMAT = 1
 

@@ -23,8 +23,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from framework.errors import UserError
-from framework.schema import Fault
+from framework.config.schema import Fault
+from framework.runtime.errors import UserError
 
 # What Hydra's grammar has no place for, but paths hold: ~ ( ) = & é
 _PLAIN = re.compile(r"([\w.]+)=([^'\"\[\]{},$\s][^'\"\[\]{},$]*)")

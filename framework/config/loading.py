@@ -17,11 +17,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from framework.composition import merge, origin, parse_overrides, recipe_files
-from framework.errors import UserError
+from framework.config.composition import merge, origin, parse_overrides, recipe_files
+from framework.config.recipe import Method, Recipe
+from framework.config.schema import Fault, build, keys
 from framework.local import methods
-from framework.recipe import Method, Recipe
-from framework.schema import Fault, build, keys
+from framework.runtime.errors import UserError
 
 
 def load(argv: Sequence[str]) -> Recipe:

@@ -7,15 +7,8 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from framework.data.views import Views
-from framework.schema import (
-    Fraction,
-    NonNegative,
-    NonNegativeInt,
-    Positive,
-    PositiveInt,
-    Share,
-)
+from framework.config.schema import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
+from framework.data.augment.views import Views
 
 
 @dataclass

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from framework.batch import Batch
+from framework.config.recipe import Method, Recipe
+from framework.cost.activations import LiveActivations
+from framework.data.batch import Batch
 from framework.execution import LocalNetwork
-from framework.execution.activations import LiveActivations
 from framework.local import methods
 from framework.model import recipe_network
-from framework.recipe import Method, Recipe
 
 
 @dataclass(frozen=True)

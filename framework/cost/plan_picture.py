@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from framework.cost import PlanCost, UnitCost
+from framework.cost.counting import PlanCost, UnitCost
 
 _FORWARD, _BACKWARD, _LOSS = "#4c6a92", "#c44e52", "#dd8452"
 _READABLE = 16  # segments whose names fit under their boxes

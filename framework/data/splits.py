@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from framework import distributed
-from framework.data.digits import prepare_digits
-from framework.data.index import ShardSet
-from framework.data.loader import EvalLoader, TrainLoader
-from framework.data.order import AHEAD, balanced
-from framework.data.remote import open_remote
-from framework.data.store import Store, is_url
-from framework.errors import UserError
-from framework.recipe import Data, Recipe
+from framework.config.recipe import Data, Recipe
+from framework.data.loading.loader import EvalLoader, TrainLoader
+from framework.data.loading.sample_order import AHEAD, balanced
+from framework.data.packing.digits import prepare_digits
+from framework.data.shards.index import ShardSet
+from framework.data.shards.remote import open_remote
+from framework.data.shards.store import Store, is_url
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

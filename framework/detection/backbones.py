@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from framework import network
 from framework.detection.layouts import RESNETS, to_own_backbone
-from framework.errors import UserError
 from framework.network.structure import structure
+from framework.runtime.errors import UserError
 
 STRIDES = {
     "presnet50": {"res2": 4, "res4": 8, "res5": 16, "res7": 32},

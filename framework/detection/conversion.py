@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from framework import checkpoint, network
-from framework.checkpoint_files import MANIFEST
+from framework import network
+from framework.checkpoints import snapshot
+from framework.checkpoints.folder import MANIFEST
 from framework.detection.layouts import NETWORKS, Layout
-from framework.errors import UserError
+from framework.runtime.errors import UserError
 
 #: ``network.args`` that change training or initial values, but not what the trained network computes
 HARMLESS = {"zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"}
@@ -187,7 +188,7 @@ def _some(names: Any) -> str:
 
 def _read_folder(path: Path) -> Source:
     if (path / MANIFEST).exists():
-        state, model = checkpoint.read_model(path)
+        state, model = snapshot.read_model(path)
         return Source(str(path), _backbone_of(model), _network_of(path, OmegaConf.create(state["recipe"])))
     if not (path / "recipe.yaml").exists():
         raise UserError(f"{path}: neither a run folder (no recipe.yaml) nor a checkpoint (no manifest.json)")
@@ -195,10 +196,10 @@ def _read_folder(path: Path) -> Source:
     exported = path / "backbone.safetensors"
     if exported.exists():
         return Source(str(exported), _safetensors(exported), name)
-    folder = checkpoint.newest(path)
+    folder = snapshot.newest(path)
     if folder is None:
         raise UserError(f"{path}: holds neither backbone.safetensors nor a checkpoint yet")
-    return Source(str(folder), _backbone_of(checkpoint.read_model(folder)[1]), name)
+    return Source(str(folder), _backbone_of(snapshot.read_model(folder)[1]), name)
 
 
 def _network_of(path: Path, recipe: Any) -> str:

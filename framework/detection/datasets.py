@@ -22,7 +22,7 @@ from detectron2.evaluation import (
     DatasetEvaluators,
 )
 
-from framework.errors import UserError
+from framework.runtime.errors import UserError
 
 SUBSET = re.compile(r"coco_2017_train_(\d+)_split(\d+)")
 

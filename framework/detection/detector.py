@@ -9,7 +9,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from torch import Tensor
 
-from framework.detection import training, verification
+from framework.detection import trainer, verification
 
 
 class Detector:
@@ -24,9 +24,9 @@ class Detector:
     """
 
     def __init__(self, config: Path, opts: list[str]) -> None:
-        cfg = training.configuration(config, opts)
+        cfg = trainer.configuration(config, opts)
         self.classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
-        self.model = training.Trainer.build_model(cfg).eval()
+        self.model = trainer.Trainer.build_model(cfg).eval()
         verification.load(self.model, Path(cfg.MODEL.WEIGHTS), "")
         self.resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 

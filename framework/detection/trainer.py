@@ -18,10 +18,10 @@ from detectron2.utils import comm
 from torch import nn
 from yaml import YAMLError
 
-from framework import metrics
-from framework.command import status
 from framework.detection import backbones, datasets, verification
-from framework.errors import UserError
+from framework.runtime.command import status
+from framework.runtime.errors import UserError
+from framework.tracking import metrics
 
 NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")  # sections of MODEL with a key NORM
 BOTTOM_UP = "backbone.bottom_up."

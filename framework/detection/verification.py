@@ -12,9 +12,9 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from torch import Tensor, nn
 
-from framework.detection import backbones, conversion, files
+from framework.detection import backbones, conversion, weight_files
 from framework.detection.conversion import Match
-from framework.errors import UserError
+from framework.runtime.errors import UserError
 
 TOLERANCE = 1e-4  # of the largest feature; other kernels may round otherwise, a wrong tensor is far off
 
@@ -87,7 +87,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"MODEL.WEIGHTS={path}: no such file")
     if path.suffix == ".pkl":
-        return files.read_pickle(path)
+        return weight_files.read_pickle(path)
     if path.suffix != ".pth":
         raise UserError(
             f"MODEL.WEIGHTS={path}: convert it first: tools/convert_to_detectron2.py {path} -o X.pkl"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework.errors import UserError
+from framework.runtime.errors import UserError
 
 SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "mmdet": ".pth"}
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from framework.distributed import broadcast_weights, device, world_size
-from framework.engines.step import Engine, OptimizerFactory, StepResult
-from framework.errors import UserError
+from framework.config.recipe import Pipeline
+from framework.engines.base import Engine, OptimizerFactory, StepResult
 from framework.execution import LocalNetwork
-from framework.execution.placement import Placement
-from framework.recipe import Pipeline
+from framework.pipeline.scheduling.placement import Placement
+from framework.runtime.distributed import broadcast_weights, device, world_size
+from framework.runtime.errors import UserError
 
 __all__ = ["Engine", "StepResult", "build"]
 
@@ -64,11 +64,11 @@ def build(
     net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepSpeed and FSDP2 take no other
     broadcast_weights(net)
     if cuda_graph:
-        from framework.engines.graphed import GraphedEngine
+        from framework.engines.cuda_graph import GraphedEngine
 
         return GraphedEngine(net, make_optimizer, clip=clip)
     if placement is not None:
-        from framework.engines.pipeline import PipelinedEngine
+        from framework.pipeline.engine import PipelinedEngine
 
         return PipelinedEngine(
             net,

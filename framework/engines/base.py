@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from framework.batch import Batch, StepOutput
-from framework.distributed import mean_over_ranks
+from framework.data.batch import Batch, StepOutput
 from framework.execution import LocalNetwork
 from framework.optim import SkippableOptimizer
+from framework.runtime.distributed import mean_over_ranks
 
 OptimizerFactory = Callable[[nn.Module], SkippableOptimizer]
 OptimizerState = dict[str, dict[str, Tensor]]

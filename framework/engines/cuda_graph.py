@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from framework.batch import Batch
+from framework.data.batch import Batch
+from framework.engines.base import OptimizerFactory, StepResult, update
 from framework.engines.state import HoldsState
-from framework.engines.step import OptimizerFactory, StepResult, update
 from framework.execution import LocalNetwork
 from framework.execution.graph import RecordedStep, Recorder, record_graph
 

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 
 from torch.nn.parallel import DistributedDataParallel
 
-from framework.batch import Batch
-from framework.distributed import device
+from framework.data.batch import Batch
+from framework.engines.base import OptimizerFactory, StepResult, Tally, marked, update
 from framework.engines.state import HoldsState
-from framework.engines.step import OptimizerFactory, StepResult, Tally, marked, update
 from framework.execution import LocalNetwork
+from framework.runtime.distributed import device
 
 
 class DDPEngine(HoldsState):

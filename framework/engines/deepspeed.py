@@ -14,11 +14,9 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from framework.batch import Batch
-from framework.distributed import device
+from framework.data.batch import Batch
 from framework.engines import partition, state
-from framework.engines.deepspeed_config import merged_config
-from framework.engines.step import (
+from framework.engines.base import (
     OptimizerFactory,
     OptimizerState,
     StepResult,
@@ -26,8 +24,10 @@ from framework.engines.step import (
     marked,
     set_learning_rate,
 )
-from framework.errors import UserError
+from framework.engines.deepspeed_config import merged_config
 from framework.execution import LocalNetwork
+from framework.runtime.distributed import device
+from framework.runtime.errors import UserError
 
 
 class DeepSpeedEngine:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from framework.distributed import world_size
-from framework.errors import UserError
+from framework.runtime.distributed import world_size
+from framework.runtime.errors import UserError
 
 # DeepSpeed key -> the recipe key that decides it.
 DECIDED = {

@@ -9,12 +9,12 @@ from __future__ import annotations
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from framework.batch import Batch
-from framework.distributed import device, world_size
+from framework.data.batch import Batch
+from framework.engines.base import OptimizerFactory, StepResult, Tally, marked, update
 from framework.engines.state import HoldsState
-from framework.engines.step import OptimizerFactory, StepResult, Tally, marked, update
-from framework.errors import UserError
 from framework.execution import LocalNetwork
+from framework.runtime.distributed import device, world_size
+from framework.runtime.errors import UserError
 
 
 class FSDPEngine(HoldsState):

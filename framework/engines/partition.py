@@ -15,8 +15,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from framework.engines.base import OptimizerState
 from framework.engines.state import COUNTERS
-from framework.engines.step import OptimizerState
 from framework.optim.lars import Piece, Shard
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from framework.distributed import is_main
-from framework.engines.step import OptimizerState
+from framework.engines.base import OptimizerState
 from framework.execution import LocalNetwork
 from framework.optim import SkippableOptimizer
+from framework.runtime.distributed import is_main
 
 # AdamW counts steps per parameter in a scalar that stays on the CPU and is never sharded.
 COUNTERS = frozenset({"step"})

@@ -10,12 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from framework import distributed, evaluate
-from framework.analysis.linear_eval import Rows
-from framework.analysis.runs import Run
-from framework.data.index import ShardSet
-from framework.errors import UserError
-from framework.files import write_whole
+from framework.data.shards.index import ShardSet
+from framework.evaluation import features
+from framework.evaluation.linear_eval import Rows
+from framework.evaluation.run_folder import Run
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
 
 
 def cached_rows(run: Run, shards: ShardSet, trained: bool = True) -> Rows:
@@ -48,7 +49,7 @@ def _compute(run: Run, shards: ShardSet, trained: bool) -> Rows:
         raise UserError(f"{shards.folder}: has no labels; name a split that has, such as data.train=train")
     net = run.encoder(trained)
     x, y = [], []
-    for _, images, labels in evaluate.own(run.splits.eval_loader(shards)):
+    for _, images, labels in features.own(run.splits.eval_loader(shards)):
         assert labels is not None
         x.append(net.features(images).float())
         y.append(labels)

@@ -16,9 +16,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from framework import distributed
-from framework.errors import UserError
 from framework.execution import LocalNetwork
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
 
 SIMILARITIES = 2**26  # computed at a time, 256 MiB of float32
 EvalBatches = Iterable[tuple[Tensor, Tensor, Tensor | None]]  # sample numbers (B,), images, labels (B,)

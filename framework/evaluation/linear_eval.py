@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from framework import distributed
-from framework.data.order import epoch_order
-from framework.errors import UserError
-from framework.files import write_whole
+from framework.data.loading.sample_order import epoch_order
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # features (B, C) and labels (B,) of this rank
 

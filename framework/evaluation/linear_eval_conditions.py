@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from framework.analysis.linear_eval import PROTOCOLS, Protocol, settings
-from framework.checkpoint_files import MANIFEST
-from framework.errors import UserError
+from framework.checkpoints.folder import MANIFEST
+from framework.evaluation.linear_eval import PROTOCOLS, Protocol, settings
+from framework.runtime.errors import UserError
 
 PLACES = {"run_dir", "data.path", "data.cache_dir", "data.workers"}  # may change between pieces of a run
 

@@ -15,14 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from framework import checkpoint, config, distributed, network
+from framework import network
+from framework.checkpoints import snapshot
+from framework.config import loading
+from framework.config.recipe import Execution, Method, Pipeline, Recipe
 from framework.data.splits import Splits
-from framework.errors import UserError
 from framework.execution import LocalNetwork
 from framework.local.methods import bp
 from framework.model import recipe_network
 from framework.network import Segment
-from framework.recipe import Execution, Method, Pipeline, Recipe
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Run:
             raise UserError(
                 f"{folder}: is no run folder (it has no recipe.yaml); train first, or name another"
             )
-        recipe = config.load([str(folder / "recipe.yaml"), *overrides])
+        recipe = loading.load([str(folder / "recipe.yaml"), *overrides])
         return cls(folder, replace(recipe, run_dir=str(folder)), folder.resolve().name)
 
     @cached_property
@@ -80,7 +83,7 @@ class Run:
         Raises:
             UserError: there is none.
         """
-        folder = checkpoint.newest(self.folder)
+        folder = snapshot.newest(self.folder)
         if folder is None:
             raise UserError(
                 f"{self.folder}: has no checkpoint yet (checkpoints/step-*); let it train until one is"

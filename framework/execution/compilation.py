@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from framework.errors import UserError
 from framework.network.norm import SyncBatchNorm
 from framework.network.segments import Segment
+from framework.runtime.errors import UserError
 
 
 def compiled(segment: Segment) -> Callable[[Tensor], Tensor]:

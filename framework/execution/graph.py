@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from framework.batch import Batch
-from framework.execution.routing import LocalNetwork
+from framework.data.batch import Batch
+from framework.execution.local_network import LocalNetwork
 
 Outputs = list[Tensor]
 Recorder = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]

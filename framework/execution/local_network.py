@@ -15,17 +15,17 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from framework.batch import Batch, StepOutput
-from framework.distributed import any_over_ranks
-from framework.errors import UserError
+from framework.data.batch import Batch, StepOutput
 from framework.execution.compilation import compiled
-from framework.execution.order import moments
 from framework.execution.precision import LossScales, autocast_type
+from framework.execution.program import moments
+from framework.execution.replay_buffer import Turns
 from framework.execution.step import RoutedStep, contrasts
-from framework.execution.turns import Turns
 from framework.local.units import Plan, ReadingHead
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
+from framework.runtime.distributed import any_over_ranks
+from framework.runtime.errors import UserError
 
 
 class LocalNetwork(nn.Module):

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from framework.batch import Batch
-from framework.execution.routing import LocalNetwork
+from framework.data.batch import Batch
+from framework.execution.local_network import LocalNetwork
 from framework.network.norm import frozen_statistics
 
 

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from framework.distributed import any_over_ranks
-from framework.errors import UserError
+from framework.runtime.distributed import any_over_ranks
+from framework.runtime.errors import UserError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 START = 2.0**16

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from framework.batch import Batch
+from framework.data.batch import Batch
 from framework.execution.step import RoutedStep
 
 

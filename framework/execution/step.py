@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from framework.batch import Batch
-from framework.execution.order import HeadCall, Pass, Release, Route
+from framework.data.batch import Batch
 from framework.execution.precision import unscale_
+from framework.execution.program import HeadCall, Pass, Release, Route
 
 if TYPE_CHECKING:
-    from framework.execution.routing import LocalNetwork
+    from framework.execution.local_network import LocalNetwork
 
 
 class Cotangent:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from framework.errors import UserError
 from framework.network import Segment
 from framework.network.structure import is_map, structure
+from framework.runtime.errors import UserError
 
 
 class Block(NamedTuple):

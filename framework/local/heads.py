@@ -11,15 +11,15 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from framework.batch import Batch
-from framework.errors import UserError
+from framework.config.schema import NonNegativeInt, Positive, PositiveInt
+from framework.data.batch import Batch
 from framework.local.blocks import own_copy
 from framework.local.objectives import BarlowTwins, CrossEntropy, InfoNCE, SupCon, VICReg
 from framework.local.trunks import TRUNKS, Trunk, mlp, residual_block
 from framework.local.units import Task
 from framework.network import Shape
 from framework.network.layers import GlobalAveragePool, initialise
-from framework.schema import NonNegativeInt, Positive, PositiveInt
+from framework.runtime.errors import UserError
 
 EMBEDDING = 128
 

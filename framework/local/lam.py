@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from framework.batch import Batch
-from framework.errors import UserError
+from framework.data.batch import Batch
 from framework.local import lam_tables
 from framework.local.blocks import Block, EmaCopy, PulledCopy, blocks_of, check_maps
 from framework.local.units import ReadingHead, Task
 from framework.network import Segment, Shape
+from framework.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

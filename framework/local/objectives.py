@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from framework import distributed
-from framework.batch import Batch
-from framework.errors import UserError
+from framework.data.batch import Batch
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
 
 
 class CrossEntropy(nn.Module):

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from framework.batch import Batch
-from framework.errors import UserError
+from framework.data.batch import Batch
 from framework.local.blocks import blocks_of
 from framework.local.heads import WeightedHeads
 from framework.local.resizing import ResizedConv
@@ -19,6 +18,7 @@ from framework.local.trunks import conv_bn_relu
 from framework.local.units import Task
 from framework.network import Shape
 from framework.network.layers import initialise
+from framework.runtime.errors import UserError
 
 Pair = tuple[float, float]
 Source = Literal[

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from framework.batch import Batch
+from framework.data.batch import Batch
 from framework.local.blocks import own_copy
 from framework.local.units import ReadingHead, Task
 from framework.network import Segment

@@ -13,9 +13,9 @@ from typing import Literal
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import nn
 
-from framework.errors import UserError
 from framework.network import Shape
 from framework.network.layers import GlobalAveragePool
+from framework.runtime.errors import UserError
 
 
 def conv_bn_relu(channels: int, out: int, kernel: int, stride: int = 1) -> list[nn.Module]:

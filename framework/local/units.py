@@ -8,9 +8,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from framework.errors import UserError
+from framework.config.schema import NonNegativeInt, PositiveInt
 from framework.network import Segment, Shape
-from framework.schema import NonNegativeInt, PositiveInt
+from framework.runtime.errors import UserError
 
 Window = tuple[int, int]
 

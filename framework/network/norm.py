@@ -11,8 +11,8 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
-from framework import distributed
-from framework.errors import UserError
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from framework.errors import UserError
 from framework.network.partitions import PUBLISHED
 from framework.network.structure import Block, Stage, Structure, ToMap, evenly, is_map, structure
+from framework.runtime.errors import UserError
 
 Cut = str | int | Sequence[str]
 

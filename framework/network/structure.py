@@ -21,8 +21,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from framework.errors import UserError
 from framework.network.convnet import ConvNet
+from framework.runtime.errors import UserError
 
 ToMap = Callable[[Tensor], Tensor]
 

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from framework.errors import UserError
 from framework.optim.groups import Decay, parameter_groups
 from framework.optim.lars import LARS
-from framework.optim.schedule import learning_rate
+from framework.optim.learning_rate import learning_rate
+from framework.runtime.errors import UserError
 
 __all__ = [
     "LARS",

@@ -11,23 +11,23 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from torch import Tensor
 
-from framework.batch import Batch
-from framework.distributed import device, gather_tensors, is_main, rank, world_size
+from framework.config.recipe import Pipeline
+from framework.data.batch import Batch
 from framework.engines import partition, state
+from framework.engines.base import OptimizerFactory, OptimizerState, StepResult, marked, set_learning_rate
 from framework.engines.deepspeed import checked_config, join_ranks
 from framework.engines.deepspeed_config import merged_config
-from framework.engines.step import OptimizerFactory, OptimizerState, StepResult, marked, set_learning_rate
-from framework.errors import UserError
 from framework.execution import LocalNetwork
-from framework.execution.placement import Placement
-from framework.execution.schedule import Layout, drain_instructions, step_instructions
-from framework.execution.simulation import AHEAD, Event
 from framework.network.norm import synchronise_among
-from framework.pipeline.engine import BoundaryEngine
-from framework.pipeline.following import Following
-from framework.pipeline.stage import Stage, owners
-from framework.pipeline.worker import Worker
-from framework.recipe import Pipeline
+from framework.pipeline.scheduling.placement import Placement
+from framework.pipeline.scheduling.schedule import Layout, drain_instructions, step_instructions
+from framework.pipeline.scheduling.simulation import AHEAD, Event
+from framework.pipeline.worker.deepspeed_pipeline import BoundaryEngine
+from framework.pipeline.worker.following import Following
+from framework.pipeline.worker.instructions import Worker
+from framework.pipeline.worker.stage import Stage, owners
+from framework.runtime.distributed import device, gather_tensors, is_main, rank, world_size
+from framework.runtime.errors import UserError
 
 
 class PipelinedEngine:

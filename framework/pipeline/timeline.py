@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from framework.execution.schedule import (
+from framework.pipeline.scheduling.schedule import (
     Contrast,
     Forward,
     Heads,
@@ -19,7 +19,7 @@ from framework.execution.schedule import (
     ReduceGradients,
     Walk,
 )
-from framework.execution.simulation import Event
+from framework.pipeline.scheduling.simulation import Event
 
 _KINDS: dict[str, tuple[type[Instruction], ...]] = {
     "forward": (Forward,),

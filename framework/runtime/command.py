@@ -6,8 +6,8 @@ import logging
 import sys
 from collections.abc import Callable
 
-from framework.errors import LocalError, UserError
-from framework.launch import launched_rank
+from framework.runtime.errors import LocalError, UserError
+from framework.runtime.launch import launched_rank
 
 
 def status(work: Callable[[], int | None], stopped: str = "stopped") -> int:
@@ -21,7 +21,9 @@ def status(work: Callable[[], int | None], stopped: str = "stopped") -> int:
     try:
         return work() or 0
     except UserError as error:
-        from framework.control import exit_status  # with PyTorch, which commands that only look don't load
+        from framework.runtime.requests import (
+            exit_status,  # with PyTorch, which commands that only look don't load
+        )
 
         if launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)

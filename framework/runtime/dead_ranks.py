@@ -11,8 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from framework import distributed
-from framework.errors import LocalError, LostRank
+from framework.runtime import distributed
+from framework.runtime.errors import LocalError, LostRank
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from framework.errors import LocalError, UserError
-from framework.launch import launch_variables
+from framework.runtime.errors import LocalError, UserError
+from framework.runtime.launch import launch_variables
 
 # Of collectives. NCCL's own 10 minutes are less than rank 0 may take to index shards, or a watchdog to report.
 PATIENCE = timedelta(hours=1)

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from framework.errors import UserError
+from framework.runtime.errors import UserError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

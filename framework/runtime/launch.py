@@ -7,7 +7,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 
-from framework.errors import UserError
+from framework.runtime.errors import UserError
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

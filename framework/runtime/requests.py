@@ -12,8 +12,8 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
-from framework import distributed
-from framework.errors import UserError
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # preemption; Slurm's --signal before the time limit
 GO_ON_LATER = 75  # exit status (EX_TEMPFAIL of sysexits.h): start the same command again

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from framework.control import GO_ON_LATER
-from framework.launch import launched_rank
+from framework.runtime.launch import launched_rank
+from framework.runtime.requests import GO_ON_LATER
 
-PACKAGE = str(Path(__file__).parent)
+PACKAGE = str(Path(__file__).parents[1])
 OTHER_RANKS = 5.0  # seconds in which the other ranks, which wait for this one, report too
 
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from framework.errors import UserError
-from framework.files import write_whole
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _STEP = re.compile(rb'\{"step": (\d+)')  # every line begins so
 PACKAGES = ("stagewise", "torch", "torchvision", "deepspeed", "timm", "numpy", "scikit-learn", "webdataset")
 

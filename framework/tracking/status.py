@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from framework.errors import UserError
+from framework.runtime.errors import UserError
 
 SILENT = 120.0  # seconds without an entry, or ten times the usual pause, after which a run counts as silent
 LOSSES = 8  # units whose losses fit a cell

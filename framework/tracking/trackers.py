@@ -9,11 +9,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from framework.config import to_yaml
-from framework.errors import UserError
-from framework.files import write_whole
-from framework.metrics import MetricLog
-from framework.recipe import Recipe
+from framework.config.loading import to_yaml
+from framework.config.recipe import Recipe
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
+from framework.tracking.metrics import MetricLog
 
 logger = logging.getLogger(__name__)
 

@@ -15,20 +15,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from framework import config, distributed, metrics
-from framework.batch import Batch
-from framework.control import Request, Requests
-from framework.data.loader import TrainLoader
-from framework.display import Progress
+from framework.checkpoints.retention import Keep
+from framework.checkpoints.saver import Saver
+from framework.config import loading
+from framework.config.recipe import Recipe
+from framework.data.batch import Batch
+from framework.data.loading.loader import TrainLoader
 from framework.engines import Engine, StepResult
-from framework.errors import UserError
-from framework.files import write_whole
 from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate
-from framework.recipe import Recipe
-from framework.retention import Keep
-from framework.saving import Saver
-from framework.trackers import Logs, open_trackers
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
+from framework.runtime.requests import Request, Requests
+from framework.tracking import metrics
+from framework.tracking.progress import Progress
+from framework.tracking.trackers import Logs, open_trackers
 
 
 @dataclass
@@ -142,7 +144,7 @@ class Loop:
             "ranks": distributed.world_size(),
             "steps_per_epoch": self.per_epoch,
             "loss": float(np.mean(self.since_save)) if self.since_save else None,
-            "recipe": config.to_yaml(self.recipe),
+            "recipe": loading.to_yaml(self.recipe),
         }
         self.since_save = []
         self.saver.save(self.engine, self.position.step, state)
@@ -244,7 +246,7 @@ class Loop:
         """Put the resolved recipe into the run folder and open the logs there, on rank 0."""
         with distributed.same_outcome():
             if distributed.is_main():
-                write_whole(self.run_dir / "recipe.yaml", config.to_yaml(self.recipe))
+                write_whole(self.run_dir / "recipe.yaml", loading.to_yaml(self.recipe))
                 environment = {
                     "started": datetime.now(UTC).isoformat(timespec="seconds"),
                     "job": os.environ.get("SLURM_JOB_ID"),

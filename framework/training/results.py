@@ -12,17 +12,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from framework import checkpoint, distributed, evaluate, metrics
 from framework.analysis.curves import loss_curves
-from framework.data.index import ShardSet
+from framework.checkpoints import snapshot
+from framework.config.recipe import Recipe
+from framework.data.shards.index import ShardSet
 from framework.data.splits import Splits
 from framework.engines import Engine
-from framework.errors import UserError
+from framework.evaluation import features
 from framework.execution import LocalNetwork
 from framework.model import recipe_network
-from framework.recipe import Recipe
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
+from framework.tracking import metrics
 
-Encode = Callable[[evaluate.EvalBatches], tuple[Tensor, Tensor]]
+Encode = Callable[[features.EvalBatches], tuple[Tensor, Tensor]]
 
 
 def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str,
     """
     run_dir = Path(recipe.run_dir)
     # Before the scores, which may fail over an image.
-    checkpoint.export_backbone(engine, run_dir / "backbone.safetensors")
+    snapshot.export_backbone(engine, run_dir / "backbone.safetensors")
     scores = score(recipe, engine.whole_net(), splits)
     result = {
         "name": recipe.name,
@@ -94,14 +97,14 @@ def score(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]
     if test is None:
         return scores
     if net.classifies and test.labelled:
-        scores["test_top1"] = evaluate.test_top1(net, splits.eval_loader(test))
+        scores["test_top1"] = features.test_top1(net, splits.eval_loader(test))
     if splits.labelled and recipe.evaluate.knn:
         linear = recipe.evaluate.linear
         untrained = recipe_network(recipe, splits.num_classes).to(distributed.device())
         for suffix, encode, fit in (
-            ("", partial(evaluate.features, net), linear),
-            ("_untrained", partial(evaluate.features, untrained), linear),
-            ("_pixels", evaluate.pixels, False),
+            ("", partial(features.features, net), linear),
+            ("_untrained", partial(features.features, untrained), linear),
+            ("_pixels", features.pixels, False),
         ):
             probed = _probe(recipe, splits, test, encode, fit)
             scores |= {f"{key}{suffix}": value for key, value in probed.items()}
@@ -116,9 +119,9 @@ def score_now(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, fl
     some, test = replace(splits, train=splits.train.thinned(images)), splits.test.thinned(images)
     scores: dict[str, float] = {}
     if net.classifies and test.labelled:
-        scores["test_top1"] = evaluate.test_top1(net, some.eval_loader(test))
+        scores["test_top1"] = features.test_top1(net, some.eval_loader(test))
     if splits.labelled and recipe.evaluate.knn:
-        scores |= _probe(recipe, some, test, partial(evaluate.features, net), recipe.evaluate.linear)
+        scores |= _probe(recipe, some, test, partial(features.features, net), recipe.evaluate.linear)
     return scores
 
 
@@ -128,9 +131,9 @@ def _probe(recipe: Recipe, splits: Splits, test: ShardSet, encode: Encode, linea
     known, asked = (encode(splits.eval_loader(shards)) for shards in (splits.train, test))
     with distributed.same_outcome():
         if distributed.is_main():
-            scores["knn_top1"] = evaluate.knn_top1(*known, *asked, recipe.evaluate.neighbours)
+            scores["knn_top1"] = features.knn_top1(*known, *asked, recipe.evaluate.neighbours)
             if linear:
-                scores["linear_top1"] = evaluate.linear_top1(*known, *asked)
+                scores["linear_top1"] = features.linear_top1(*known, *asked)
     return scores
 
 

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import yaml
 from torch import nn
 
-from framework import checkpoint, distributed
+from framework.checkpoints import snapshot
+from framework.config.recipe import Recipe
 from framework.engines import Engine
-from framework.errors import UserError
 from framework.execution import LocalNetwork
 from framework.local.objectives import SupCon
-from framework.loop import Position
-from framework.recipe import Recipe
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
+from framework.training.loop import Position
 
 
 def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
@@ -31,7 +32,7 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
     folder = _chosen(recipe, run_dir)
     if folder is None:
         return Position()
-    state = checkpoint.load(folder, engine)
+    state = snapshot.load(folder, engine)
     with distributed.same_outcome():
         _check_batch(folder, state, recipe, engine.net)
         if (before := state.get("steps_per_epoch", steps_per_epoch)) != steps_per_epoch:
@@ -41,7 +42,7 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
             )
     with distributed.same_outcome():
         if distributed.is_main():
-            for name in checkpoint.set_aside_later(run_dir, state["step"]):
+            for name in snapshot.set_aside_later(run_dir, state["step"]):
                 print(f"later than {folder.name}, renamed: {name}", flush=True)
             print(f"going on from {folder}", flush=True)
     return Position(**state["position"])
@@ -53,7 +54,7 @@ def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
     started_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     if not own and not started_again:
         return Path(recipe.resume)
-    folder = checkpoint.newest(run_dir)
+    folder = snapshot.newest(run_dir)
     if folder and recipe.resume == "never" and not started_again:
         raise UserError(
             f"resume=never: {run_dir} already holds {folder.name}; name another run_dir, or resume=auto"

@@ -12,15 +12,15 @@ from scipy.optimize import minimize
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from framework import evaluate
 from framework.analysis.cka import MinibatchCKA, run_cka
 from framework.analysis.embedding import embed
 from framework.analysis.feature_maps import activation_maps, breadth
-from framework.analysis.memory import PUBLISHED, published_recipe, stage_shares
+from framework.analysis.memory_tables import PUBLISHED, published_recipe, stage_shares
 from framework.analysis.probes import probe_layers
-from framework.analysis.runs import Run, comparable, maps, open_runs
-from framework.data.order import balanced
-from framework.errors import UserError
+from framework.data.loading.sample_order import balanced
+from framework.evaluation import features
+from framework.evaluation.run_folder import Run, comparable, maps, open_runs
+from framework.runtime.errors import UserError
 
 
 def hsic_by_definition(x: np.ndarray, y: np.ndarray) -> float:
@@ -87,7 +87,7 @@ def test_linear_probe_is_the_optimum_of_its_objective() -> None:
     ).x
     logits = z @ best[:64].reshape(4, 16).T + best[64:]
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    probe = evaluate.linear_probe(torch.from_numpy(x).float(), torch.from_numpy(y))
+    probe = features.linear_probe(torch.from_numpy(x).float(), torch.from_numpy(y))
     np.testing.assert_allclose(probe.predict_proba(x), expected, atol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_layer_probes_are_probes_of_the_encoder_up_to_there(both_runs: tuple[Pat
             ]
         )
         features += [x, torch.from_numpy(shards.labels)]
-    assert found["layer1"] == evaluate.linear_top1(*features)
+    assert found["layer1"] == features.linear_top1(*features)
 
 
 def stem(net: torch.nn.Module, images: Tensor) -> Tensor:

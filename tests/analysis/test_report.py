@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-from commands import run_tool
 from PIL import Image
 from safetensors.torch import load_file
 
 from framework.analysis import export
 from framework.analysis.report import write_report
-from framework.analysis.runs import Run, open_runs
-from framework.errors import UserError
-from framework.metrics import MetricLog
+from framework.evaluation.run_folder import Run, open_runs
+from framework.runtime.errors import UserError
+from framework.tracking.metrics import MetricLog
+from tests.support.commands import run_tool
 
 
 @pytest.fixture(scope="module")

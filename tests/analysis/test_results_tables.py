@@ -18,16 +18,16 @@ from typing import Any
 
 import pytest
 import torch
-from commands import run_tool
-from runs import ROOT, losses, starts
 
-from framework import config
-from framework.analysis.evidence import EvidenceTable, Row, RowRun
-from framework.analysis.linear_eval_conditions import of_checkpoint
-from framework.checkpoint_files import write_files
-from framework.control import GO_ON_LATER, MEND_FIRST
-from framework.errors import UserError
-from framework.metrics import MetricLog, read_log, write_result
+from framework.analysis.results_tables import EvidenceTable, Row, RowRun
+from framework.checkpoints.folder import write_files
+from framework.config import loading
+from framework.evaluation.linear_eval_conditions import of_checkpoint
+from framework.runtime.errors import UserError
+from framework.runtime.requests import GO_ON_LATER, MEND_FIRST
+from framework.tracking.metrics import MetricLog, read_log, write_result
+from tests.support.commands import run_tool
+from tests.support.runs import ROOT, losses, starts
 
 TABLES = sorted((ROOT / "recipes" / "results").glob("*.yaml"))
 
@@ -119,7 +119,7 @@ def test_a_row_is_stopped_and_goes_on(tmp_path: Path) -> None:
 def finish(run: RowRun) -> None:
     """The files of a run that has ended."""
     run.folder.mkdir(parents=True)
-    (run.folder / "recipe.yaml").write_text(config.to_yaml(config.load(run.commands[0][1:])))
+    (run.folder / "recipe.yaml").write_text(loading.to_yaml(loading.load(run.commands[0][1:])))
     environment = {"device": "CPU", "threads": 3, "commit": "c"}
     log = MetricLog(run.folder / "metrics.jsonl", environment)
     for step, loss in enumerate((2.0, 1.0)):
@@ -320,7 +320,7 @@ def test_a_run_of_other_settings_is_not_taken_for_the_rows(tmp_path: Path) -> No
     path = table(tmp_path)
     (run,) = EvidenceTable.read(path).runs(path, tmp_path, ["data.path=a"])
     run.folder.mkdir(parents=True)
-    (run.folder / "recipe.yaml").write_text(config.to_yaml(config.load(run.commands[0][1:])))
+    (run.folder / "recipe.yaml").write_text(loading.to_yaml(loading.load(run.commands[0][1:])))
     EvidenceTable.read(path).runs(path, tmp_path, ["data.path=b"])  # the images may lie elsewhere
     with pytest.raises(UserError, match=r"recipe.yaml: optim.lr is 0.2 there and 0.3 in the table: remove"):
         EvidenceTable.read(path).runs(path, tmp_path, ["data.path=a", "optim.lr=0.3"])
@@ -351,7 +351,7 @@ def test_every_table_is_sound_and_its_name_says_its_conditions(path: Path) -> No
     """Epochs, batch and number of images as in the name; nothing but the method differs between rows."""
     found = EvidenceTable.read(path)
     recipes = [
-        config.load([*run.commands[0][1:], "data.path=x"]) for run in found.runs(path, Path("runs"), [])
+        loading.load([*run.commands[0][1:], "data.path=x"]) for run in found.runs(path, Path("runs"), [])
     ]
     assert len({repr((r.optim, r.train, r.data, r.views, r.evaluate)) for r in recipes}) == 1
     first, name = recipes[0], path.stem.split("_")

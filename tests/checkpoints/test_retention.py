@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from framework.retention import Keep, superfluous
+from framework.checkpoints.retention import Keep, superfluous
 
 
 def kept(losses: dict[int, float | None], **keep: object) -> set[int]:

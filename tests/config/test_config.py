@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from framework.config import load, to_yaml
-from framework.errors import UserError
+from framework.config.loading import load, to_yaml
+from framework.config.recipe import Recipe
 from framework.local import methods
-from framework.recipe import Recipe
+from framework.runtime.errors import UserError
 
 BASE = """
 data: {path: data/digits, source: digits, workers: 0}

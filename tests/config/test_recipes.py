@@ -11,23 +11,25 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from framework import config
-from framework.batch import Batch
-from framework.composition import merge, recipe_files
+from framework.config import loading
+from framework.config.composition import merge, recipe_files
+from framework.config.recipe import Recipe
+from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.model import recipe_network
 from framework.network import create, cut
-from framework.recipe import Recipe
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+FOLDERS = ("", "cifar10", "stl10", "svhn")
+PATHS = sorted(path for folder in FOLDERS for path in (RECIPES / folder).glob("*.yaml"))
+NAMES = [str(path.relative_to(RECIPES).with_suffix("")) for path in PATHS]
 ROW = re.compile(r"^#   ((?:MLAAN )?Table \d+(?: row \d+)?) \| ([\d.]+) \|(.*)$", re.MULTILINE)
 SMALL = ["train.batch_size=4", "train.precision=fp32"]
 
 
 def load(name: str, *overrides: str) -> Recipe:
     """A recipe of the folder."""
-    return config.load([str(RECIPES / f"{name}.yaml"), *overrides])
+    return loading.load([str(RECIPES / f"{name}.yaml"), *overrides])
 
 
 def rows() -> Iterator[tuple[str, str, str]]:
@@ -51,7 +53,7 @@ def planned(recipe: Recipe) -> LocalNetwork:
 def test_the_head_of_a_recipe_says_how_to_run_it(name: str) -> None:
     text = (RECIPES / f"{name}.yaml").read_text()
     assert f"framework/train.py recipes/{name}.yaml" in text
-    assert load(name).name == name
+    assert load(name).name == Path(name).name
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if re.search(r"_k\d+_", n)])
@@ -201,7 +203,8 @@ def claims() -> Iterator[tuple[str, str, str]]:
     for data, methods in MLAAN_TABLE_1.items():
         for method, errors in methods.items():
             for (network, k), error in zip(K, errors, strict=True):
-                name = f"bp_{network}_{data}" if method == "bp" else f"{method}_{network}_k{k}_{data}"
+                modules = "" if method == "bp" else f"_k{k}"
+                name = f"{data}/{method}_{network}{modules}_{data}"
                 yield "MLAAN Table 1", name, f"{error:.2f}"
     for table, recipes in OTHER_TABLES.items():
         for name, number in recipes.items():
@@ -225,7 +228,7 @@ def test_no_recipe_repeats_its_bases() -> None:
         own = OmegaConf.to_container(OmegaConf.create(text))
         defaults = own.pop("defaults", [])  # type: ignore[union-attr]
         for key in _leaves(own):
-            base = OmegaConf.select(OmegaConf.create(_merged(defaults)), key)
+            base = OmegaConf.select(OmegaConf.create(_merged(RECIPES / name, defaults)), key)
             assert base != OmegaConf.select(OmegaConf.create(own), key), (name, key)
 
 
@@ -237,6 +240,8 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _merged(defaults: list[str]) -> Any:
-    trees = [source.tree for default in defaults for source in recipe_files(RECIPES / f"{default}.yaml")]
+def _merged(recipe: Path, defaults: list[str]) -> Any:
+    trees = [
+        source.tree for default in defaults for source in recipe_files(recipe.parent / f"{default}.yaml")
+    ]
     return merge({}, *trees)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from framework.schema import Fault, Fraction, PositiveInt, build, keys
+from framework.config.schema import Fault, Fraction, PositiveInt, build, keys
 
 
 @dataclass

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from framework import config
-from framework.control import MEND_FIRST
-from framework.cost import PlanCost, plan_cost
-from framework.execution.activations import LiveActivations
+from framework.config import loading
+from framework.cost.activations import LiveActivations
+from framework.cost.counting import PlanCost, plan_cost
 from framework.model import recipe_network
-from tests import networks
+from framework.runtime.requests import MEND_FIRST
+from tests.support import networks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def cost(recipe: str, images: int = 2, *overrides: str) -> PlanCost:
     """Cost of a shipped recipe on a few images."""
-    loaded = config.load([str(ROOT / "recipes" / f"{recipe}.yaml"), *overrides])
+    loaded = loading.load([str(ROOT / "recipes" / f"{recipe}.yaml"), *overrides])
     return plan_cost(loaded, loaded.data.num_classes or 10, images)
 
 
@@ -33,8 +33,8 @@ def cost(recipe: str, images: int = 2, *overrides: str) -> PlanCost:
         ("loco_r50_100ep", 1.27, 1.28),
         ("gim_pr50_100ep", 4.2, 4.56),
         ("loco_pr50_100ep", 2.5, 2.76),
-        ("mlaan_r32_k16_cifar10", 1 / 0.55, 1 / 0.777),
-        ("mlaan_r110_k55_cifar10", 1 / 0.17, 1 / 0.298),
+        ("cifar10/mlaan_r32_k16_cifar10", 1 / 0.55, 1 / 0.777),
+        ("cifar10/mlaan_r110_k55_cifar10", 1 / 0.17, 1 / 0.298),
     ],
 )
 def test_memory_saving(recipe: str, least: float, paper: float) -> None:
@@ -46,7 +46,7 @@ def test_memory_saving(recipe: str, least: float, paper: float) -> None:
 
 def test_counts_without_values_are_those_of_a_real_step() -> None:
     overrides = ["network.name=resnet14", "data.image_size=16"]
-    recipe = config.load([str(ROOT / "recipes" / "quickstart.yaml"), *overrides])
+    recipe = loading.load([str(ROOT / "recipes" / "quickstart.yaml"), *overrides])
     net = recipe_network(recipe, networks.CLASSES)
     data = networks.batch(net, size=4)
     data = data._replace(images=data.images.float())
@@ -76,7 +76,12 @@ def test_show_plan(tmp_path: Path) -> None:
 
 
 def test_show_plan_names_what_is_impossible() -> None:
-    command = [sys.executable, "tools/show_plan.py", "recipes/mlaan_r32_k16_cifar10.yaml", "network.cut=40"]
+    command = [
+        sys.executable,
+        "tools/show_plan.py",
+        "recipes/cifar10/mlaan_r32_k16_cifar10.yaml",
+        "network.cut=40",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == MEND_FIRST
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from framework.data.decode import BrokenImage, decode
-from framework.data.digits import prepare_digits
-from framework.data.index import ShardSet
-from framework.data.shards import write_shards
-from framework.errors import UserError
+from framework.data.loading.decode import BrokenImage, decode
+from framework.data.packing.digits import prepare_digits
+from framework.data.packing.writer import write_shards
+from framework.data.shards.index import ShardSet
+from framework.runtime.errors import UserError
 
 
 def png(number: int) -> bytes:

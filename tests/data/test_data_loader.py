@@ -15,15 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from framework.batch import Batch
-from framework.data.decode import decode
-from framework.data.digits import prepare_digits
-from framework.data.index import ShardSet
-from framework.data.loader import EvalLoader, TrainLoader
-from framework.data.order import epoch_order, eval_jobs
-from framework.data.shards import write_shards
-from framework.data.views import Views, chances
-from framework.errors import UserError
+from framework.data.augment.views import Views, chances
+from framework.data.batch import Batch
+from framework.data.loading.decode import decode
+from framework.data.loading.loader import EvalLoader, TrainLoader
+from framework.data.loading.sample_order import epoch_order, eval_jobs
+from framework.data.packing.digits import prepare_digits
+from framework.data.packing.writer import write_shards
+from framework.data.shards.index import ShardSet
+from framework.runtime.errors import UserError
 
 PLAIN = Views(kind="none", centre=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 

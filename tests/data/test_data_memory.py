@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from framework.data.index import ShardSet
-from framework.data.loader import TrainLoader
-from framework.data.shards import write_shards
-from framework.data.views import Views
-from framework.errors import UserError
+from framework.data.augment.views import Views
+from framework.data.loading.loader import TrainLoader
+from framework.data.packing.writer import write_shards
+from framework.data.shards.index import ShardSet
+from framework.runtime.errors import UserError
 
 
 def png(pixels: np.ndarray) -> bytes:

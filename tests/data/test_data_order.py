@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framework.data.order import AHEAD, TrainJobs, eval_jobs, windowed_order
+from framework.data.loading.sample_order import AHEAD, TrainJobs, eval_jobs, windowed_order
 
 SIZES = np.full(100, 200)
 WINDOW = 2000

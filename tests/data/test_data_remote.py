@@ -18,18 +18,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from http_store import breaking, serve
 from PIL import Image
 
-from framework.data.index import ShardSet
-from framework.data.loader import EvalLoader, TrainLoader
-from framework.data.remote import open_remote
-from framework.data.shards import write_shards
+from framework.config.recipe import Data, Recipe, Train
+from framework.data.augment.views import Views
+from framework.data.loading.loader import EvalLoader, TrainLoader
+from framework.data.packing.writer import write_shards
+from framework.data.shards.index import ShardSet
+from framework.data.shards.remote import open_remote
+from framework.data.shards.store import Store
 from framework.data.splits import Splits
-from framework.data.store import Store
-from framework.data.views import Views
-from framework.errors import UserError
-from framework.recipe import Data, Recipe, Train
+from framework.runtime.errors import UserError
+from tests.support.http_store import breaking, serve
 
 PLAIN = Views(kind="none", centre=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GB = 10**9
@@ -74,7 +74,7 @@ def local(tmp_path) -> ShardSet:
 
 
 def test_a_server_that_drops_connections_gives_every_byte(tmp_path, local, monkeypatch):
-    monkeypatch.setattr("framework.data.store._RANGE", 7000)  # several parts to a shard
+    monkeypatch.setattr("framework.data.shards.store._RANGE", 7000)  # several parts to a shard
     with serve(tmp_path / "www", drops=1) as server:
         shards = open_remote(f"{server.url}/train", tmp_path / "cache", GB)
         assert [shards.read(i) for i in range(24)] == [local.read(i) for i in range(24)]
@@ -90,7 +90,7 @@ def test_a_server_that_drops_connections_gives_every_byte(tmp_path, local, monke
 
 @pytest.mark.slow
 def test_a_connection_that_never_holds_is_given_up(tmp_path, local, monkeypatch):
-    monkeypatch.setattr("framework.data.store._LONGEST_WAIT", 0.0)
+    monkeypatch.setattr("framework.data.shards.store._LONGEST_WAIT", 0.0)
     with serve(tmp_path / "www") as server:
         shards = open_remote(f"{server.url}/train", tmp_path / "cache", GB)
         server.drops = 1000
@@ -190,7 +190,7 @@ def test_what_is_missing_is_named(tmp_path, local):
 
 
 def test_a_server_without_ranges_is_refused(tmp_path, local, monkeypatch):
-    monkeypatch.setattr("framework.data.store._RANGE", 7000)
+    monkeypatch.setattr("framework.data.shards.store._RANGE", 7000)
     with serve(tmp_path / "www", ranges=False) as server:
         shards = open_remote(f"{server.url}/train", tmp_path / "cache", GB)
         with pytest.raises(UserError, match="does not send parts of files"):
@@ -252,7 +252,7 @@ def indexed_folders(settings: Recipe) -> int:
     messages: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = messages.append
-    log = logging.getLogger("framework.data.index")
+    log = logging.getLogger("framework.data.shards.index")
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     Splits.open(settings)
@@ -340,7 +340,7 @@ def s3(monkeypatch):
 
 @pytest.mark.slow
 def test_s3_that_drops_connections(tmp_path, local, s3, monkeypatch):
-    monkeypatch.setattr("framework.data.store._RANGE", 7000)
+    monkeypatch.setattr("framework.data.shards.store._RANGE", 7000)
     client, door = s3
     for path in local.folder.iterdir():
         client.upload_file(str(path), "bucket", f"sets/train/{path.name}")
@@ -376,7 +376,7 @@ def gs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_gs_that_drops_connections(tmp_path, local, gs, monkeypatch):
-    monkeypatch.setattr("framework.data.store._RANGE", 7000)
+    monkeypatch.setattr("framework.data.shards.store._RANGE", 7000)
     files, door = gs
     for path in local.folder.iterdir():
         files.pipe(f"bucket/sets/train/{path.name}", path.read_bytes())

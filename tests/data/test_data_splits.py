@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from http_store import serve
 from test_data_loader import grey_png
 
-from framework.data.shards import write_shards
+from framework.config.recipe import Data, Recipe
+from framework.data.packing.writer import write_shards
 from framework.data.splits import Splits
-from framework.errors import UserError
-from framework.recipe import Data, Recipe
+from framework.runtime.errors import UserError
+from tests.support.http_store import serve
 
 
 def write(folder: Path, classes: list[str] | None) -> None:
@@ -64,7 +64,7 @@ def test_a_url_may_have_no_test_split(tmp_path, caplog):
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_server_that_fails_is_no_missing_split(tmp_path, monkeypatch, indexed):
-    monkeypatch.setattr("framework.data.store._LONGEST_WAIT", 0.0)
+    monkeypatch.setattr("framework.data.shards.store._LONGEST_WAIT", 0.0)
     for split in ("train", "test"):
         write(tmp_path / "www" / split, None)
     if not indexed:

@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 import torchvision.datasets
 import webdataset
-from commands import run_tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from framework.control import MEND_FIRST
-from framework.data.decode import decode
-from framework.data.index import ShardSet
-from framework.data.packing import Packing, encoded, pack
-from framework.data.sources import open_sources
-from framework.errors import UserError
+from framework.data.loading.decode import decode
+from framework.data.packing.packer import Packing, encoded, pack
+from framework.data.packing.sources import open_sources
+from framework.data.shards.index import ShardSet
+from framework.runtime.errors import UserError
+from framework.runtime.requests import MEND_FIRST
+from tests.support.commands import run_tool
 
 
 def image(number: int, size: tuple[int, int] = (12, 8), form: str = "png", mode: str = "RGB") -> bytes:

@@ -14,10 +14,10 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from framework.data import colour
-from framework.data.crops import random_box, resized, resized_batch, shifted_batch
-from framework.data.decode import BrokenImage, decode
-from framework.data.views import Views, blur_taps, chances
+from framework.data.augment import color
+from framework.data.augment.crops import random_box, resized, resized_batch, shifted_batch
+from framework.data.augment.views import Views, blur_taps, chances
+from framework.data.loading.decode import BrokenImage, decode
 
 CPU = torch.device("cpu")
 
@@ -48,10 +48,10 @@ def encoded(image: Image.Image, form: str) -> bytes:
 @pytest.mark.parametrize(
     ("operation", "reference", "factors"),
     [
-        (colour.brightness, F.adjust_brightness, [0.0, 0.2, 1.0, 1.8]),
-        (colour.contrast, F.adjust_contrast, [0.0, 0.2, 1.0, 1.8]),
-        (colour.saturation, F.adjust_saturation, [0.0, 0.2, 1.0, 1.8]),
-        (colour.hue, F.adjust_hue, [-0.5, -0.21, 0.0, 0.2]),
+        (color.brightness, F.adjust_brightness, [0.0, 0.2, 1.0, 1.8]),
+        (color.contrast, F.adjust_contrast, [0.0, 0.2, 1.0, 1.8]),
+        (color.saturation, F.adjust_saturation, [0.0, 0.2, 1.0, 1.8]),
+        (color.hue, F.adjust_hue, [-0.5, -0.21, 0.0, 0.2]),
     ],
 )
 def test_colour_operation_equals_torchvision(operation, reference, factors):
@@ -63,7 +63,7 @@ def test_colour_operation_equals_torchvision(operation, reference, factors):
 
 def test_grey_equals_torchvision():
     images = random_images(4, 9)
-    torch.testing.assert_close(colour.grey(images), F.rgb_to_grayscale(images), atol=1e-5, rtol=0)
+    torch.testing.assert_close(color.grey(images), F.rgb_to_grayscale(images), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 9, 23])
@@ -73,7 +73,7 @@ def test_blur_equals_torchvision(kernel):
     expected = [
         F.gaussian_blur(image, [kernel] * 2, [float(s)] * 2) for image, s in zip(images, sigma, strict=True)
     ]
-    torch.testing.assert_close(colour.blur(images, sigma, kernel), torch.stack(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(color.blur(images, sigma, kernel), torch.stack(expected), atol=1e-5, rtol=0)
 
 
 def test_jitter_takes_each_image_in_its_own_order():
@@ -88,7 +88,7 @@ def test_jitter_takes_each_image_in_its_own_order():
         for operation in order:
             image = image if operation < 0 else operations[operation](image, factor[operation])
         expected.append(image)
-    found = colour.jitter(images.clone(), torch.tensor(orders), factors)
+    found = color.jitter(images.clone(), torch.tensor(orders), factors)
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
 
 

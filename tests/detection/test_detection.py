@@ -16,20 +16,21 @@ import pytest
 import torch
 import torchvision
 import yaml
-from commands import run_tool
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from framework import checkpoint, checkpoint_files, network
-from framework.control import MEND_FIRST
-from framework.detection import conversion, files
+from framework import network
+from framework.checkpoints import folder, snapshot
+from framework.detection import conversion, weight_files
 from framework.detection.conversion import Source
 from framework.detection.layouts import NETWORKS, RESNETS, layout
-from framework.errors import UserError
+from framework.runtime.errors import UserError
+from framework.runtime.requests import MEND_FIRST
+from tests.support.commands import run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes" / "detectron2"
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -152,8 +153,8 @@ def test_every_kind_of_source_gives_the_same_file(resnet18: dict[str, Tensor], t
     heads = {"heads.0.weight": torch.zeros(3)}
     inside = {f"backbone.{name}": tensor for name, tensor in resnet18.items()} | heads
     run = tmp_path / "run"
-    state = {"format": checkpoint.FORMAT, "recipe": OmegaConf.to_yaml(recipe)}
-    checkpoint_files.write_files(run / "checkpoints" / "step-00000007", inside, {}, state)
+    state = {"format": snapshot.FORMAT, "recipe": OmegaConf.to_yaml(recipe)}
+    folder.write_files(run / "checkpoints" / "step-00000007", inside, {}, state)
     (run / "recipe.yaml").write_text(OmegaConf.to_yaml(recipe))
     unfinished = conversion.read(run).tensors  # from the checkpoint: nothing is exported yet
     save_file(resnet18, run / "backbone.safetensors")
@@ -163,7 +164,7 @@ def test_every_kind_of_source_gives_the_same_file(resnet18: dict[str, Tensor], t
     for source in sources:
         output = tmp_path / "out.pkl"
         assert run_tool("convert_to_detectron2", source, "-o", output) == 0
-        content = files.read_pickle(output)
+        content = weight_files.read_pickle(output)
         assert (content["__author__"], content["matching_heuristics"]) == ("stagewise", True)
         arrays = content["model"]
         assert sorted(arrays) == sorted(detectron2_names(18))
@@ -205,7 +206,7 @@ def test_pickles_from_elsewhere_are_not_run(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=name):
         conversion.read(path)
     with pytest.raises(UserError, match=r"calls posix.mkdir, so it is more than arrays"):
-        files.read_pickle(path)
+        weight_files.read_pickle(path)
     assert not sprung.exists()
     pickle.loads(path.read_bytes())  # the trap is a good one
     assert sprung.exists()
@@ -219,10 +220,10 @@ def test_a_damaged_file_is_named(suffix: str, resnet18: dict[str, Tensor], tmp_p
     elif suffix == ".pth":
         torch.save(resnet18, path)
     else:
-        files.write(path, "detectron2", "resnet18", resnet18)
+        weight_files.write(path, "detectron2", "resnet18", resnet18)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(UserError, match=f"x{suffix}: damaged"):
-        files.read_pickle(path) if suffix == ".pkl" else conversion.read(path)
+        weight_files.read_pickle(path) if suffix == ".pkl" else conversion.read(path)
 
 
 def test_a_run_of_a_network_that_detectors_lack_is_refused(tmp_path: Path) -> None:

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import run_tool
 from PIL import Image
 from torch import nn
 
 from framework import network
-from framework.control import MEND_FIRST
-from framework.detection import conversion, files
+from framework.detection import conversion, weight_files
 from framework.detection.conversion import Match, Source
 from framework.detection.layouts import NETWORKS, RESNETS, layout
-from framework.errors import UserError
+from framework.runtime.errors import UserError
+from framework.runtime.requests import MEND_FIRST
+from tests.support.commands import run_tool
 
 pytestmark = pytest.mark.detectron2
 pytest.importorskip("detectron2", reason="Detectron2 is not installed; README, Detection, says how")
@@ -36,9 +36,9 @@ from detectron2.layers import FrozenBatchNorm2d  # noqa: E402
 from detectron2.modeling import build_backbone  # noqa: E402
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks  # noqa: E402
 
-from framework.detection import backbones, datasets, training, verification  # noqa: E402
+from framework.detection import backbones, datasets, trainer, verification  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes" / "detectron2").glob("*.yaml"))
 #: a detector that a CPU core trains for 20 iterations in less than a minute
 SIZES = {
@@ -67,7 +67,7 @@ def drawn(name: str) -> Match:
 
 def written(match: Match, folder: Path) -> Path:
     path = folder / f"{match.network}.pkl"
-    files.write(path, "detectron2", match.network, match.renamed(layout("detectron2", match.network)))
+    weight_files.write(path, "detectron2", match.network, match.renamed(layout("detectron2", match.network)))
     return path
 
 
@@ -130,9 +130,9 @@ def test_shufflenet_ends_where_it_is_told(c5: str, channels: int) -> None:
 def test_every_configuration_builds_the_detector_of_the_protocol(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = training.configuration(path, ["MODEL.DEVICE", "cpu"])
+    cfg = trainer.configuration(path, ["MODEL.DEVICE", "cpu"])
     assert capsys.readouterr().out.count("warning: on the CPU SyncBN is BN") == 1
-    model = training.Trainer.build_model(cfg)
+    model = trainer.Trainer.build_model(cfg)
     bottom_up = model.backbone.bottom_up
     trained = {name.split(".")[0] for name, p in bottom_up.named_parameters() if p.requires_grad}
     stages = {name for name, _ in bottom_up.named_children()}
@@ -162,7 +162,7 @@ def test_every_configuration_builds_the_detector_of_the_protocol(
 
 def test_frozen_statistics_can_be_those_of_the_batch() -> None:
     opts = [*SMALL, "MODEL.BACKBONE.FROZEN_BN", "batch"]
-    model = training.Trainer.build_model(training.configuration(recipe("toy_coco"), opts))
+    model = trainer.Trainer.build_model(trainer.configuration(recipe("toy_coco"), opts))
     norms = [m for m in model.backbone.bottom_up.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 20
     assert not any(isinstance(m, FrozenBatchNorm2d) for m in model.backbone.bottom_up.modules())
@@ -181,13 +181,13 @@ def test_twenty_iterations_lower_the_loss_and_leave_the_backbone(
     opts = [*SMALL, "MODEL.WEIGHTS", str(written(match, tmp_path)), "OUTPUT_DIR", str(tmp_path)]
     if network_name == "shufflenetv2_50":
         opts += ["MODEL.BACKBONE.NAME", "build_shufflenetv2_50_fpn_backbone"]
-    cfg = training.configuration(recipe(name), opts)
+    cfg = trainer.configuration(recipe(name), opts)
     datasets.prepare([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     torch.manual_seed(0)
-    trainer = training.Trainer(cfg)
-    trainer.resume_or_load(resume=False)
-    trainer.train()
-    losses = [loss for loss, _ in trainer.storage.history("total_loss").values()]
+    mask_rcnn = trainer.Trainer(cfg)
+    mask_rcnn.resume_or_load(resume=False)
+    mask_rcnn.train()
+    losses = [loss for loss, _ in mask_rcnn.storage.history("total_loss").values()]
     assert len(losses) == 20
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]), losses
     trained = torch.load(tmp_path / "model_final.pth")["model"]
@@ -241,7 +241,7 @@ def test_a_subset_is_registered_by_its_name(toys: Path) -> None:
     part = splits["subset"](splits["read"](folder / "instances_train2017.json"), 4, 2)
     (folder / "instances_train2017_4_split2.json").write_text(json.dumps(part))
     opts = ["DATASETS.TRAIN", "('coco_2017_train_4_split1',)", "MODEL.DEVICE", "cpu"]
-    cfg = training.configuration(recipe("coco_1k_finetune"), opts, split=2)
+    cfg = trainer.configuration(recipe("coco_1k_finetune"), opts, split=2)
     assert cfg.DATASETS.TRAIN == ("coco_2017_train_4_split2",) and cfg.OUTPUT_DIR.endswith("finetune/split2")
     datasets.prepare(cfg.DATASETS.TRAIN)
     names = [Path(record["file_name"]).name for record in DatasetCatalog.get("coco_2017_train_4_split2")]
@@ -284,7 +284,7 @@ def test_mistakes_are_told_in_one_line(name: str, opts: str, message: str, toys:
     Path("x.safetensors").touch()
     written(drawn("resnet18"), toys)
     with pytest.raises(UserError) as caught:
-        training.run(arguments(name, ["MODEL.DEVICE", "cpu", *opts.split()]))
+        trainer.run(arguments(name, ["MODEL.DEVICE", "cpu", *opts.split()]))
     assert message in str(caught.value).replace("\n", " ")
     assert not Path("sprung").exists()
 
@@ -319,19 +319,19 @@ def test_a_detector_evaluates_resumes_and_draws(toys: Path, tmp_path: Path) -> N
     """Two iterations, two more from the checkpoint, evaluation of the result, a picture by it."""
     opts = [*SMALL, "OUTPUT_DIR", str(tmp_path / "run"), "TEST.PRECISE_BN.ENABLED", "False"]
     weights = ["MODEL.WEIGHTS", str(written(drawn("resnet18"), tmp_path))]
-    training.run(arguments("toy_coco", [*opts, *weights, "SOLVER.MAX_ITER", "2"]))
+    trainer.run(arguments("toy_coco", [*opts, *weights, "SOLVER.MAX_ITER", "2"]))
     first = torch.load(tmp_path / "run" / "model_final.pth")
-    training.run(arguments("toy_coco", [*opts, *weights, "SOLVER.MAX_ITER", "4"], resume=True))
+    trainer.run(arguments("toy_coco", [*opts, *weights, "SOLVER.MAX_ITER", "4"], resume=True))
     last = torch.load(tmp_path / "run" / "model_final.pth")
     assert (first["iteration"], last["iteration"]) == (1, 3)
     assert not torch.equal(*(c["model"]["proposal_generator.rpn_head.conv.weight"] for c in (first, last)))
 
     (tmp_path / "run" / "result.json").unlink()
     final = ["MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
-    training.run(arguments("toy_coco", [*opts, *final], eval_only=True))
+    trainer.run(arguments("toy_coco", [*opts, *final], eval_only=True))
     assert (tmp_path / "run" / "result.json").exists()
     with pytest.raises(UserError, match="would keep its initial value"):
-        training.run(arguments("toy_coco", [*opts, *weights], eval_only=True))
+        trainer.run(arguments("toy_coco", [*opts, *weights], eval_only=True))
 
     image = next((toys / "coco" / "val2017").glob("*.jpg"))
     where = ["--config", recipe("toy_coco"), "-o", tmp_path / "pictures"]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import training
 from torch.distributed.fsdp import fully_shard
-from training import Case
 
 from framework.engines.deepspeed_config import merged_config
-from framework.errors import UserError
+from framework.runtime.errors import UserError
+from tests.support import training
+from tests.support.training import Case
 
 PoolOf = Callable[[int], Any]
 

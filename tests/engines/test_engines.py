@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import training
-from training import Case, differences, plain, train
 
-from framework.distributed import rank, world_size
-from framework.errors import UserError
+from framework.runtime.distributed import rank, world_size
+from framework.runtime.errors import UserError
+from tests.support import training
+from tests.support.training import Case, differences, plain, train
 
 PoolOf = Callable[[int], Any]
 OPTIMIZERS = ("lars", "sgd", "adamw")

@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pool import Pool
 from sklearn.datasets import load_digits
-from trained import ROOT
 
-from framework import distributed
-from framework.analysis.encoding import cached_rows
-from framework.analysis.linear_eval import PROTOCOLS, Protocol, Rows, State, accuracy, evaluate_rows, fit
-from framework.analysis.runs import Run
-from framework.control import MEND_FIRST
-from framework.data.order import epoch_order
-from framework.errors import UserError
-from framework.metrics import read_log
+from framework.data.loading.sample_order import epoch_order
+from framework.evaluation.encoding import cached_rows
+from framework.evaluation.linear_eval import PROTOCOLS, Protocol, Rows, State, accuracy, evaluate_rows, fit
+from framework.evaluation.run_folder import Run
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
+from framework.runtime.requests import MEND_FIRST
+from framework.tracking.metrics import read_log
+from tests.support.pool import Pool
+from tests.support.trained import ROOT
 
 SHORT = Protocol(lr=0.5, momentum=0.9, nesterov=True, epochs=4, batch_size=64, drops=(2, 3))
 
@@ -186,7 +186,7 @@ def test_the_command_on_augmented_images(both_runs: tuple[Path, Path], tmp_path:
 def test_measuring_during_training_does_not_touch_the_encoder(
     pool: Callable[[int], Pool], tmp_path: Path
 ) -> None:
-    from trained import make_run
+    from tests.support.trained import make_run
 
     weights, logs = [], []
     for name, more in (("without", ()), ("with", ("evaluate.every_epochs=1", "evaluate.images=200"))):

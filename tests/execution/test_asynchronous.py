@@ -14,24 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pool import Pool
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from framework import config
-from framework.batch import Batch
-from framework.errors import UserError
+from framework.config import loading
+from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.local.heads import Classifier
 from framework.local.methods import dgl, infopro
 from framework.local.units import Asynchronous, LocalUnit, Plan
-from framework.metrics import read_log
 from framework.model import local_network, parts
 from framework.network import Shape
-from framework.pipeline.balance import place
+from framework.pipeline.scheduling.balance import place
+from framework.runtime.errors import UserError
+from framework.tracking.metrics import read_log
 from framework.train import train as train_recipe
-from tests import networks
-from tests.networks import CLASSES
+from tests.support import networks
+from tests.support.networks import CLASSES
+from tests.support.pool import Pool
 
 
 def network(**options: Any) -> LocalNetwork:
@@ -167,7 +167,7 @@ def test_modules_one_after_another_are_trained_on_frozen_outputs() -> None:
 
 def test_a_module_is_trained_alone_only_one_after_another(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"method.module=1: goes with method.async_mode=sequential"):
-        config.load(arguments(tmp_path, "method.module=1"))
+        loading.load(arguments(tmp_path, "method.module=1"))
 
 
 SHORT = ["data.source=digits", "data.image_size=8", "data.workers=0", "network.name=resnet8", "network.cut=3"]
@@ -179,14 +179,14 @@ def run(argv: list[str]) -> list[str]:
     """Every run that a recipe stands for, on this rank; their folders."""
     folders = []
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        for part in parts(config.load(argv)):
+        for part in parts(loading.load(argv)):
             train_recipe(part)
             folders.append(part.run_dir)
     return folders
 
 
 def arguments(folder: Path, *overrides: str, method: str = "dgl") -> list[str]:
-    recipe = Path(__file__).resolve().parents[1] / "recipes" / f"{method}_r32_k8_cifar10.yaml"
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / "cifar10" / f"{method}_r32_k8_cifar10.yaml"
     return [str(recipe), f"data.path={folder / 'digits'}", f"run_dir={folder / 'run'}", *SHORT, *overrides]
 
 
@@ -239,6 +239,6 @@ def test_a_sequential_recipe_trains_module_after_module(
 def test_a_pipeline_refuses_what_needs_one_process() -> None:
     options = dgl.Options(async_mode="buffer")
     net = local_network("resnet8", "dgl", options, image_size=16, num_classes=CLASSES, cut="block")
-    recipe = config.load([str(Path(__file__).parents[1] / "recipes/quickstart.yaml"), "pipeline.stages=2"])
+    recipe = loading.load([str(Path(__file__).parents[2] / "recipes/quickstart.yaml"), "pipeline.stages=2"])
     with pytest.raises(UserError, match=r"method\.async_mode=buffer: must be none with pipeline.stages=2"):
         place(recipe, net, CLASSES)

@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import training
-from runs import ROOT
-from training import Case
 
-from framework import config, engines
+from framework import engines
 from framework.analysis.gpu import allocator_peak, busy_seconds, covered
-from framework.engines.graphed import GraphedEngine
-from framework.errors import UserError
+from framework.config import loading
+from framework.engines.cuda_graph import GraphedEngine
 from framework.execution.compilation import has_compiler
 from framework.execution.graph import Outputs, RecordedStep, record_graph
-from tests import networks
+from framework.runtime.errors import UserError
+from tests.support import networks, training
+from tests.support.runs import ROOT
+from tests.support.training import Case
 
 CASES = [
     Case("gim", steps=5, dtype="float64"),
@@ -124,7 +124,7 @@ def test_what_can_not_be_combined(overrides: str, message: str) -> None:
     key, *others = overrides.split()
     argv = [str(ROOT / "recipes" / "simclr_r50_100ep.yaml"), f"execution.{key}=true", *others]
     with pytest.raises(UserError, match=rf"execution.{key}=true: can't be combined with {message}") as caught:
-        config.load(argv)
+        loading.load(argv)
     assert "\n" not in str(caught.value)
 
 

@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from framework.batch import Batch
-from framework.errors import UserError
+from framework.cost.activations import LiveActivations
+from framework.data.batch import Batch
 from framework.execution import LocalNetwork
-from framework.execution.activations import LiveActivations
 from framework.execution.naive import naive_gradients
 from framework.local import LocalUnit, Plan
 from framework.local.heads import Classifier
 from framework.local.methods import dgl
 from framework.network import create, cut, output_shapes
-from tests import networks
-from tests.networks import CASES, relative_error
+from framework.runtime.errors import UserError
+from tests.support import networks
+from tests.support.networks import CASES, relative_error
 
 
 def assert_equals_definition(net: LocalNetwork, batch: Batch) -> None:

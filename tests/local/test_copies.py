@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pool import Pool
 from torch import Tensor
 
-from framework.distributed import is_main
 from framework.execution import LocalNetwork
-from tests import training
-from tests.training import Case
+from framework.runtime.distributed import is_main
+from tests.support import training
+from tests.support.pool import Pool
+from tests.support.training import Case
 
 pytestmark = pytest.mark.slow
 

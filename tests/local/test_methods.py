@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from framework.batch import Batch
-from framework.errors import UserError
+from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.local import Plan, Task, lam_tables
 from framework.local.blocks import blocks_of
@@ -26,8 +25,9 @@ from framework.local.units import LocalUnit, ReadingHead
 from framework.model import local_network
 from framework.network import Segment, Shape, create, cut, output_shapes
 from framework.network.layers import GlobalAveragePool
-from tests import networks
-from tests.networks import CLASSES, relative_error
+from framework.runtime.errors import UserError
+from tests.support import networks
+from tests.support.networks import CLASSES, relative_error
 
 
 def train_steps(net: LocalNetwork, steps: int, micro_batches: int = 1) -> None:

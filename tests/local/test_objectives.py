@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from pool import Pool
 from torch import Tensor, nn
 
-from framework.batch import Batch
-from framework.distributed import rank, world_size
+from framework.data.batch import Batch
 from framework.local.objectives import BarlowTwins, InfoNCE, SupCon, VICReg
+from framework.runtime.distributed import rank, world_size
+from tests.support.pool import Pool
 
 IMAGES, DIM = 8, 5
 OBJECTIVES: dict[str, Callable[[], nn.Module]] = {

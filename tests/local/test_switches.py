@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pool import Pool
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
-from framework.batch import Batch
-from framework.distributed import rank, world_size
-from framework.errors import UserError
+from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.execution.naive import naive_gradients
 from framework.local import Task
@@ -25,8 +22,11 @@ from framework.local.objectives import InfoNCE, SupCon
 from framework.local.reconstruction import Decoder, Reconstruction
 from framework.model import local_network
 from framework.network import Shape, create, cut, output_shapes
-from tests import networks
-from tests.networks import CLASSES
+from framework.runtime.distributed import rank, world_size
+from framework.runtime.errors import UserError
+from tests.support import networks
+from tests.support.networks import CLASSES
+from tests.support.pool import Pool
 
 HEAD = "layer2_0/window"
 

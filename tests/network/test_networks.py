@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from framework.errors import UserError
 from framework.model import local_network
 from framework.network import create, cut, output_shapes
 from framework.network.norm import synchronise
+from framework.runtime.errors import UserError
 
 #: LoCo, Table 6: FLOPs of each stage in percent, the stem in the first, without the classifier
 TABLE_6 = {

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from framework.errors import UserError
 from framework.local.methods import mlaan
 from framework.model import local_network
 from framework.network import Segment, create, cut, output_shapes
-from tests import networks
-from tests.networks import relative_error
-from tests.test_routing import assert_equals_definition
+from framework.runtime.errors import UserError
+from tests.execution.test_routing import assert_equals_definition
+from tests.support import networks
+from tests.support.networks import relative_error
 
 DROP = {"drop_path_rate": 0.3}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from framework.distributed import rank, world_size
-from framework.errors import UserError
 from framework.network import create
 from framework.optim import LARS, build_optimizer, learning_rate, parameter_groups
 from framework.optim.lars import Piece, Shard
+from framework.runtime.distributed import rank, world_size
+from framework.runtime.errors import UserError
 
 SHAPES = [(4, 3, 3, 3), (4,), (5, 36), (5,), (7, 5)]
 

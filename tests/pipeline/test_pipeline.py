@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pipelines import (
+from torch import Tensor, nn
+
+from framework.data.batch import Batch
+from framework.execution import LocalNetwork
+from framework.network.norm import frozen_statistics
+from framework.pipeline.engine import PipelinedEngine
+from framework.pipeline.scheduling.placement import Placement
+from framework.runtime.distributed import is_main, rank
+from framework.runtime.errors import UserError
+from tests.support import networks
+from tests.support.pipelines import (
     Outcome,
     Run,
     advance,
@@ -23,16 +33,6 @@ from pipelines import (
     rate,
     train,
 )
-from torch import Tensor, nn
-
-from framework.batch import Batch
-from framework.distributed import is_main, rank
-from framework.engines.pipeline import PipelinedEngine
-from framework.errors import UserError
-from framework.execution import LocalNetwork
-from framework.execution.placement import Placement
-from framework.network.norm import frozen_statistics
-from tests import networks
 
 PoolOf = Callable[[int], Any]
 
@@ -356,7 +356,7 @@ def silent(run: Run) -> str:
 @pytest.mark.parametrize("case", ["gim", "loco"])
 def test_a_silent_stage_is_named_within_the_timeout(case: str) -> None:
     """GIM's first stage waits for the last to take activations, LoCo's for cotangents."""
-    from pool import Pool
+    from tests.support.pool import Pool
 
     ranks = Pool(2)
     try:

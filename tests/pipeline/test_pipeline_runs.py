@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pool import Pool
-from runs import ROOT, losses, run, toy, weights
 
-from framework import config
-from framework.errors import UserError
+from framework.config import loading
+from framework.runtime.errors import UserError
+from tests.support.pool import Pool
+from tests.support.runs import ROOT, losses, run, toy, weights
 
 RECIPE = str(ROOT / "recipes" / "loco_r50_800ep.yaml")
 PoolOf = Callable[[int], Pool]
@@ -66,7 +66,7 @@ def test_a_run_moves_between_stages_and_plain_data_parallel(tmp_path: Path, pool
 )
 def test_a_recipe_that_no_pipeline_can_run(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
-        config.load(arguments(tmp_path, 1, "pipeline.stages=2", *overrides))
+        loading.load(arguments(tmp_path, 1, "pipeline.stages=2", *overrides))
     assert str(error.value).endswith(message) and "\n" not in str(error.value)
 
 

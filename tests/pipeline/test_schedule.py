@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from framework.errors import UserError
-from framework.execution.order import Pass, Release, moments
-from framework.execution.placement import Costs, Placement, balanced, listed
-from framework.execution.schedule import (
+from framework.execution.program import Pass, Release, moments
+from framework.local import LocalUnit, Plan
+from framework.local.units import Window, sliding_windows
+from framework.pipeline.scheduling.placement import Costs, Placement, balanced, listed
+from framework.pipeline.scheduling.schedule import (
     Contrast,
     Forward,
     Heads,
@@ -31,9 +32,8 @@ from framework.execution.schedule import (
     program,
     step_instructions,
 )
-from framework.execution.simulation import Deadlock, Duration, Event, costs_of, simulate
-from framework.local import LocalUnit, Plan
-from framework.local.units import Window, sliding_windows
+from framework.pipeline.scheduling.simulation import Deadlock, Duration, Event, costs_of, simulate
+from framework.runtime.errors import UserError
 
 STEPS = 4
 
@@ -117,7 +117,7 @@ def test_a_message_that_never_comes_is_named() -> None:
     mixed = {0: layout, 1: silent}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "framework.execution.simulation.program",
+            "framework.pipeline.scheduling.simulation.program",
             lambda _, stage, steps: program(mixed[stage], stage, steps),
         )
         with pytest.raises(Deadlock, match="stage 0 at ReceiveCotangents"):

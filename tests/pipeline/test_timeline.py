@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from test_schedule import named_plan, unit_costs
 
-from framework.execution.order import moments
-from framework.execution.placement import balanced
-from framework.execution.schedule import Layout
-from framework.execution.simulation import costs_of, simulate
+from framework.execution.program import moments
+from framework.pipeline.scheduling.placement import balanced
+from framework.pipeline.scheduling.schedule import Layout
+from framework.pipeline.scheduling.simulation import costs_of, simulate
 from framework.pipeline.timeline import WAITING, idle_fraction, kind_of, window, write_trace
 
 

@@ -12,17 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pool import Pool
-from ranks import Ranks, Trouble
-from runs import ROOT, assert_same_run, toy
 
-from framework import checkpoint, distributed
-from framework.control import GO_ON_LATER, MEND_FIRST
-from framework.data.digits import CLASSES as DIGITS
-from framework.data.digits import prepare_digits
-from framework.data.index import ShardSet
-from framework.data.shards import write_shards
-from framework.lost import lost_ranks_named
+from framework.checkpoints import snapshot
+from framework.data.packing.digits import CLASSES as DIGITS
+from framework.data.packing.digits import prepare_digits
+from framework.data.packing.writer import write_shards
+from framework.data.shards.index import ShardSet
+from framework.runtime import distributed
+from framework.runtime.dead_ranks import lost_ranks_named
+from framework.runtime.requests import GO_ON_LATER, MEND_FIRST
+from tests.support.pool import Pool
+from tests.support.ranks import Ranks, Trouble
+from tests.support.runs import ROOT, assert_same_run, toy
 
 RECIPE = str(ROOT / "recipes" / "loco_r50_800ep.yaml")
 STAGES, STEPS = 3, 60
@@ -116,12 +117,12 @@ def trains_without_names() -> tuple[float, list[str]]:
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "none0")
-        logging.getLogger("framework.lost").addHandler(handler)
+        logging.getLogger("framework.runtime.dead_ranks").addHandler(handler)
         try:
             with lost_ranks_named():
                 return distributed.sum_over_ranks(distributed.rank() + 1), records
         finally:
-            logging.getLogger("framework.lost").removeHandler(handler)
+            logging.getLogger("framework.runtime.dead_ranks").removeHandler(handler)
 
 
 def test_ranks_that_can_not_be_named_train_all_the_same(pool: PoolOf) -> None:
@@ -171,4 +172,4 @@ def test_the_launcher_leaves_no_process_when_a_stage_is_killed(tmp_path: Path) -
                 os.kill(process, signal.SIGKILL)
     said = (tmp_path / "printed").read_text()
     assert "rank 2 died or can't be reached" in said or "--local_rank=2'" in said.splitlines()[-1]
-    assert checkpoint.newest(tmp_path / "run") is not None
+    assert snapshot.newest(tmp_path / "run") is not None

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from framework import distributed
-from framework.distributed import gather_with_gradient, rank, same_outcome, world_size
-from framework.errors import UserError
-from framework.launch import launch_variables
+from framework.runtime import distributed
+from framework.runtime.distributed import gather_with_gradient, rank, same_outcome, world_size
+from framework.runtime.errors import UserError
+from framework.runtime.launch import launch_variables
 
 PoolOf = Callable[[int], Any]
 

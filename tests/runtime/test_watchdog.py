@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from framework.control import GO_ON_LATER
+from framework.runtime.requests import GO_ON_LATER
 
 SCORES_THEN_HANGS = """
 import sys, time

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import slurm_cluster
-from pool import Pool
-from runs import ROOT, assert_same_run, losses, run, starts, toy
-from slurm_cluster import Cluster, until
 
-from framework.metrics import read_log
+from framework.tracking.metrics import read_log
+from tests.support import slurm_cluster
+from tests.support.pool import Pool
+from tests.support.runs import ROOT, assert_same_run, losses, run, starts, toy
+from tests.support.slurm_cluster import Cluster, until
 
 OPTIONS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=2")
 LENGTH = ["train.epochs=1000", "checkpoint.every_steps=20"]

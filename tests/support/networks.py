@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from framework.batch import Batch
+from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.local.heads import Classifier, Projection
 from framework.local.methods import dgl, gim, infopro, loco, mlaan

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from framework import engines
-from framework.batch import Batch
-from framework.distributed import is_main, rank, world_size
-from framework.engines.step import marked
+from framework.config.recipe import Pipeline
+from framework.data.batch import Batch
+from framework.engines.base import marked
 from framework.execution import LocalNetwork
-from framework.execution.placement import Placement, balanced
 from framework.optim import build_optimizer
-from framework.recipe import Pipeline
-from tests import networks
+from framework.pipeline.scheduling.placement import Placement, balanced
+from framework.runtime.distributed import is_main, rank, world_size
+from tests.support import networks
 
 RATES = (0.02, 0.01, 0.03)
 IMAGES, SIZE = 8, 16

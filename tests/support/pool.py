@@ -101,8 +101,8 @@ class Pool:
 def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
     import torch
 
-    from framework import distributed
-    from framework.launch import LAUNCH_VARIABLES
+    from framework.runtime import distributed
+    from framework.runtime.launch import LAUNCH_VARIABLES
 
     os.environ.update(
         TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0"

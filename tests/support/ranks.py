@@ -17,10 +17,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from pool import CONTEXT
-
-from framework.errors import UserError
-from framework.launch import LAUNCH_VARIABLES
+from framework.runtime.errors import UserError
+from framework.runtime.launch import LAUNCH_VARIABLES
+from tests.support.pool import CONTEXT
 
 PATIENCE = 400.0  # seconds; on two quiet cores everything takes less than ten
 
@@ -160,7 +159,7 @@ class _Killer:
 
 def _record_samples(path: Path, rank: int, trouble: Trouble | None) -> None:
     """Write down what every step of this process takes, and bring its trouble about there."""
-    from framework.data.loader import TrainLoader
+    from framework.data.loading.loader import TrainLoader
 
     steps, batch = TrainLoader.steps, TrainLoader._batch
 

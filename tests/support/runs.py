@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from framework import config
-from framework.errors import UserError
-from framework.metrics import read_log
+from framework.config import loading
+from framework.runtime.errors import UserError
+from framework.tracking.metrics import read_log
 from framework.train import train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Of any recipe for ImageNet.
 TOY = [
     "network.name=resnet8",
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> str:
     """Train on this rank; the error's text if there is one."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
-            train(config.load(argv))
+            train(loading.load(argv))
         except UserError as error:
             return str(error)
     return ""

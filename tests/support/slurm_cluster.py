@@ -161,7 +161,7 @@ class Cluster:
 
     def ask(self, *command: str, **variables: str) -> str:
         """Run a client; what it prints."""
-        root = Path(__file__).resolve().parents[1]
+        root = Path(__file__).resolve().parents[2]
         done = subprocess.run(
             command, env={**self.environment, **variables}, cwd=root, capture_output=True, text=True
         )

@@ -6,10 +6,10 @@ import contextlib
 import os
 from pathlib import Path
 
-from framework import config
+from framework.config import loading
 from framework.train import train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "network.name=resnet8",
     "engine=ddp",
@@ -25,7 +25,7 @@ def make_run(folder: Path, name: str, *overrides: str) -> Path:
     argv = [str(ROOT / "recipes" / "quickstart.yaml"), f"name={name}", f"run_dir={run_dir}"]
     argv += [f"data.path={folder / 'digits'}", "train.max_steps=4", *SMALL, *overrides]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        train(config.load(argv))
+        train(loading.load(argv))
     return run_dir
 
 

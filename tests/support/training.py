@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from framework import engines
-from framework.batch import Batch, StepOutput
-from framework.distributed import is_main, rank, world_size
-from framework.engines.step import marked
+from framework.data.batch import Batch, StepOutput
+from framework.engines.base import marked
 from framework.local import methods
 from framework.model import local_network
 from framework.optim import build_optimizer
+from framework.runtime.distributed import is_main, rank, world_size
 
 BASE_LR = {"lars": 0.5, "sgd": 0.002, "adamw": 0.0005}
 IMAGES, SIZE, CLASSES = 16, 16, 4

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT
 from torch import nn
 
-from framework.analysis import memory
-from framework.batch import Batch
-from framework.errors import UserError
+from framework.analysis import memory_tables
+from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.local.trunks import TRUNKS
+from framework.runtime.errors import UserError
+from tests.support.runs import ROOT
 
 CSVS = sorted((ROOT / "recipes" / "results").glob("step_cpu_*.csv"))
 
@@ -163,7 +163,7 @@ def test_the_rate_of_a_loader_says_what_it_is_of(tool: Any) -> None:
 @pytest.mark.slow
 def test_counted_rows_as_a_table(tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     report, found = tool("memory_report"), tmp_path / "found.csv"
-    monkeypatch.setattr(report, "PUBLISHED", memory.PUBLISHED[4:5])
+    monkeypatch.setattr(report, "PUBLISHED", memory_tables.PUBLISHED[4:5])
     monkeypatch.setattr(report, "STAGES", {})
     run(report, monkeypatch, "--images", 8, "--csv", found, "--out", tmp_path)
     (row,) = csv.DictReader(found.open())
@@ -177,10 +177,10 @@ def test_counted_rows_as_a_table(tool: Any, monkeypatch: pytest.MonkeyPatch, tmp
 def test_the_committed_count_has_the_papers_rows_as_they_are_printed() -> None:
     lines = list(csv.DictReader((ROOT / "recipes" / "results" / "memory_counted.csv").open()))
     assert [line["plan"] for line in lines] == [
-        f"{r.network}, {r.method} ({r.table})" for r in memory.PUBLISHED
+        f"{r.network}, {r.method} ({r.table})" for r in memory_tables.PUBLISHED
     ]
-    assert [line["images"] for line in lines] == [str(r.images) for r in memory.PUBLISHED]
-    for line, row in zip(lines, memory.PUBLISHED, strict=True):
+    assert [line["images"] for line in lines] == [str(r.images) for r in memory_tables.PUBLISHED]
+    for line, row in zip(lines, memory_tables.PUBLISHED, strict=True):
         assert float(line["paper_saving"]) == pytest.approx(row.saving, rel=1e-3), line["plan"]
         assert float(line["counted_to_paper"]) == pytest.approx(
             float(line["counted_saving"]) / row.saving, rel=2e-3
@@ -190,8 +190,8 @@ def test_the_committed_count_has_the_papers_rows_as_they_are_printed() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
 def test_what_an_earlier_row_left_on_the_gpu_does_not_count() -> None:
-    recipe = memory.published_recipe("mlaan_r32_k16_cifar10")
-    alone = memory._allocated(recipe, 10, 8)
+    recipe = memory_tables.published_recipe("cifar10/mlaan_r32_k16_cifar10")
+    alone = memory_tables._allocated(recipe, 10, 8)
     left = torch.empty(2**28, device="cuda")
-    assert memory._allocated(recipe, 10, 8) == pytest.approx(alone, rel=0.05)
+    assert memory_tables._allocated(recipe, 10, 8) == pytest.approx(alone, rel=0.05)
     assert alone < left.numel()

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from trained import ROOT
 
-from framework.analysis.runs import Run
-from framework.control import GO_ON_LATER
-from framework.recipe import Pipeline
+from framework.config.recipe import Pipeline
+from framework.evaluation.run_folder import Run
+from framework.runtime.requests import GO_ON_LATER
+from tests.support.trained import ROOT
 
 TOOL = ROOT / "tools" / "finetune.py"
 

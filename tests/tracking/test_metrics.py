@@ -19,11 +19,11 @@ from matplotlib import colormaps
 from PIL import Image
 from rich.console import Console
 
-from framework import metrics
 from framework.analysis.curves import loss_curves, read_losses
-from framework.display import Progress
-from framework.errors import UserError
-from framework.metrics import MetricLog, Throughput, read_log, write_result
+from framework.runtime.errors import UserError
+from framework.tracking import metrics
+from framework.tracking.metrics import MetricLog, Throughput, read_log, write_result
+from framework.tracking.progress import Progress
 
 
 def write_steps(log: MetricLog, steps: range, units: int = 3) -> None:

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from framework import config
-from framework.errors import UserError
-from framework.files import write_whole
-from framework.metrics import MetricLog, write_result
-from framework.status import RunStatus, table
+from framework.config import loading
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
+from framework.tracking.metrics import MetricLog, write_result
+from framework.tracking.status import RunStatus, table
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 
 
 def new_run(folder: Path) -> MetricLog:
     """A run of 25 epochs of 4 steps of 64 images each."""
-    write_whole(folder / "recipe.yaml", config.to_yaml(config.load([str(RECIPE)])))
+    write_whole(folder / "recipe.yaml", loading.to_yaml(loading.load([str(RECIPE)])))
     return MetricLog(folder / "metrics.jsonl", {})
 
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from framework import config
-from framework.errors import UserError
-from framework.metrics import MetricLog, read_log
-from framework.recipe import Recipe
-from framework.trackers import Logs, open_trackers
+from framework.config import loading
+from framework.config.recipe import Recipe
+from framework.runtime.errors import UserError
+from framework.tracking.metrics import MetricLog, read_log
+from framework.tracking.trackers import Logs, open_trackers
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
-    return config.load([str(RECIPE), f"run_dir={folder}", *overrides])
+    return loading.load([str(RECIPE), f"run_dir={folder}", *overrides])
 
 
 def write(folder: Path, steps: range, *overrides: str, start: int = 0) -> None:

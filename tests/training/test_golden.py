@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from framework.execution import LocalNetwork
-from tests import networks
+from tests.support import networks
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 STEPS = 20

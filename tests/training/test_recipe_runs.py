@@ -11,22 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pool import Pool
 from safetensors.torch import load_file
 
-from framework import config
-from framework.metrics import read_log
+from framework.config import loading
+from framework.tracking.metrics import read_log
 from framework.train import train
+from tests.support.pool import Pool
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES, EACH = 10, 2
 #: recipe -> batch and image size; one of each method, and of each table's protocol
 RUNS = {
     "loco_r50_800ep": (4, 64),
     "gim_sh50_100ep": (4, 64),
-    "mlaan_r32_k8_cifar10": (8, 32),
-    "dgl_r32_k16_svhn": (8, 32),
-    "infopro_r32_k8_stl10": (8, 32),
+    "cifar10/mlaan_r32_k8_cifar10": (8, 32),
+    "svhn/dgl_r32_k16_svhn": (8, 32),
+    "stl10/infopro_r32_k8_stl10": (8, 32),
     "mlaan_r34": (4, 64),
 }
 LONG = {"mlaan_r34"}  # the heads of 7 units read copies of 512-channel blocks
@@ -49,7 +49,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_steps(argv: list[str]) -> None:
-    train(config.load(argv))
+    train(loading.load(argv))
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_two_steps(name: str, shards: Path, tmp_path: Path, pool: Callable[[int]
     ]  # ranks of the pool have no children
     pool(1).run(two_steps, [str(ROOT / "recipes" / f"{name}.yaml"), *overrides], timeout=600)
     losses = [entry["losses"] for entry in read_log(tmp_path / "metrics.jsonl") if "losses" in entry]
-    recipe = config.load([str(tmp_path / "recipe.yaml")])
+    recipe = loading.load([str(tmp_path / "recipe.yaml")])
     assert len(losses) == 2 and all(np.isfinite(list(step.values())).all() for step in losses)
     assert json.loads((tmp_path / "result.json").read_text())["method"] == recipe.method.name
     backbone = load_file(tmp_path / "backbone.safetensors")

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from pool import Pool
-from runs import run
 from safetensors.torch import load_file
 
-from framework import config
-from framework.data.digits import prepare_digits
-from framework.data.index import ShardSet
-from framework.data.shards import write_shards
-from framework.metrics import read_log
+from framework.config import loading
+from framework.data.packing.digits import prepare_digits
+from framework.data.packing.writer import write_shards
+from framework.data.shards.index import ShardSet
+from framework.tracking.metrics import read_log
+from tests.support.pool import Pool
+from tests.support.runs import run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 SMALL = ["network.name=resnet8", "data.image_size=8", "train.batch_size=64", "evaluate.knn=false"]
 PoolOf = Callable[[int], Pool]
@@ -47,8 +47,8 @@ def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
     assert {"knn_top1", "linear_top1", "images_per_second", "peak_memory_bytes", "versions"} <= set(result)
     assert 98 < result["knn_top1_pixels"] < 99
     assert (folder / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
-    again = config.load([str(folder / "recipe.yaml")])
-    assert again == config.load(argv)
+    again = loading.load([str(folder / "recipe.yaml")])
+    assert again == loading.load(argv)
     backbone = timm.create_model(
         "resnet8", num_classes=0, checkpoint_path=str(folder / "backbone.safetensors")
     )

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from framework.data import colour, crops
-from framework.data.crops import Box
-from framework.schema import NonNegative, NonNegativeInt, Positive, Rule
+from framework.config.schema import NonNegative, NonNegativeInt, Positive, Rule
+from framework.data.augment import color, crops
+from framework.data.augment.crops import Box
 
 Probability = Annotated[float, Rule("between 0 and 1", lambda value: 0 <= value <= 1)]
 
@@ -169,13 +169,13 @@ class Views:
         device = pixels.device
         flipped = _rows(look.flip, device)
         images = pixels.index_copy(0, flipped, pixels[flipped].flip(-1)).float().div_(255)
-        images = colour.jitter(images, look.order, look.factors)
+        images = color.jitter(images, look.order, look.factors)
         greyed = _rows(look.greyscale, device)
-        images[greyed] = colour.grey(images[greyed]).expand(-1, 3, -1, -1)
+        images[greyed] = color.grey(images[greyed]).expand(-1, 3, -1, -1)
         blurred = _rows(look.sigma > 0, device)
         kernel = blur_taps(self.blur_kernel, images.shape[-1])
         sigma = look.sigma.to(device, non_blocking=True)[blurred]
-        images[blurred] = colour.blur(images[blurred], sigma, kernel)
+        images[blurred] = color.blur(images[blurred], sigma, kernel)
         statistics = torch.tensor([self.mean, self.std]).to(device, non_blocking=True).view(2, 3, 1, 1)
         return images.sub_(statistics[0]).div_(statistics[1])
 

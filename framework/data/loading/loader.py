@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from framework.batch import Batch
-from framework.data.index import ShardSet
-from framework.data.memory import Resident
-from framework.data.order import Job, TrainJobs, eval_jobs
-from framework.data.stream import finished
-from framework.data.views import Views
-from framework.data.worker import Boxer, Decoder, Drawn, shield
-from framework.errors import UserError
+from framework.data.augment.views import Views
+from framework.data.batch import Batch
+from framework.data.loading.memory import Resident
+from framework.data.loading.prefetch import finished
+from framework.data.loading.sample_order import Job, TrainJobs, eval_jobs
+from framework.data.loading.worker import Boxer, Decoder, Drawn, shield
+from framework.data.shards.index import ShardSet
+from framework.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from framework.data import crops
-from framework.data.decode import BrokenImage, decode
-from framework.data.index import ShardSet
-from framework.data.views import Views
-from framework.data.worker import Boxer, Drawn
-from framework.errors import UserError
+from framework.data.augment import crops
+from framework.data.augment.views import Views
+from framework.data.loading.decode import BrokenImage, decode
+from framework.data.loading.worker import Boxer, Drawn
+from framework.data.shards.index import ShardSet
+from framework.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from framework.data.decode import BrokenImage, decode
-from framework.data.index import ShardSet
-from framework.data.order import Job
-from framework.data.views import CHANCES, Look, Views, chances
-from framework.errors import UserError
+from framework.data.augment.views import CHANCES, Look, Views, chances
+from framework.data.loading.decode import BrokenImage, decode
+from framework.data.loading.sample_order import Job
+from framework.data.shards.index import ShardSet
+from framework.runtime.errors import UserError
 
 T = TypeVar("T")
 

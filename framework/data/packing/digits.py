@@ -11,9 +11,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from framework.data.index import ShardSet
-from framework.data.shards import Example, write_shards
-from framework.errors import UserError
+from framework.data.packing.writer import Example, write_shards
+from framework.data.shards.index import ShardSet
+from framework.runtime.errors import UserError
 
 SIZES = {"train": 1437, "test": 360}
 CLASSES = [str(digit) for digit in range(10)]

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from framework.data.contents import file_sha256, replace
-from framework.data.decode import BrokenImage, decode
-from framework.data.index import save_contents
-from framework.data.shards import Example, clear, new_folder, shard_name, write_classes, write_shard
-from framework.data.sources import Source
-from framework.errors import UserError
+from framework.data.loading.decode import BrokenImage, decode
+from framework.data.packing.sources import Source
+from framework.data.packing.writer import Example, clear, new_folder, shard_name, write_classes, write_shard
+from framework.data.shards.index import save_contents
+from framework.data.shards.shard_contents import file_sha256, replace
+from framework.runtime.errors import UserError
 
 _FORMATS = {
     "JPEG": "jpg",

@@ -17,11 +17,11 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 import numpy as np
 from torchvision import datasets
 
-from framework.data.index import ShardSet
-from framework.data.remote import open_remote
-from framework.data.scan import PARSE_ERRORS, UNLABELLED, check_end, members
-from framework.data.store import is_url
-from framework.errors import UserError
+from framework.data.shards.index import ShardSet
+from framework.data.shards.remote import open_remote
+from framework.data.shards.scan import PARSE_ERRORS, UNLABELLED, check_end, members
+from framework.data.shards.store import is_url
+from framework.runtime.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 

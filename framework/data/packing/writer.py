@@ -14,9 +14,9 @@ from typing import TextIO
 
 from webdataset import TarWriter
 
-from framework.data.index import save_contents
-from framework.data.scan import IMAGE_EXTENSIONS
-from framework.errors import UserError
+from framework.data.shards.index import save_contents
+from framework.data.shards.scan import IMAGE_EXTENSIONS
+from framework.runtime.errors import UserError
 
 Example = tuple[str, bytes, str, int | None]  # key, encoded image, its extension, label
 

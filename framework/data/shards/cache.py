@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from framework.data.index import OpenFile
-from framework.data.store import Store
-from framework.errors import UserError
+from framework.data.shards.index import OpenFile
+from framework.data.shards.store import Store
+from framework.runtime.errors import UserError
 
 _TRIES = 3  # downloads of a shard whose checksum does not fit
 

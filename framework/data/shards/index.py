@@ -12,9 +12,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from framework.data.contents import ARRAYS, HEAD, Contents, Table, file_sha256, parse_classes, tabulate
-from framework.data.scan import UNLABELLED, Sample, scan_shard
-from framework.errors import UserError
+from framework.data.shards.scan import UNLABELLED, Sample, scan_shard
+from framework.data.shards.shard_contents import (
+    ARRAYS,
+    HEAD,
+    Contents,
+    Table,
+    file_sha256,
+    parse_classes,
+    tabulate,
+)
+from framework.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
-from framework.data.cache import CachedShards
-from framework.data.contents import ARRAYS, HEAD, Contents, file_sha256, parse_classes, tabulate
-from framework.data.index import ShardSet
-from framework.data.scan import Sample, scan_shard
-from framework.data.store import Store
-from framework.errors import UserError
+from framework.data.shards.cache import CachedShards
+from framework.data.shards.index import ShardSet
+from framework.data.shards.scan import Sample, scan_shard
+from framework.data.shards.shard_contents import ARRAYS, HEAD, Contents, file_sha256, parse_classes, tabulate
+from framework.data.shards.store import Store
+from framework.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

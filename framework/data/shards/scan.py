@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from framework.errors import UserError
+from framework.runtime.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "webp")
 UNLABELLED = -1

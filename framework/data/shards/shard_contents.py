@@ -17,8 +17,8 @@ from uuid import uuid4
 
 import numpy as np
 
-from framework.data.scan import UNLABELLED, Sample
-from framework.errors import UserError
+from framework.data.shards.scan import UNLABELLED, Sample
+from framework.runtime.errors import UserError
 
 HEAD, ARRAYS = "index.json", "index.npz"
 _FORMAT = 2

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from framework.data.contents import HEAD
-from framework.errors import UserError
+from framework.data.shards.shard_contents import HEAD
+from framework.runtime.errors import UserError
 
 _RANGE = 8 << 20  # bytes of one request: what a dropped connection costs
 _TOGETHER = 8  # requests at a time

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from framework.errors import UserError
+from framework.runtime.errors import UserError
 
 
 def names() -> list[str]:

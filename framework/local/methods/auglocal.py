@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from timm.models.resnet import Bottleneck
 from torch import nn
 
-from framework.errors import UserError
+from framework.config.schema import NonNegative, PositiveInt
 from framework.local.blocks import blocks_of
 from framework.local.heads import Head
 from framework.local.objectives import CrossEntropy
@@ -15,7 +15,7 @@ from framework.local.trunks import residual_block
 from framework.local.units import LocalUnit, Plan, Task
 from framework.network import Shape
 from framework.network.layers import GlobalAveragePool
-from framework.schema import NonNegative, PositiveInt
+from framework.runtime.errors import UserError
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from framework.config.schema import Positive
 from framework.local.heads import Projection
 from framework.local.units import LocalUnit, Plan, Task, weigh
-from framework.schema import Positive
 
 
 @dataclass

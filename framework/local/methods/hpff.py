@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from framework.config.schema import Positive
 from framework.local.heads import Classifier
 from framework.local.reconstruction import Reconstruction
 from framework.local.units import LocalUnit, Plan, Task, sliding_windows
-from framework.schema import Positive
 
 
 @dataclass

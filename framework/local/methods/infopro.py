@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from framework.errors import UserError
 from framework.local.heads import Classifier
 from framework.local.reconstruction import Reconstruction
 from framework.local.units import Asynchronous, LocalUnit, Plan, Task
+from framework.runtime.errors import UserError
 
 
 @dataclass

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from framework.errors import UserError
+from framework.config.schema import NonNegative, Positive
 from framework.local.blocks import blocks_of
 from framework.local.heads import Projection
 from framework.local.soft_sharing import SoftSharedHead
 from framework.local.units import LocalUnit, Plan, Task, Window, sliding_windows, weigh
-from framework.schema import NonNegative, Positive
+from framework.runtime.errors import UserError
 
 
 @dataclass

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from framework.errors import UserError
+from framework.config.schema import Fraction
 from framework.local.heads import Classifier
 from framework.local.lam import Copies, LamBuilder, LamHead
 from framework.local.reconstruction import Reconstruction
 from framework.local.units import LocalUnit, Plan, Task
-from framework.schema import Fraction
+from framework.runtime.errors import UserError
 
 
 @dataclass

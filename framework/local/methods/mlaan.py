@@ -11,11 +11,11 @@ from typing import Literal
 
 from torch import nn
 
+from framework.config.schema import Fraction, NonNegative
 from framework.local.heads import Classifier
 from framework.local.lam import Copies, LamBuilder, LamHead
 from framework.local.reconstruction import Reconstruction
 from framework.local.units import LocalUnit, Plan, Task, sliding_windows
-from framework.schema import Fraction, NonNegative
 
 
 @dataclass

@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from framework import distributed
-from framework.batch import Batch
-from framework.cost import PlanCost, plan_cost
-from framework.errors import UserError
+from framework.config.recipe import Recipe
+from framework.cost.counting import PlanCost, plan_cost
+from framework.data.batch import Batch
 from framework.execution import LocalNetwork
-from framework.execution.order import Moment, Release, moments
-from framework.execution.placement import Costs, Placement, balanced, listed
-from framework.execution.schedule import Layout
-from framework.execution.simulation import costs_of, simulate
+from framework.execution.program import Moment, Release, moments
 from framework.execution.step import RoutedStep, contrasts
 from framework.local import LocalUnit, Plan
 from framework.network.norm import frozen_statistics
-from framework.pipeline.following import Following
-from framework.recipe import Recipe
+from framework.pipeline.scheduling.placement import Costs, Placement, balanced, listed
+from framework.pipeline.scheduling.schedule import Layout
+from framework.pipeline.scheduling.simulation import costs_of, simulate
+from framework.pipeline.worker.following import Following
+from framework.runtime import distributed
+from framework.runtime.errors import UserError
 
 _ROUNDS = 3
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from framework.errors import UserError
-from framework.execution.order import Moment, Pass
+from framework.execution.program import Moment, Pass
+from framework.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from framework.execution.order import Moment
-from framework.execution.placement import Placement
+from framework.execution.program import Moment
+from framework.pipeline.scheduling.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from framework.execution.placement import Costs
-from framework.execution.schedule import (
+from framework.pipeline.scheduling.placement import Costs
+from framework.pipeline.scheduling.schedule import (
     Forward,
     Heads,
     Instruction,

@@ -12,10 +12,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import PipeSchedule
 from torch import Tensor
 
-from framework.execution import schedule as do
-from framework.execution.schedule import Instruction
-from framework.execution.simulation import Event
-from framework.pipeline.worker import Worker
+from framework.pipeline.scheduling import schedule as do
+from framework.pipeline.scheduling.schedule import Instruction
+from framework.pipeline.scheduling.simulation import Event
+from framework.pipeline.worker.instructions import Worker
 
 
 class Program(PipeSchedule):

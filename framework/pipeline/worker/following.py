@@ -6,10 +6,10 @@ from collections import defaultdict
 
 from torch import nn
 
-from framework.errors import UserError
 from framework.execution import LocalNetwork
-from framework.execution.placement import Placement
 from framework.local.units import ReadingHead
+from framework.pipeline.scheduling.placement import Placement
+from framework.runtime.errors import UserError
 
 
 class Following:

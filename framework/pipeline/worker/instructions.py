@@ -11,16 +11,16 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import Tensor, nn
 
-from framework import distributed
-from framework.batch import Batch
+from framework.data.batch import Batch
 from framework.execution import LocalNetwork
-from framework.execution.routing import add_gradients
-from framework.execution.schedule import Layout
-from framework.execution.simulation import AHEAD
+from framework.execution.local_network import add_gradients
 from framework.execution.step import RoutedStep
 from framework.local.units import ReadingHead
-from framework.pipeline.following import Following
-from framework.pipeline.wire import Peer, Receiver, Sender
+from framework.pipeline.scheduling.schedule import Layout
+from framework.pipeline.scheduling.simulation import AHEAD
+from framework.pipeline.worker.following import Following
+from framework.pipeline.worker.wire import Peer, Receiver, Sender
+from framework.runtime import distributed
 
 
 class Worker:

@@ -11,9 +11,9 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import nn
 
 from framework.execution import LocalNetwork
-from framework.execution.placement import Placement
 from framework.local.units import LocalUnit
 from framework.network import Segment
+from framework.pipeline.scheduling.placement import Placement
 
 
 class _Layer(nn.Module):

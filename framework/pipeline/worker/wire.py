@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from framework import distributed
-from framework.errors import LostRank
+from framework.runtime import distributed
+from framework.runtime.errors import LostRank
 
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 _DIMENSIONS = 8

@@ -1,0 +1,1 @@
+"""Recipes: their schema, how they are composed, and how they are checked."""

@@ -1,0 +1,1 @@
+"""From images as they lie around to shards."""

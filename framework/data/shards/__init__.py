@@ -1,0 +1,1 @@
+"""Shards in WebDataset format, local or remote, and the index of what lies where."""

@@ -1,0 +1,1 @@
+"""Who owns which segments, and what each stage does when: pure functions."""

@@ -1,0 +1,1 @@
+"""What a rank of the pipeline runs, sends and receives."""

@@ -1,0 +1,1 @@
+"""What a run measures and shows: the log, trackers, progress, the status of runs."""

@@ -1,0 +1,1 @@
+"""The training loop, where it goes on, and what it leaves."""
