@@ -16,7 +16,7 @@ from framework.config.recipe import Recipe
 from framework.execution import LocalNetwork
 from framework.local import Task, methods
 from framework.network import Cut, Segment, Shape
-from framework.network.norm import synchronise
+from framework.network.norm import synchronize
 
 
 def local_network(
@@ -68,12 +68,12 @@ def local_network(
             parameter.requires_grad_(parameter in trained)
     net = LocalNetwork(backbone, segments, plan, precision, channels_last, frozen, skip_nonfinite)
     if sync_bn:
-        synchronise(net)
+        synchronize(net)
     return net
 
 
 def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
-    """The recipe's network as its seed initialises it, on the CPU, in training mode.
+    """The recipe's network as its seed initializes it, on the CPU, in training mode.
 
     Raises:
         UserError: as ``local_network``.

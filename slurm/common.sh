@@ -53,7 +53,7 @@ newest() {
   find -L "$1" -path "$2" -printf '%T@ %p\n' 2> /dev/null | sort -n | tail -n 1
 }
 
-# Whether it is for this script to start the job again; sets $state. Slurm itself starts a preempted job, and a cancelled
+# Whether it is for this script to start the job again; sets $state. Slurm itself starts a preempted job, and a canceled
 # one is not to be started: both are COMPLETING by now. So is one whose ranks did not end in time. A node that was lost
 # and lives on may run an earlier start than Slurm's newest.
 ours() {

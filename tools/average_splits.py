@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of the runs, with split1, split2 ... in it")
     run = parser.parse_args().run
     results = read(run)
-    average = summarise(results)
+    average = summarize(results)
     write_result(run / "average.json", average)
     _show(results, average)
 
@@ -66,7 +66,7 @@ def read(run: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarize(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Mean and spread (largest minus smallest) of every AP that all splits have."""
     summary: dict[str, Any] = {"splits": list(results)}
     for task, key in COLUMNS:

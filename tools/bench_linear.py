@@ -40,10 +40,10 @@ def main() -> None:
 
 def _rows(images: int, features: int, classes: int) -> tuple[Rows, Rows]:
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(classes, features, generator=generator)
+    centers = torch.randn(classes, features, generator=generator)
     count = images + images // 10
     labels = torch.randint(classes, (count,), generator=generator)
-    x = (torch.randn(count, features, generator=generator) * 4 + centres[labels]).abs_().mul_(0.1)
+    x = (torch.randn(count, features, generator=generator) * 4 + centers[labels]).abs_().mul_(0.1)
     return Rows(x[:images], labels[:images]), Rows(x[images:], labels[images:])
 
 

@@ -133,7 +133,7 @@ def _row(method: str, micro_batches: int, layout: Layout, answers: list[dict[str
     predicted = simulate(layout, _measured_costs([answer["ours"] for answer in answers]))
     per_rank = {
         "idle_fraction": idle("ours"),
-        "idle_fraction_simulated": [1 - u for u in predicted.utilisation()],
+        "idle_fraction_simulated": [1 - u for u in predicted.utilization()],
         "idle_fraction_1f1b": idle("theirs"),
     }
     return {

@@ -62,7 +62,7 @@ def load(config: Path, score: float, opts: list[str]) -> Any:
 
 
 def draw(image: Tensor, boxes: Tensor, masks: Tensor, names: list[str], scores: Tensor) -> Tensor:
-    """One colour an object, over the image.
+    """One color an object, over the image.
 
     Args:
         image: (3, H, W) uint8.
@@ -77,15 +77,15 @@ def draw(image: Tensor, boxes: Tensor, masks: Tensor, names: list[str], scores: 
     if not len(boxes):
         return image
     wheel = colormaps["tab10"]
-    colours = [tuple(round(255 * c) for c in wheel(i % wheel.N)[:3]) for i in range(len(boxes))]
+    colors = [tuple(round(255 * c) for c in wheel(i % wheel.N)[:3]) for i in range(len(boxes))]
     labels = [f"{name} {score:.0%}" for name, score in zip(names, scores.tolist(), strict=True)]
     size = max(10, image.shape[1] // 40)
-    drawn = draw_segmentation_masks(image, masks, alpha=0.45, colors=colours)
+    drawn = draw_segmentation_masks(image, masks, alpha=0.45, colors=colors)
     return draw_bounding_boxes(
         drawn,
         boxes,
         labels,
-        colours,
+        colors,
         width=max(1, size // 8),
         font=findfont("DejaVu Sans"),
         font_size=size,

@@ -174,7 +174,7 @@ def merged(written: Path, table: EvidenceTable, runs: list[RowRun]) -> list[dict
 
 
 def draw(path: Path, table: EvidenceTable, lines: list[dict[str, Any]]) -> None:
-    """Loss of the last unit, and the error where it was measured during training; a colour a row. From the logs."""
+    """Loss of the last unit, and the error where it was measured during training; a color a row. From the logs."""
     logs = [
         [json.loads(text) for text in (path.parent / line["log"]).read_text().splitlines()] for line in lines
     ]
@@ -183,7 +183,7 @@ def draw(path: Path, table: EvidenceTable, lines: list[dict[str, Any]]) -> None:
     loss, *error = figure.subplots(1, 1 + measured, squeeze=False)[0]
     rows = list(dict.fromkeys([*(row.name for row in table.rows), *(line["row"] for line in lines)]))
     for line, log in zip(lines, logs, strict=True):
-        number = rows.index(line["row"])  # Matplotlib has ten colours
+        number = rows.index(line["row"])  # Matplotlib has ten colors
         style: dict[str, Any] = {
             "color": f"C{number}",
             "linestyle": "--" if number > 9 else "-",

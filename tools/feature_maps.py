@@ -2,7 +2,7 @@
 
     python tools/feature_maps.py RUN [RUN ...] [--segment layer1] [--images 3 14 15] [key=value ...]
 
-The absolute activation is averaged over channels; all runs share one colour scale.
+The absolute activation is averaged over channels; all runs share one color scale.
 """
 
 from __future__ import annotations

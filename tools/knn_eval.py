@@ -1,6 +1,6 @@
 """k-NN accuracy of the frozen encoders of runs, beside the same networks untrained and raw pixels.
 
-    python tools/knn_eval.py RUN [RUN ...] [--neighbours 20] [key=value ...]
+    python tools/knn_eval.py RUN [RUN ...] [--neighbors 20] [key=value ...]
 
 Weighted votes of the most similar training images by cosine (Wu et al. 2018), central crops.
 """
@@ -24,25 +24,23 @@ from framework.runtime.command import status
 def main() -> None:
     """Classify, print a table, leave ``knn_eval.json``."""
     parser = run_parser(__doc__)
-    parser.add_argument(
-        "--neighbours", type=int, help="that vote; default: evaluate.neighbours of each recipe"
-    )
+    parser.add_argument("--neighbors", type=int, help="that vote; default: evaluate.neighbors of each recipe")
     parser.add_argument("--images", type=int, help="at most so many images of each split; default: all")
     arguments = parse(parser)
     distributed.start()
-    scores = {run.label: knn(run, arguments.neighbours, arguments.images) for run in arguments.runs}
+    scores = {run.label: knn(run, arguments.neighbors, arguments.images) for run in arguments.runs}
     if distributed.is_main():
         _show(scores)
         leave(arguments.out, "knn_eval", scores)
     distributed.stop()
 
 
-def knn(run: Run, neighbours: int | None, images: int | None) -> dict[str, float]:
+def knn(run: Run, neighbors: int | None, images: int | None) -> dict[str, float]:
     """Per cent by kind of features, on rank 0."""
     splits = run.splits
     some = replace(splits, train=splits.train.thinned(images), test=splits.held_out.thinned(images))
-    k = neighbours or run.recipe.evaluate.neighbours
-    scores: dict[str, float] = {"neighbours": k}
+    k = neighbors or run.recipe.evaluate.neighbors
+    scores: dict[str, float] = {"neighbors": k}
     encoders: dict[str, LocalNetwork | None] = {
         "trained": run.encoder(),
         "untrained": run.encoder(trained=False),
@@ -61,7 +59,7 @@ def _show(scores: dict[str, dict[str, float]]) -> None:
     table = Table()
     table.add_column("k-NN top-1 in %")
     for name in next(iter(scores.values())):
-        table.add_column("k" if name == "neighbours" else name, justify="right")
+        table.add_column("k" if name == "neighbors" else name, justify="right")
     for label, (k, *values) in ((label, row.values()) for label, row in scores.items()):
         table.add_row(label, str(k), *(f"{value:.1f}" for value in values))
     Console().print(table)

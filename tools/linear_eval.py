@@ -111,7 +111,7 @@ def _augmented(run: Run, protocol: Protocol, preset: str) -> dict[str, float]:
 
 def _train_loader(run: Run, protocol: Protocol) -> TrainLoader:
     recipe = run.splits.recipe
-    if not run.splits.train.labelled:
+    if not run.splits.train.labeled:
         raise UserError(
             f"{run.splits.train.folder}: has no labels; name a split that has, such as data.train=train"
         )

@@ -33,13 +33,13 @@ class Shape(NamedTuple):
 
     Attributes:
         corners: number of corners.
-        colour: red, green and blue.
+        color: red, green and blue.
         coco: class name of COCO.
         city: class name and number of Cityscapes.
     """
 
     corners: int
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     coco: str
     city: tuple[str, int]
 
@@ -149,11 +149,11 @@ def _draw(seed: int) -> Scene:
     for index in random.permutation(len(cells))[: random.integers(2, len(cells) + 1)]:
         shape = SHAPES[random.integers(len(SHAPES))]
         radius = random.uniform(0.25, 0.45) * side
-        centre = (np.array(cells[index]) + 0.5) * side
+        center = (np.array(cells[index]) + 0.5) * side
         angles = random.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(shape.corners) / shape.corners
-        points = centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        points = center + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         corners = [(round(x), round(y)) for x, y in points.tolist()]
-        pen.polygon(corners, fill=shape.colour)
+        pen.polygon(corners, fill=shape.color)
         objects.append((shape, corners))
     return Scene(image, objects)
 

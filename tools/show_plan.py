@@ -94,17 +94,17 @@ def show_stages(recipe: Recipe, stages: Sequence[StageForecast]) -> None:
     table = Table(
         title=f"{len(stages)} pipeline stages, {balance}, {recipe.micro_batches} micro-batch(es) a step"
     )
-    for column in ("stage", "segments", "parameters", "GFLOP a micro-batch", "follows stage", "utilisation"):
+    for column in ("stage", "segments", "parameters", "GFLOP a micro-batch", "follows stage", "utilization"):
         table.add_column(column, justify="left" if column == "segments" else "right")
     for number, stage in enumerate(stages):
         names = stage.segments if len(stage.segments) < 4 else (stage.segments[0], "..", stage.segments[-1])
         follows = ", ".join(map(str, stage.follows)) or "-"
-        sizes = f"{stage.parameters:,}", f"{stage.flops / 1e9:.2f}", follows, f"{stage.utilisation:.2f}"
+        sizes = f"{stage.parameters:,}", f"{stage.flops / 1e9:.2f}", follows, f"{stage.utilization:.2f}"
         table.add_row(str(number), " ".join(names), *sizes)
     console.print(table)
-    mean = sum(stage.utilisation for stage in stages) / len(stages)
+    mean = sum(stage.utilization for stage in stages) / len(stages)
     console.print(
-        f"Predicted utilisation {mean:.2f}, {stages[0].speedup:.2f}x the throughput of end-to-end 1F1B on the same "
+        f"Predicted utilization {mean:.2f}, {stages[0].speedup:.2f}x the throughput of end-to-end 1F1B on the same "
         "stages, if time goes as FLOPs do and messages are free.",
         highlight=False,
         soft_wrap=True,

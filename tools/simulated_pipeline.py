@@ -34,7 +34,7 @@ def simulated(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stage
         end_to_end = _simulation("bp", stages, micro_batches, arguments)
         for method in methods:
             ran = _simulation(method, stages, micro_batches, arguments)
-            idle = [1 - u for u in ran.utilisation()]
+            idle = [1 - u for u in ran.utilization()]
             rows.append(
                 {
                     "method": method,
@@ -43,7 +43,7 @@ def simulated(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stage
                     "ratio_throughput": end_to_end.period() / ran.period(),
                     "idle_fraction": None,
                     "idle_fraction_simulated": statistics.mean(idle),
-                    "idle_fraction_1f1b": 1 - statistics.mean(end_to_end.utilisation()),
+                    "idle_fraction_1f1b": 1 - statistics.mean(end_to_end.utilization()),
                     "idle_fraction_simulated_per_rank": idle,
                 }
             )

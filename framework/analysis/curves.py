@@ -19,7 +19,7 @@ from framework.analysis.pictures import dress, run_colors
 from framework.runtime.errors import UserError
 from framework.tracking.metrics import read_log
 
-LEGEND_LIMIT = 12  # more units than that get a colour bar over depth instead of a legend
+LEGEND_LIMIT = 12  # more units than that get a color bar over depth instead of a legend
 
 
 class Losses(NamedTuple):
@@ -41,7 +41,7 @@ class Losses(NamedTuple):
         return int(self.steps[-1]) + 1
 
     def smooth(self) -> np.ndarray:
-        """(T, U) centred moving average over a fortieth of the steps, or what of them there is."""
+        """(T, U) centered moving average over a fortieth of the steps, or what of them there is."""
         window = np.ones(max(1, len(self.values) // 40))
         there = np.isfinite(self.values)
         total, count = (
@@ -127,7 +127,7 @@ def compare_curves(runs: Mapping[str, Losses]) -> Figure:
 
 
 def score_curves(runs: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Figure:
-    """Accuracies over epochs: a colour is a run, a line style a score."""
+    """Accuracies over epochs: a color is a run, a line style a score."""
     figure = Figure(figsize=(7.5, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     styles = {"knn_top1": "-", "linear_top1": "--", "test_top1": ":"}

@@ -39,7 +39,7 @@ def embed(
         run: whose newest checkpoint is the encoder.
         classes: their numbers.
         per_class: at most so many images of each, the first ones of the split.
-        perplexity: of t-SNE: about how many neighbours count.
+        perplexity: of t-SNE: about how many neighbors count.
         umap: take UMAP instead.
         seed: of the layout.
 
@@ -69,7 +69,7 @@ def embed(
 
 
 def draw_points(runs: dict[str, Points], names: dict[int, str], method: str) -> Figure:
-    """One panel a run, one colour a class."""
+    """One panel a run, one color a class."""
     columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
     figure = Figure(figsize=(4.1 * columns + 1.3, 4.3 * rows), dpi=150, layout="constrained")

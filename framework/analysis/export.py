@@ -36,7 +36,7 @@ def export_timm(run: Run, backbone: nn.Module, folder: Path) -> None:
             "input_size": (3, data.image_size, data.image_size),
             "mean": views.mean,
             "std": views.std,
-            "crop_pct": views.centre,
+            "crop_pct": views.center,
             "interpolation": "bicubic",
         },
     )

@@ -48,7 +48,7 @@ def activation_maps(
         net = run.encoder()
         segments = _up_to(network.cut(net.backbone), network.cut(net.backbone, "block"), segment)
         found.append(maps(net, segments, images)[-1].float().abs().mean(1))
-    return segments[-1].name, _unnormalised(images, runs[0].recipe.views), torch.stack(found).cpu()
+    return segments[-1].name, _unnormalized(images, runs[0].recipe.views), torch.stack(found).cpu()
 
 
 def breadth(values: Tensor) -> list[list[float]]:
@@ -58,7 +58,7 @@ def breadth(values: Tensor) -> list[list[float]]:
 
 
 def draw_maps(labels: Sequence[str], images: Tensor, values: Tensor, segment: str) -> Figure:
-    """A column an image, a row a run; one colour scale for all, so that runs compare."""
+    """A column an image, a row a run; one color scale for all, so that runs compare."""
     rows, columns = len(labels) + 1, len(images)
     figure = Figure(figsize=(1.5 * columns + 1.6, 1.55 * rows + 0.4), dpi=150, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -101,6 +101,6 @@ def _up_to(stages: list[Segment], blocks: list[Segment], name: str | None) -> li
     raise UserError(f"--segment {name}: the network has {known}")
 
 
-def _unnormalised(images: Tensor, views: Views) -> Tensor:
+def _unnormalized(images: Tensor, views: Views) -> Tensor:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (views.mean, views.std))
     return (images.cpu() * std + mean).clamp(0, 1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart with any colour vision.
+# Okabe and Ito's colors, told apart with any color vision.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
 def run_colors(count: int) -> list[str]:
-    """A colour for each of ``count`` runs."""
+    """A color for each of ``count`` runs."""
     return [_COLORS[i % len(_COLORS)] for i in range(count)]
 
 

@@ -28,7 +28,7 @@ ANALYSES = {
     "cka": "Similarity of segments (minibatch linear CKA).",
     "tsne": "Features of test images in the plane (t-SNE); the silhouette says how tight classes are.",
     "umap": "Features of test images in the plane (UMAP).",
-    "feature_maps": "Mean absolute activation over test images, one colour scale.",
+    "feature_maps": "Mean absolute activation over test images, one color scale.",
     "memory": "Activation memory against end-to-end training.",
 }
 

@@ -112,7 +112,7 @@ class Train:
         max_steps: stop earlier, with the schedule as it is.
         batch_size: images per step over all ranks and micro-batches, each seen in all its views.
         accumulation: micro-batches per step. A contrastive objective (infonce, barlow, vicreg) contrasts, and BatchNorm
-            normalises, only a micro-batch's images, so it is not the same experiment as a larger batch
+            normalizes, only a micro-batch's images, so it is not the same experiment as a larger batch
             (``pipeline.contrast=batch`` contrasts all of a step's).
         precision: of the forward and backward passes; weights and optimizer stay fp32.
     """
@@ -168,9 +168,9 @@ class Evaluate:
     """What is measured at the end, and during training.
 
     Attributes:
-        knn: classify by the nearest neighbours in feature space, and in raw pixels beside it, where both splits
+        knn: classify by the nearest neighbors in feature space, and in raw pixels beside it, where both splits
             have labels.
-        neighbours: k of the k-NN classifier.
+        neighbors: k of the k-NN classifier.
         linear: with ``knn``, fit a linear probe on the same features.
         batch_size: images per rank and forward.
         every_epochs: measure during training too, at this interval; ``None`` only at the end.
@@ -178,7 +178,7 @@ class Evaluate:
     """
 
     knn: bool = True
-    neighbours: PositiveInt = 20
+    neighbors: PositiveInt = 20
     linear: bool = True
     batch_size: PositiveInt = 256
     every_epochs: PositiveInt | None = None

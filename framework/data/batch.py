@@ -11,7 +11,7 @@ class Batch(NamedTuple):
     """A micro-batch of one rank.
 
     Attributes:
-        images: (V*B, 3, H, W), normalised; the V views stacked view-major.
+        images: (V*B, 3, H, W), normalized; the V views stacked view-major.
         labels: (B,) int64, or ``None``.
         views: V.
         last: whether an optimizer step follows; with accumulation only after the last micro-batch.

@@ -67,9 +67,9 @@ class Splits:
             return cls(recipe, train, test, classes)
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether features can be scored: both splits have labels, those of the training split of two classes."""
-        if self.test is None or not (self.train.labelled and self.test.labelled):
+        if self.test is None or not (self.train.labeled and self.test.labeled):
             return False
         return bool((self.train.labels != self.train.labels[0]).any())
 

@@ -37,7 +37,7 @@ def add_config(cfg: CfgNode) -> None:
     """Add the keys of this package to Detectron2's configuration.
 
     ``MODEL.SHUFFLENET.C5`` is what FPN reads at stride 32: "conv5_x", or "conv6".
-    ``MODEL.BACKBONE.FROZEN_BN`` is how the BatchNorms of frozen stages normalise: "eval", with the statistics of
+    ``MODEL.BACKBONE.FROZEN_BN`` is how the BatchNorms of frozen stages normalize: "eval", with the statistics of
     pretraining, or "batch". LoCo (section 5.2) says neither.
     """
     cfg.MODEL.SHUFFLENET = CfgNode({"C5": "conv5_x"})
@@ -118,7 +118,7 @@ def at_size(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def thaw_statistics(bottom_up: nn.Module) -> None:
-    """Frozen stages normalise with the batch; their weights, and those of their BatchNorms, stay frozen."""
+    """Frozen stages normalize with the batch; their weights, and those of their BatchNorms, stay frozen."""
     for module in list(bottom_up.modules()):
         for name, child in module.named_children():
             if isinstance(child, FrozenBatchNorm2d):

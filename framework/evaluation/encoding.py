@@ -45,7 +45,7 @@ def cached_rows(run: Run, shards: ShardSet, trained: bool = True) -> Rows:
 
 
 def _compute(run: Run, shards: ShardSet, trained: bool) -> Rows:
-    if not shards.labelled:
+    if not shards.labeled:
         raise UserError(f"{shards.folder}: has no labels; name a split that has, such as data.train=train")
     net = run.encoder(trained)
     x, y = [], []
@@ -75,5 +75,5 @@ def _key(run: Run, shards: ShardSet, trained: bool) -> dict[str, Any]:
         "network": [recipe.network.name, recipe.network.args, recipe.train.precision],
         "images": [str(shards.folder), len(shards), int(shards.table.length.sum())],
         "size": recipe.data.image_size,
-        "views": [recipe.views.mean, recipe.views.std, recipe.views.centre],
+        "views": [recipe.views.mean, recipe.views.std, recipe.views.center],
     }

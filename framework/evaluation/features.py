@@ -77,15 +77,15 @@ def knn_top1(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k
     _check(train_x, train_y, test_x)
     if len(train_x) < k:
         raise UserError(
-            f"evaluate.neighbours={k}: must be at most {len(train_x)}, the number of training images"
+            f"evaluate.neighbors={k}: must be at most {len(train_x)}, the number of training images"
         )
     voters = nn.functional.normalize(train_x.float())
     classes = int(train_y.max()) + 1
     rows = max(1, SIMILARITIES // len(voters))
     right = 0
     for x, y in zip(nn.functional.normalize(test_x.float()).split(rows), test_y.split(rows), strict=True):
-        similarity, neighbours = (x @ voters.T).topk(k)
-        votes = x.new_zeros(len(x), classes).scatter_add_(1, train_y[neighbours], (similarity / 0.07).exp())
+        similarity, neighbors = (x @ voters.T).topk(k)
+        votes = x.new_zeros(len(x), classes).scatter_add_(1, train_y[neighbors], (similarity / 0.07).exp())
         right += int((votes.argmax(1) == y).sum())
     return 100 * right / len(test_y)
 
@@ -102,7 +102,7 @@ def linear_top1(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
 
 
 def linear_probe(x: Tensor, y: Tensor) -> Pipeline:
-    """Logistic regression on standardised features (N, C), run close to its one optimum in float64."""
+    """Logistic regression on standardized features (N, C), run close to its one optimum in float64."""
     # On digits, 64 to 2048 dimensions, C from 0.1 to 1 changes about a point. Features of a network that has hardly
     # begun are nearly parallel: with 10,000 iterations a ResNet-50's took more than ten minutes.
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, tol=1e-8, max_iter=1_000))

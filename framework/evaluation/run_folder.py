@@ -188,7 +188,7 @@ def flat(recipe: str) -> dict[str, Any]:
 
 def _kind(run: Run) -> tuple[str, str]:
     views, size = run.recipe.views, run.recipe.data.image_size
-    return run.recipe.network.name, f"{size} px, mean {views.mean}, std {views.std}, centre {views.centre:g}"
+    return run.recipe.network.name, f"{size} px, mean {views.mean}, std {views.std}, center {views.center:g}"
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from framework.local.objectives import BarlowTwins, CrossEntropy, InfoNCE, SupCo
 from framework.local.trunks import TRUNKS, Trunk, mlp, residual_block
 from framework.local.units import Task
 from framework.network import Shape
-from framework.network.layers import GlobalAveragePool, initialise
+from framework.network.layers import GlobalAveragePool, initialize
 from framework.runtime.errors import UserError
 
 EMBEDDING = 128
@@ -35,7 +35,7 @@ class Head(nn.Module):
     def __init__(self, trunk: nn.Module, objective: nn.Module) -> None:
         super().__init__()
         self.trunk, self.objective = trunk, objective
-        initialise(self.trunk)
+        initialize(self.trunk)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Scalar loss on the segment output ``x`` (N, C, H, W)."""

@@ -49,7 +49,7 @@ class InfoNCE(nn.Module):
         self.temperature, self.form, self.gather_grad = temperature, form, gather_grad
 
     def forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        """Embeddings (2B, D), views stacked view-major, not yet normalised -> scalar loss."""
+        """Embeddings (2B, D), views stacked view-major, not yet normalized -> scalar loss."""
         with torch.autocast(embeddings.device.type, enabled=False):
             z = F.normalize(_at_least_float32(embeddings), dim=1)
             everyone = self._everyone(z)
@@ -85,7 +85,7 @@ class SupCon(nn.Module):
         self.temperature = temperature
 
     def forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        """Embeddings (B, D), not yet normalised -> scalar loss."""
+        """Embeddings (B, D), not yet normalized -> scalar loss."""
         if batch.labels is None:
             raise UserError("a supervised head needs labels, and the batch has none")
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -121,7 +121,7 @@ class BarlowTwins(nn.Module):
     def forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """Embeddings (2B, D), views stacked view-major -> scalar loss, the same on every rank."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            a, b = (_standardised(z) for z in _two_views(embeddings))
+            a, b = (_standardized(z) for z in _two_views(embeddings))
             correlation = a.T @ b / len(a)
             diagonal = correlation.diagonal()
             off_diagonal = correlation.square().sum() - diagonal.square().sum()
@@ -149,8 +149,8 @@ class VICReg(nn.Module):
             views = _two_views(embeddings)
             loss = self.invariance * F.mse_loss(*views)
             for z in views:
-                centred = z - z.mean(0)
-                covariance = centred.T @ centred / (len(z) - 1)
+                centered = z - z.mean(0)
+                covariance = centered.T @ centered / (len(z) - 1)
                 variances = covariance.diagonal()
                 hinge = F.relu(1 - (variances + 1e-4).sqrt()).mean()
                 off_diagonal = covariance.square().sum() - variances.square().sum()
@@ -165,7 +165,7 @@ def _two_views(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     return by_view[:, 0].flatten(0, 1), by_view[:, 1].flatten(0, 1)
 
 
-def _standardised(z: Tensor) -> Tensor:
+def _standardized(z: Tensor) -> Tensor:
     return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
 
 

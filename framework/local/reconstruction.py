@@ -17,7 +17,7 @@ from framework.local.resizing import ResizedConv
 from framework.local.trunks import conv_bn_relu
 from framework.local.units import Task
 from framework.network import Shape
-from framework.network.layers import initialise
+from framework.network.layers import initialize
 from framework.runtime.errors import UserError
 
 Pair = tuple[float, float]
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
 
     Args:
         trunks: map features to logits of the image, one for the whole or four for its quarters, row by row.
-        task: for the images' normalisation.
+        task: for the images' normalization.
     """
 
     needs_images = True
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(task.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(task.std).view(1, -1, 1, 1), persistent=False)
-        initialise(self.trunks)
+        initialize(self.trunks)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Scalar loss of the segment output ``x`` (N, C, H, W)."""

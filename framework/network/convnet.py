@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from framework.network.layers import GlobalAveragePool, initialise
+from framework.network.layers import GlobalAveragePool, initialize
 
 
 class ConvNet(nn.Module):
@@ -18,7 +18,7 @@ class ConvNet(nn.Module):
         self.num_features = self.head_hidden_size = num_features
         self.global_pool = GlobalAveragePool()
         self.reset_classifier(num_classes)
-        initialise(self)
+        initialize(self)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace ``fc`` by one with ``num_classes`` outputs, or by nothing for 0."""

@@ -13,7 +13,7 @@ class GlobalAveragePool(nn.Module):
         return x.mean((2, 3)) if x.ndim == 4 else x
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """Convolutions from N(0, 2 / (k * k * out)), as in the papers' code; everything else keeps its default."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):

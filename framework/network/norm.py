@@ -17,7 +17,7 @@ from framework.runtime.errors import UserError
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-def synchronise(network: nn.Module) -> nn.Module:
+def synchronize(network: nn.Module) -> nn.Module:
     """Let every BatchNorm of ``network`` use the statistics of all ranks; parameter names are kept.
 
     GPUs get PyTorch's own SyncBatchNorm (through timm, whose BatchNorm may hold an activation). It refuses CPU
@@ -27,18 +27,18 @@ def synchronise(network: nn.Module) -> nn.Module:
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
-                setattr(module, name, _synchronised(child, native))
+                setattr(module, name, _synchronized(child, native))
     return network
 
 
-def _synchronised(norm: nn.modules.batchnorm._BatchNorm, native: bool) -> nn.Module:
+def _synchronized(norm: nn.modules.batchnorm._BatchNorm, native: bool) -> nn.Module:
     if native and isinstance(norm.weight, nn.Parameter | None):
         return convert_sync_batchnorm(norm)
     if type(norm) in _PLAIN:
         return SyncBatchNorm.like(norm)
     if isinstance(norm, BatchNormAct2d):
         return SyncBatchNormAct.like(norm)
-    raise UserError(f"network.sync_bn=true can't synchronise {type(norm).__name__} on the CPU")
+    raise UserError(f"network.sync_bn=true can't synchronize {type(norm).__name__} on the CPU")
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -46,7 +46,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def like(cls, norm: nn.modules.batchnorm._BatchNorm) -> Self:
-        """The same parameters and buffers under synchronised statistics."""
+        """The same parameters and buffers under synchronized statistics."""
         new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         new._parameters, new._buffers, new.training = norm._parameters, norm._buffers, norm.training
         return new
@@ -56,7 +56,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected (N, C, ...), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, ...) -> the same, normalised; one collective in training, none in evaluation."""
+        """(N, C, ...) -> the same, normalized; one collective in training, none in evaluation."""
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
         axes = [0, *range(2, input.ndim)]
@@ -93,17 +93,17 @@ class SyncBatchNormAct(SyncBatchNorm):
 
     @classmethod
     def like(cls, norm: nn.modules.batchnorm._BatchNorm) -> Self:
-        """The same parameters, buffers and activation under synchronised statistics."""
+        """The same parameters, buffers and activation under synchronized statistics."""
         new = super().like(norm)
         new.drop, new.act = norm.drop, norm.act  # type: ignore[assignment]
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same, normalised and activated."""
+        """(N, C, H, W) -> the same, normalized and activated."""
         return self.act(self.drop(super().forward(input)))
 
 
-def synchronise_among(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
+def synchronize_among(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
     """Tell PyTorch's own SyncBatchNorms which ranks they see; ours ask ``distributed``."""
     for module in modules:
         if isinstance(module, nn.SyncBatchNorm):
@@ -112,7 +112,7 @@ def synchronise_among(modules: Iterable[nn.Module], group: dist.ProcessGroup) ->
 
 @contextmanager
 def frozen_statistics(network: nn.Module) -> Iterator[None]:
-    """BatchNorms in training mode normalise with the batch, but leave their running statistics alone."""
+    """BatchNorms in training mode normalize with the batch, but leave their running statistics alone."""
     moving = [
         m
         for m in network.modules()

@@ -18,7 +18,7 @@ from framework.engines.base import OptimizerFactory, OptimizerState, StepResult,
 from framework.engines.deepspeed import checked_config, join_ranks
 from framework.engines.deepspeed_config import merged_config
 from framework.execution import LocalNetwork
-from framework.network.norm import synchronise_among
+from framework.network.norm import synchronize_among
 from framework.pipeline.scheduling.placement import Placement
 from framework.pipeline.scheduling.schedule import Layout, drain_instructions, step_instructions
 from framework.pipeline.scheduling.simulation import AHEAD, Event
@@ -74,7 +74,7 @@ class PipelinedEngine:
         join_ranks()
         self._stage = Stage(net, placement, world_size() // placement.stages)
         grid = self._stage.mpu()
-        synchronise_among(net.modules(), grid.get_data_parallel_group())
+        synchronize_among(net.modules(), grid.get_data_parallel_group())
         config = merged_config(
             section,
             batch_size=batch_size,

@@ -27,7 +27,7 @@ _KINDS: dict[str, tuple[type[Instruction], ...]] = {
     "backward": (Walk,),
     "optimizer": (OptimizerStep, ReduceGradients, LoadMicroBatch),
 }
-_COLOURS = {"forward": "#4c6a92", "heads": "#dd8452", "backward": "#c44e52", "optimizer": "#8c8c8c"}
+_COLORS = {"forward": "#4c6a92", "heads": "#dd8452", "backward": "#c44e52", "optimizer": "#8c8c8c"}
 WAITING = "message"
 
 
@@ -94,7 +94,7 @@ def draw_timelines(
     for axes, (title, stages) in zip(panels, runs.items(), strict=True):
         zero = min(events[0].start for events in stages)
         for stage, events in enumerate(stages):
-            for kind, colour in _COLOURS.items():
+            for kind, color in _COLORS.items():
                 bars = [
                     (event.start - zero, event.end - event.start)
                     for event in events
@@ -102,7 +102,7 @@ def draw_timelines(
                     and (seconds is None or event.start - zero < seconds)
                 ]
                 axes.broken_barh(
-                    bars, (stage - 0.42, 0.84), facecolors=colour, edgecolor="white", linewidth=0.3
+                    bars, (stage - 0.42, 0.84), facecolors=color, edgecolor="white", linewidth=0.3
                 )
         axes.set_yticks(range(len(stages)), [f"stage {stage}" for stage in range(len(stages))], fontsize=8)
         axes.set_title(title, loc="left", fontsize=9)
@@ -112,6 +112,6 @@ def draw_timelines(
         if seconds is not None:
             axes.set_xlim(0, seconds)
     panels[-1].set_xlabel("seconds")
-    legend = [Patch(color=colour, label=kind) for kind, colour in _COLOURS.items()]
+    legend = [Patch(color=color, label=kind) for kind, color in _COLORS.items()]
     figure.legend(handles=legend, loc="outside lower right", ncols=len(legend), frameon=False, fontsize=8)
     figure.savefig(picture)

@@ -57,7 +57,7 @@ class Requests:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._signalled = False
+        self._signaled = False
         self._looked = time.monotonic()
 
     def __enter__(self) -> Requests:
@@ -73,7 +73,7 @@ class Requests:
 
         Who calls the answer waits for ranks that are behind.
         """
-        mine = Request.LEAVE if self._signalled else self._touched()
+        mine = Request.LEAVE if self._signaled else self._touched()
         largest = distributed.max_over_ranks(mine)
         return lambda: Request(largest())
 
@@ -93,4 +93,4 @@ class Requests:
         return Request.NOTHING
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        self._signaled = True

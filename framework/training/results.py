@@ -68,19 +68,19 @@ def check(recipe: Recipe, net: LocalNetwork, splits: Splits) -> None:
     """Refuse what scoring would only refuse after the training.
 
     Raises:
-        UserError: fewer training images than neighbours are asked for, or fewer test images than ranks.
+        UserError: fewer training images than neighbors are asked for, or fewer test images than ranks.
     """
     if splits.test is None:
         return
     evaluation, known, asked = recipe.evaluate, len(splits.train), len(splits.test)
     if evaluation.every_epochs is not None and evaluation.images is not None:
         known, asked = min(known, evaluation.images), min(asked, evaluation.images)
-    probed = evaluation.knn and splits.labelled
-    if probed and known < evaluation.neighbours:
+    probed = evaluation.knn and splits.labeled
+    if probed and known < evaluation.neighbors:
         raise UserError(
-            f"evaluate.neighbours={evaluation.neighbours}: must be at most {known}, the training images to score with"
+            f"evaluate.neighbors={evaluation.neighbors}: must be at most {known}, the training images to score with"
         )
-    classified = net.classifies and splits.test.labelled
+    classified = net.classifies and splits.test.labeled
     if (probed or classified) and asked < distributed.world_size():
         raise UserError(
             f"{splits.test.folder}: {asked} images to score on are fewer than the {distributed.world_size()} ranks"
@@ -96,9 +96,9 @@ def score(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]
     test = splits.test
     if test is None:
         return scores
-    if net.classifies and test.labelled:
+    if net.classifies and test.labeled:
         scores["test_top1"] = features.test_top1(net, splits.eval_loader(test))
-    if splits.labelled and recipe.evaluate.knn:
+    if splits.labeled and recipe.evaluate.knn:
         linear = recipe.evaluate.linear
         untrained = recipe_network(recipe, splits.num_classes).to(distributed.device())
         for suffix, encode, fit in (
@@ -118,9 +118,9 @@ def score_now(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, fl
     images = recipe.evaluate.images
     some, test = replace(splits, train=splits.train.thinned(images)), splits.test.thinned(images)
     scores: dict[str, float] = {}
-    if net.classifies and test.labelled:
+    if net.classifies and test.labeled:
         scores["test_top1"] = features.test_top1(net, some.eval_loader(test))
-    if splits.labelled and recipe.evaluate.knn:
+    if splits.labeled and recipe.evaluate.knn:
         scores |= _probe(recipe, some, test, partial(features.features, net), recipe.evaluate.linear)
     return scores
 
@@ -131,7 +131,7 @@ def _probe(recipe: Recipe, splits: Splits, test: ShardSet, encode: Encode, linea
     known, asked = (encode(splits.eval_loader(shards)) for shards in (splits.train, test))
     with distributed.same_outcome():
         if distributed.is_main():
-            scores["knn_top1"] = features.knn_top1(*known, *asked, recipe.evaluate.neighbours)
+            scores["knn_top1"] = features.knn_top1(*known, *asked, recipe.evaluate.neighbors)
             if linear:
                 scores["linear_top1"] = features.linear_top1(*known, *asked)
     return scores

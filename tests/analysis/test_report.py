@@ -51,7 +51,7 @@ def test_every_command_leaves_numbers_and_a_picture(looked_at: list[Path]) -> No
     assert set(found["probe_layers"]["top1"]) == {"loco", "gim"}
     assert found["cka"]["reference"] == "loco" and len(found["cka"]["runs"][0]["same_segment"]) == 3
     assert found["memory"]["rows"][0]["saving"] > 1
-    assert set(found["knn_eval"]["loco"]) == {"neighbours", "trained", "untrained", "raw pixels"}
+    assert set(found["knn_eval"]["loco"]) == {"neighbors", "trained", "untrained", "raw pixels"}
     assert result["knn_top1"] > 50
 
 

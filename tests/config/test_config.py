@@ -150,7 +150,7 @@ def test_an_unknown_override_names_the_nearest_key(recipes: Path, override: str)
 def test_an_unknown_key_is_found_in_the_file_that_has_it(recipes: Path) -> None:
     (recipes / "typo.yaml").write_text("defaults: [base]\nevaluate: {neighbors: 3}\n")
     (recipes / "child.yaml").write_text("defaults: [typo]\nseed: 1\n")
-    message = "recipes/typo.yaml: evaluate.neighbors=3: unknown key; the nearest is evaluate.neighbours"
+    message = "recipes/typo.yaml: evaluate.neighbors=3: unknown key; the nearest is evaluate.neighbors"
     assert fails("recipes/child.yaml") == message
     (recipes / "hydra.yaml").write_text("defaults: [base]\nhydra: {run: {dir: x}}\n")
     assert fails("recipes/hydra.yaml").startswith("recipes/hydra.yaml: hydra: unknown key")
@@ -256,7 +256,7 @@ def test_a_broken_file_is_named(recipes: Path, name: str) -> None:
         assert fails("recipes/above.yaml").startswith("recipes/")
 
 
-def test_a_missing_recipe_lists_its_neighbours(recipes: Path) -> None:
+def test_a_missing_recipe_lists_its_neighbors(recipes: Path) -> None:
     assert fails("recipes/bas.yaml") == "recipes/bas.yaml: no such recipe; recipes/ has base.yaml"
     (recipes / "child.yaml").write_text("defaults: [bsae]\n")
     assert "bsae.yaml, which does not exist; recipes/ has base.yaml" in fails("recipes/child.yaml")

@@ -57,7 +57,7 @@ def test_written_shards_read_back(tmp_path):
     shards = ShardSet.open(tmp_path / "a")
     assert [shards.read(i) for i in range(len(shards))] == [png(i) for i in range(7)]
     assert shards.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert shards.labelled
+    assert shards.labeled
     assert shards.classes == ["x", "y", "z"]
     name, offset = shards.where(4).split(" @ ")
     assert name == "shard-000001.tar"
@@ -112,7 +112,7 @@ def test_foreign_shards(tmp_path, form):
 def test_shards_without_labels(tmp_path):
     write_tar(tmp_path / "a.tar", [("0.png", png(0))])
     shards = ShardSet.open(tmp_path)
-    assert not shards.labelled
+    assert not shards.labeled
     assert shards.classes is None
 
 

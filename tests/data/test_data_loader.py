@@ -25,21 +25,21 @@ from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
 
-PLAIN = Views(kind="none", centre=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+PLAIN = Views(kind="none", center=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-def grey_png(level: int) -> bytes:
+def gray_png(level: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("L", (4, 4), level).save(buffer, "png")
     return buffer.getvalue()
 
 
 def numbered(
-    folder: Path, n: int, broken: Collection[int] = (), labelled: bool = True, per_shard: int = 7
+    folder: Path, n: int, broken: Collection[int] = (), labeled: bool = True, per_shard: int = 7
 ) -> ShardSet:
-    """Image i is grey of level i, so that a batch tells which samples it holds."""
-    images = [b"no image" if i in broken else grey_png(i) for i in range(n)]
-    examples = [(f"{i}", image, "png", i if labelled else None) for i, image in enumerate(images)]
+    """Image i is gray of level i, so that a batch tells which samples it holds."""
+    images = [b"no image" if i in broken else gray_png(i) for i in range(n)]
+    examples = [(f"{i}", image, "png", i if labeled else None) for i, image in enumerate(images)]
     write_shards(examples, folder, None, per_shard)
     return ShardSet.open(folder)
 
@@ -125,7 +125,7 @@ def test_ranks_workers_and_accumulation_only_slice_the_batch(digits, world, work
         assert torch.equal(images, expected_images)
 
 
-def test_colour_depends_on_position_not_on_rank(digits):
+def test_color_depends_on_position_not_on_rank(digits):
     settings = {"views": Views(), "image_size": 16, "batch_size": 32, "views_per_image": 2}
     ((expected, _),) = whole_batches(digits, 1, 1, 5, 6, **settings)
     ((found, _),) = whole_batches(digits, 4, 2, 5, 6, **settings)
@@ -190,7 +190,7 @@ def test_nothing_before_the_start_is_read(tmp_path):
 
 
 def test_shards_without_labels_give_none(tmp_path):
-    shards = numbered(tmp_path / "a", 8, labelled=False)
+    shards = numbered(tmp_path / "a", 8, labeled=False)
     ((batch,),) = train_loader(shards).steps(0, 1)
     assert batch.labels is None
     assert all(labels is None for _, _, labels in eval_loader(shards))

@@ -1,4 +1,4 @@
-"""The order with a bounded read window: how far neighbours end up apart, how few shards are in use."""
+"""The order with a bounded read window: how far neighbors end up apart, how few shards are in use."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_order_is_by_seed_and_epoch():
     ]  # on every machine
 
 
-def test_neighbours_of_a_shard_end_up_far_apart():
+def test_neighbors_of_a_shard_end_up_far_apart():
     shards = positions(SIZES, WINDOW).reshape(100, 200)
     apart = np.abs(np.diff(shards, axis=1))
     assert apart.mean() == pytest.approx(WINDOW / 3, rel=0.05)

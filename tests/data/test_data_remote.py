@@ -31,7 +31,7 @@ from framework.data.splits import Splits
 from framework.runtime.errors import UserError
 from tests.support.http_store import breaking, serve
 
-PLAIN = Views(kind="none", centre=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+PLAIN = Views(kind="none", center=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GB = 10**9
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_data_loader import grey_png
+from test_data_loader import gray_png
 
 from framework.config.recipe import Data, Recipe
 from framework.data.packing.writer import write_shards
@@ -15,7 +15,7 @@ from tests.support.http_store import serve
 
 
 def write(folder: Path, classes: list[str] | None) -> None:
-    write_shards(((f"{i}", grey_png(i), "png", i % 2) for i in range(4)), folder, classes)
+    write_shards(((f"{i}", gray_png(i), "png", i % 2) for i in range(4)), folder, classes)
 
 
 def opened(path: Path | str, **data: object) -> Splits:

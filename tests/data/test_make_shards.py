@@ -93,14 +93,14 @@ def test_folders_without_splits_or_classes(tmp_path):
     classes = packed(tree(tmp_path / "a", photographs(("",))), tmp_path / "out_a")[""]
     assert (len(classes), classes.classes) == (12, ["cat", "dog"])
     flat = packed(tree(tmp_path / "b", {"0.png": image(0), "1.png": image(1)}), tmp_path / "out_b")[""]
-    assert (len(flat), flat.labelled, flat.classes) == (2, False, None)
+    assert (len(flat), flat.labeled, flat.classes) == (2, False, None)
 
 
 def test_folders_named_like_splits_are_no_classes(tmp_path):
     files = {"train/0.png": image(0), "train/1.png": image(1), "test/0.png": image(2)}
     found = packed(tree(tmp_path / "a", files), tmp_path / "out_a")
     assert {split: len(shards) for split, shards in found.items()} == {"train": 2, "test": 1}
-    assert not any(shards.labelled or shards.classes for shards in found.values())
+    assert not any(shards.labeled or shards.classes for shards in found.values())
     vehicles = {"bus/0.png": image(0), "train/0.png": image(1)}
     assert packed(tree(tmp_path / "b", vehicles), tmp_path / "out_b")[""].classes == ["bus", "train"]
 
@@ -288,7 +288,7 @@ def test_stl10(tmp_path, monkeypatch):
     }
     registered(monkeypatch, kind, lists, folder)
     found = packed(tmp_path / "src", tmp_path / "out")
-    assert not found["unlabeled"].labelled
+    assert not found["unlabeled"].labeled
     assert sorted(found["train"].labels) == [0, 1, 2, 9]
     row = {0: 0, 1: 1, 2: 2, 9: 3}[int(found["train"].labels[0])]
     assert np.array_equal(decode(found["train"].read(0)), pixels[row].transpose(0, 2, 1))  # stored by column

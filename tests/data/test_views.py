@@ -54,16 +54,16 @@ def encoded(image: Image.Image, form: str) -> bytes:
         (color.hue, F.adjust_hue, [-0.5, -0.21, 0.0, 0.2]),
     ],
 )
-def test_colour_operation_equals_torchvision(operation, reference, factors):
+def test_color_operation_equals_torchvision(operation, reference, factors):
     images = random_images(8, 13)
     factor = torch.tensor(factors * 2)
     expected = torch.stack([reference(image, float(f)) for image, f in zip(images, factor, strict=True)])
     torch.testing.assert_close(operation(images, factor.view(-1, 1, 1, 1)), expected, atol=1e-5, rtol=0)
 
 
-def test_grey_equals_torchvision():
+def test_gray_equals_torchvision():
     images = random_images(4, 9)
-    torch.testing.assert_close(color.grey(images), F.rgb_to_grayscale(images), atol=1e-5, rtol=0)
+    torch.testing.assert_close(color.gray(images), F.rgb_to_grayscale(images), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 9, 23])
@@ -103,7 +103,7 @@ def test_finish_equals_torchvision_chain():
         for operation in look.order[n].tolist():
             if operation >= 0:
                 image = operations[operation](image, float(look.factors[n, operation]))
-        image = F.rgb_to_grayscale(image, 3) if look.greyscale[n] else image
+        image = F.rgb_to_grayscale(image, 3) if look.grayscale[n] else image
         if look.sigma[n] > 0:
             image = F.gaussian_blur(image, [3, 3], [float(look.sigma[n])] * 2)
         expected.append(F.normalize(image, list(views.mean), list(views.std)))
@@ -113,7 +113,7 @@ def test_finish_equals_torchvision_chain():
     assert views.finish(pixels, look, CPU, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_kinds_without_colour_only_flip_and_normalise():
+def test_kinds_without_color_only_flip_and_normalize():
     pixels = (random_images(40, 8) * 255).to(torch.uint8)
     for kind, flips in (("supervised", True), ("cifar", True), ("none", False)):
         views = Views(kind=kind, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -168,7 +168,7 @@ def test_probabilities_and_blur_range():
     for mask, probability in (
         (look.flip, 0.5),
         (look.order[:, 0] >= 0, 0.8),
-        (look.greyscale, 0.2),
+        (look.grayscale, 0.2),
         (look.sigma > 0, 0.5),
     ):
         assert stats.binomtest(int(mask.sum()), 4000, probability).pvalue > 1e-3
@@ -184,7 +184,7 @@ def test_fields_switch_their_operation_off_and_leave_the_others_alone():
     assert not quiet.flip.any()
     assert (quiet.order == -1).all()
     assert not quiet.sigma.any()
-    assert torch.equal(quiet.greyscale, full.greyscale)
+    assert torch.equal(quiet.grayscale, full.grayscale)
 
 
 def test_chances_depend_on_each_key():
@@ -217,7 +217,7 @@ def test_random_crop_equals_torchvision():
 def test_central_crop_equals_torchvision(size):
     image = F.pil_to_tensor(photograph(*size))
     reference = T.Compose([T.Resize(37, T.InterpolationMode.BICUBIC), T.CenterCrop(32)])
-    found = Views(kind="none", centre=32 / 37).crop(image, 32, draws(1)[0])
+    found = Views(kind="none", center=32 / 37).crop(image, 32, draws(1)[0])
     assert torch.equal(found, reference(image))
 
 
@@ -285,7 +285,7 @@ def test_decode_refuses_what_is_no_8_bit_image():
         ({"area": (0.5, 1.2)}, "at most 1"),
         ({"blur_sigma": (0.0, 1.0)}, "blur_sigma must be"),
         ({"jitter_strength": 3.0}, "hue"),
-        ({"centre": 0.0}, "centre"),
+        ({"center": 0.0}, "center"),
     ],
 )
 def test_impossible_fields_are_refused(fields, problem):

@@ -289,7 +289,7 @@ def test_toy_coco_shows_what_it_says(toys: Path) -> None:
             picture = Image.open(toys / f"coco/{split}2017/{item['image_id']:012d}.jpg")
             x, y, width, height = item["bbox"]
             inside = picture.getpixel((round(x + width / 2), round(y + height / 2)))
-            assert np.abs(np.subtract(inside, shapes[names[item["category_id"]]].colour)).max() < 12
+            assert np.abs(np.subtract(inside, shapes[names[item["category_id"]]].color)).max() < 12
             assert 0.4 < item["area"] / (width * height) < 1.01
             xs, ys = np.reshape(item["segmentation"], (-1, 2)).T
             assert (xs.min(), ys.min(), np.ptp(xs), np.ptp(ys)) == (x, y, width, height)
@@ -339,7 +339,7 @@ def test_splits_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "split2/result.json: can't be read" in capsys.readouterr().err
 
 
-def test_pictures_colour_the_object_and_nothing_else() -> None:
+def test_pictures_color_the_object_and_nothing_else() -> None:
     draw = tool("draw_detections")["draw"]
     image = torch.full((3, 120, 160), 128, dtype=torch.uint8)
     masks = torch.zeros(1, 120, 160, dtype=torch.bool)
@@ -374,7 +374,7 @@ def test_protocols_last_as_long_as_the_papers_say(name: str, images: int, epochs
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_protocol_normalises_as_pretraining_does(path: Path) -> None:
+def test_every_protocol_normalizes_as_pretraining_does(path: Path) -> None:
     model = protocol(path.stem)["MODEL"]
     assert np.allclose(np.array(model["PIXEL_MEAN"]) / 255, (0.485, 0.456, 0.406), atol=1e-3)
     assert np.allclose(np.array(model["PIXEL_STD"]) / 255, (0.229, 0.224, 0.225), atol=1e-3)

@@ -73,7 +73,7 @@ def test_linear_probe_separates_what_a_plane_separates_and_not_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(600, 32, generator=generator), torch.randint(3, (600,), generator=generator)
     chance = features.linear_top1(x[:400], y[:400], x[400:], y[400:])
-    x[:, 5] += 1000 * y  # a scale on which an unstandardised probe would not converge
+    x[:, 5] += 1000 * y  # a scale on which an unstandardized probe would not converge
     assert features.linear_top1(x[:400], y[:400], x[400:], y[400:]) > 98
     assert 20 < chance < 47
 
@@ -94,7 +94,7 @@ def test_bad_features_are_user_errors() -> None:
             probe(train_x, torch.full_like(train_y, 4), test_x, test_y)
         with pytest.raises(UserError, match="no test images"):
             probe(train_x, train_y, test_x[:0], test_y[:0])
-    with pytest.raises(UserError, match=r"evaluate.neighbours=1438: must be at most 1437"):
+    with pytest.raises(UserError, match=r"evaluate.neighbors=1438: must be at most 1437"):
         features.knn_top1(train_x, train_y, test_x, test_y, k=1438)
 
 

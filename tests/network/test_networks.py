@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from framework.model import local_network
 from framework.network import create, cut, output_shapes
-from framework.network.norm import synchronise
+from framework.network.norm import synchronize
 from framework.runtime.errors import UserError
 
 #: LoCo, Table 6: FLOPs of each stage in percent, the stem in the first, without the classifier
@@ -149,13 +149,13 @@ def test_shuffling_mixes_the_halves() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_synchronised_batchnorm_keeps_the_activation(training: bool) -> None:
+def test_synchronized_batchnorm_keeps_the_activation(training: bool) -> None:
     """timm's BatchNorms hold the activation that follows; one process must compute what it did."""
     torch.manual_seed(0)
     network = create("regnety_002").train(training)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(synchronise(copy.deepcopy(network))(images), network(images))
+        assert torch.equal(synchronize(copy.deepcopy(network))(images), network(images))
 
 
 def test_parameter_names_are_timms() -> None:

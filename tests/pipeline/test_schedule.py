@@ -75,7 +75,7 @@ def layouts() -> Iterator[Layout]:
 
 
 def channel(stage: int, instruction: Instruction) -> tuple[str, int, int] | None:
-    """(kind, from, to), spelt out once more, independently of the simulation."""
+    """(kind, from, to), spelled out once more, independently of the simulation."""
     match instruction:
         case SendActivation() | ReceiveCotangents():
             return ("down" if isinstance(instruction, SendActivation) else "up", stage, stage + 1)
@@ -221,15 +221,15 @@ def test_one_window_over_everything_is_deepspeeds_1f1b() -> None:
 def test_the_bubble_does_not_grow_with_depth(
     stages: int, micro_batches: int, bp: float, loco: float, gim: float
 ) -> None:
-    """Utilisation of 1F1B, and the throughput of LoCo and GIM against it, on stages of equal cost."""
+    """Utilization of 1F1B, and the throughput of LoCo and GIM against it, on stages of equal cost."""
     ran = {}
     for name in ("bp", "loco", "gim"):
         layout = Layout(moments(named_plan(name, stages)), balanced([1.0] * stages, stages), micro_batches)
         ran[name] = simulate(layout, costs_of(layout, unit_costs(stages)))
-    assert ran["bp"].utilisation()[0] == pytest.approx(bp, abs=0.03)
+    assert ran["bp"].utilization()[0] == pytest.approx(bp, abs=0.03)
     assert ran["bp"].period() / ran["loco"].period() == pytest.approx(loco, rel=0.08)
     assert ran["bp"].period() / ran["gim"].period() == pytest.approx(gim, rel=0.08)
-    assert ran["gim"].utilisation() == pytest.approx([1.0] * stages)
+    assert ran["gim"].utilization() == pytest.approx([1.0] * stages)
 
 
 def test_steps_are_not_flushed() -> None:

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm cluster of two nodes: submitted, out of time, preempted, cut off from a node, cancelled."""
+"""Jobs on a real Slurm cluster of two nodes: submitted, out of time, preempted, cut off from a node, canceled."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_job_over_two_nodes_is_the_same_run(
 
 # Nobody listens to URG, so that the first the ranks hear is the limit's TERM.
 @pytest.mark.parametrize(
-    ("signalled", "cause"),
+    ("signaled", "cause"),
     [("USR1@15", "JobState=RUNNING"), ("URG@1", "Reason=TimeLimit")],
     ids=["warned", "not warned"],
 )
@@ -131,11 +131,11 @@ def test_a_job_that_runs_out_of_time_goes_on(
     tmp_path: Path,
     undisturbed: Reference,
     pool: Callable[[int], Pool],
-    signalled: str,
+    signaled: str,
     cause: str,
 ) -> None:
     """How many steps fit into the limit is the machine's affair, so somebody stops the run after its restart."""
-    job = Job(cluster, tmp_path, 10**6, options=("--time=2", f"--signal={signalled}"))
+    job = Job(cluster, tmp_path, 10**6, options=("--time=2", f"--signal={signaled}"))
     until(lambda: job.restarts and starts(tmp_path) > 1, PATIENCE, "not started again")
     before = len(losses(tmp_path))
     until(
@@ -253,7 +253,7 @@ def test_nothing_survives_scancel_but_the_checkpoint(
     assert re.search("TresPerTask=cpu[:=]2", step), "a rank may use the CPUs that the job asked for"
     cluster.ask("scancel", job.id)
     until(lambda: not cluster.processes(job.id), 30, "processes survived")
-    until(lambda: job.state == "CANCELLED", 60, "not cancelled")
+    until(lambda: job.state == "CANCELLED", 60, "not canceled")
     assert job.restarts == 0
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert "stopped after step" in job.text and (saved[-1] / "manifest.json").exists()

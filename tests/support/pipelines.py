@@ -71,7 +71,7 @@ def network(run: Run) -> LocalNetwork:
 def micro_batches(run: Run, net: LocalNetwork, step: int, part: int = 0, parts: int = 1) -> list[Batch]:
     """One replica's share of every micro-batch of a step.
 
-    Blobs of colour, of which a view is a noisy copy: after pooling, plain noise looks alike, and the BatchNorm of
+    Blobs of color, of which a view is a noisy copy: after pooling, plain noise looks alike, and the BatchNorm of
     a head would blow rounding errors up to the size of the signal.
     """
     batches, views, generator = [], net.plan.views, torch.Generator().manual_seed(step)

@@ -1,4 +1,4 @@
-"""Ranks as a launcher starts them: processes of their own that may be killed, stopped, signalled and poisoned."""
+"""Ranks as a launcher starts them: processes of their own that may be killed, stopped, signaled and poisoned."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def network(case: Case) -> Any:
 def micro_batches(case: Case, step: int, part: int = 0, parts: int = 1) -> list[Batch]:
     """This rank's part of every micro-batch of a step, sliced as the loader slices them."""
     generator = torch.Generator().manual_seed(step)
-    # Blobs of colour, of which a view is a noisy copy. Plain noise would look alike to a network that pools
+    # Blobs of color, of which a view is a noisy copy. Plain noise would look alike to a network that pools
     # it, and the BatchNorm of a head would blow rounding errors up to the size of the signal.
     blobs = torch.randn(1, IMAGES, 3, 4, 4, generator=generator)
     blobs = blobs.repeat_interleave(SIZE // 4, 3).repeat_interleave(SIZE // 4, 4)

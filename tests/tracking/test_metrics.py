@@ -166,7 +166,7 @@ def image(path: Path) -> np.ndarray:
 
 
 def shows(pixels: np.ndarray, position: float) -> bool:
-    """Whether a curve has the colour of a unit at ``position`` (0 lowest, 1 highest)."""
+    """Whether a curve has the color of a unit at ``position`` (0 lowest, 1 highest)."""
     color = 255 * np.array(colormaps["viridis"](0.05 + 0.8 * position)[:3])
     return int((abs(pixels - color).max(1) < 3).sum()) > 200
 
@@ -181,7 +181,7 @@ def test_the_picture_shows_every_unit(tmp_path: Path, units: int, steps: int) ->
     pixels = image(tmp_path / "loss.png")
     assert all(shows(pixels, u / max(1, units - 1)) for u in range(units))
     if units == 3:
-        assert not shows(pixels, 0.25), "a colour that no unit has"
+        assert not shows(pixels, 0.25), "a color that no unit has"
 
 
 def test_steps_between_two_entries_count(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs that are killed, signalled, starved of disk, poisoned and frozen: what they lose, which is nothing."""
+"""Runs that are killed, signaled, starved of disk, poisoned and frozen: what they lose, which is nothing."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ STEPS = 20
 def losses(case: str) -> list[list[float]]:
     """Unit losses of every step. Weights and images come from NumPy, whose streams don't change between releases."""
     net = networks.network(case, "resnet8").double()
-    _initialise(net)
+    _initialize(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
     history = []
     for step in range(STEPS):
@@ -37,7 +37,7 @@ def losses(case: str) -> list[list[float]]:
 
 
 @torch.no_grad()
-def _initialise(net: LocalNetwork) -> None:
+def _initialize(net: LocalNetwork) -> None:
     generator = np.random.default_rng(0)
     copies = [
         buffer

@@ -115,15 +115,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pool: PoolOf) -
 def test_images_without_labels_are_trained_on_and_not_scored(tmp_path: Path, pool: PoolOf) -> None:
     """As those of STL-10, whose test images have labels."""
     prepare_digits(tmp_path / "data")
-    labelled = ShardSet.open(tmp_path / "data" / "train")
-    images = ((f"{i}", labelled.read(i), "png", None) for i in range(len(labelled)))
-    write_shards(images, tmp_path / "data" / "unlabelled", None)
-    data = ("data.source=shards", f"data.path={tmp_path / 'data'}", "data.train=unlabelled")
+    labeled = ShardSet.open(tmp_path / "data" / "train")
+    images = ((f"{i}", labeled.read(i), "png", None) for i in range(len(labeled)))
+    write_shards(images, tmp_path / "data" / "unlabeled", None)
+    data = ("data.source=shards", f"data.path={tmp_path / 'data'}", "data.train=unlabeled")
     short = ("train.max_steps=2", "evaluate.knn=true", "evaluate.every_epochs=1")
     assert pool(1).run(run, arguments(tmp_path, *data, *short)) == [""]
     assert not [key for key in json.loads((tmp_path / "run" / "result.json").read_text()) if "top1" in key]
     assert (tmp_path / "run" / "backbone.safetensors").exists()
-    write_shards([("0", labelled.read(0), "png", None)], tmp_path / "data" / "one", None)  # fewer than ranks
+    write_shards([("0", labeled.read(0), "png", None)], tmp_path / "data" / "one", None)  # fewer than ranks
     argv = arguments(tmp_path / "two", *data, *short, "data.test=one")
     assert pool(2).run(run, argv) == ["", ""]
 
@@ -140,10 +140,10 @@ BAD = [
     (["network.name=resnet9"], "network.name=resnet9: no such network"),
     (["network.args.zero_int=true"], "network.args"),
     (["data.path={tmp}/nowhere", "data.source=shards"], "{tmp}/nowhere/train: no such folder"),
-    (["evaluate.knn=true", "evaluate.neighbours=1438"], "evaluate.neighbours=1438: must be at most 1437"),
+    (["evaluate.knn=true", "evaluate.neighbors=1438"], "evaluate.neighbors=1438: must be at most 1437"),
     (
-        ["evaluate.knn=true", "evaluate.neighbours=20", "evaluate.every_epochs=1", "evaluate.images=19"],
-        "evaluate.neighbours=20: must be at most 19",
+        ["evaluate.knn=true", "evaluate.neighbors=20", "evaluate.every_epochs=1", "evaluate.images=19"],
+        "evaluate.neighbors=20: must be at most 19",
     ),
     (["data.num_classes=5"], "data.num_classes=5: {tmp}/digits/train has labels up to 9, so at least 10"),
     (["train.batch_size=65", "train.accumulation=2"], "batch_size=65"),

@@ -40,19 +40,19 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Away from the image's mean grey by ``factor`` (N, 1, 1, 1)."""
-    return _blend(images, grey(images).mean((-2, -1), keepdim=True), factor)
+    """Away from the image's mean gray by ``factor`` (N, 1, 1, 1)."""
+    return _blend(images, gray(images).mean((-2, -1), keepdim=True), factor)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Away from the pixel's grey by ``factor`` (N, 1, 1, 1)."""
-    return _blend(images, grey(images), factor)
+    """Away from the pixel's gray by ``factor`` (N, 1, 1, 1)."""
+    return _blend(images, gray(images), factor)
 
 
 def hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by ``shift`` (N, 1, 1, 1) circles, each in [-1/2, 1/2].
 
-    A channel of a colour with hue h (in circles) is min + chroma * clamp(|6 frac(h + n) - 3| - 1, 0, 1), with
+    A channel of a color with hue h (in circles) is min + chroma * clamp(|6 frac(h + n) - 3| - 1, 0, 1), with
     n = 0, 2/3, 1/3 for red, green, blue.
     """
     red, green, blue = images.unbind(1)
@@ -70,7 +70,7 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
     return share.mul_(chroma.unsqueeze(1)).add_(least.unsqueeze(1))
 
 
-def grey(images: Tensor) -> Tensor:
+def gray(images: Tensor) -> Tensor:
     """Luminance, (N, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue

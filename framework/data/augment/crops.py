@@ -1,7 +1,7 @@
 """Geometry of views: which box of an image is seen, and its pixels.
 
 ``resized`` serves one image of any size on a worker; ``resized_batch`` serves images of equal size on any
-device. Both are Pillow's antialiased bicubic filter on bytes; they differ by rounding, one grey level.
+device. Both are Pillow's antialiased bicubic filter on bytes; they differ by rounding, one gray level.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def _weights(low: Tensor, high: Tensor, side: int, size: int) -> Tensor:
     scale = ((high - low).float() / size).view(-1, 1, 1)
     widened = scale.clamp_min(1)
     pixels = torch.arange(side, device=low.device)
-    centres = low.view(-1, 1, 1) + (torch.arange(size, device=low.device).view(-1, 1) + 0.5) * scale
-    x = ((pixels + 0.5 - centres) / widened).abs()
+    centers = low.view(-1, 1, 1) + (torch.arange(size, device=low.device).view(-1, 1) + 0.5) * scale
+    x = ((pixels + 0.5 - centers) / widened).abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # bicubic with a = -0.5
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
     weights = weights * ((pixels >= low.view(-1, 1, 1)) & (pixels < high.view(-1, 1, 1)))

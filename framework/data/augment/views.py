@@ -1,6 +1,6 @@
 """Views of an image: what a training step sees of it.
 
-The work is cut in two. Workers on the CPU decode and crop to bytes; colour, blur and normalisation, an order
+The work is cut in two. Workers on the CPU decode and crop to bytes; color, blur and normalization, an order
 of magnitude dearer there, run on the device for the whole batch. All chance comes from ``chances``, so that a
 view is a pure function of (seed, epoch, position, view), whoever computes it.
 """
@@ -23,7 +23,7 @@ Probability = Annotated[float, Rule("between 0 and 1", lambda value: 0 <= value 
 _VIEW_STREAM = 1  # second word of the Philox key; the order of an epoch uses 0
 # Which numbers of ``chances`` decide what: fixed, so that no field of ``Views`` shifts another's.
 _CROP = slice(0, 4 * crops.ATTEMPTS)
-_FLIP, _JITTER, _GREYSCALE, _BLUR, _SIGMA = range(40, 45)
+_FLIP, _JITTER, _GRAYSCALE, _BLUR, _SIGMA = range(40, 45)
 _ORDER, _FACTORS = slice(45, 49), slice(49, 53)
 CHANCES = 53
 _BLOCKS = 14  # of Philox's counter for one position, each of 4 numbers
@@ -37,14 +37,14 @@ class Look(NamedTuple):
         flip: (N,) bool.
         order: (N, 4) int64, the k-th of the four jitter operations; -1 for no jitter.
         factors: (N, 4) float32: brightness, contrast, saturation, hue.
-        greyscale: (N,) bool.
+        grayscale: (N,) bool.
         sigma: (N,) float32, of the blur in pixels; 0 for no blur.
     """
 
     flip: Tensor
     order: Tensor
     factors: Tensor
-    greyscale: Tensor
+    grayscale: Tensor
     sigma: Tensor
 
 
@@ -53,7 +53,7 @@ class Views:
     """How views are made; the defaults are SimCLR's for ImageNet.
 
     Attributes:
-        kind: "simclr": random resized crop, flip, colour jitter, greyscale, blur. "supervised": random
+        kind: "simclr": random resized crop, flip, color jitter, grayscale, blur. "supervised": random
             resized crop, flip. "cifar": crop from the image with wider edges, flip. "none": central crop, for
             evaluation.
         area: of the random resized crop, smallest and largest share of the image.
@@ -62,13 +62,13 @@ class Views:
         jitter: largest change of brightness, contrast, saturation (factor 1 +- this) and hue (circles).
         jitter_strength: multiplies ``jitter``.
         jitter_probability: of jittering at all.
-        greyscale: probability.
+        grayscale: probability.
         blur: probability.
         blur_sigma: smallest and largest, in pixels.
         blur_kernel: taps of the blur as share of the side of a view.
         pad: pixels of added edge, "cifar" only.
         edge: what is added: "reflect" the image mirrored at its outermost pixels, "zeros" black.
-        centre: share of the shorter side that the central crop keeps, "none" only.
+        center: share of the shorter side that the central crop keeps, "none" only.
         mean: of the channels, subtracted.
         std: of the channels, divided by.
     """
@@ -80,13 +80,13 @@ class Views:
     jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.8, 0.8, 0.8, 0.2)
     jitter_strength: NonNegative = 1.0
     jitter_probability: Probability = 0.8
-    greyscale: Probability = 0.2
+    grayscale: Probability = 0.2
     blur: Probability = 0.5
     blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
     blur_kernel: Probability = 0.1
     pad: NonNegativeInt = 4
     edge: Literal["reflect", "zeros"] = "reflect"
-    centre: Probability = 0.875
+    center: Probability = 0.875
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
@@ -98,9 +98,9 @@ class Views:
         if self.area[1] > 1:
             raise ValueError("area must be at most 1, the whole image")
         if self.jitter[3] * self.jitter_strength > 0.5:
-            raise ValueError("jitter's hue times jitter_strength must be at most 0.5, half the colour circle")
-        if self.centre == 0:
-            raise ValueError("centre must be above 0")
+            raise ValueError("jitter's hue times jitter_strength must be at most 0.5, half the color circle")
+        if self.center == 0:
+            raise ValueError("center must be above 0")
 
     def crop(self, image: Tensor, size: int, chance: np.ndarray) -> Tensor:
         """The worker's half: cut and resize a uint8 image (3, H, W) to (3, size, size).
@@ -108,7 +108,7 @@ class Views:
         ``chance`` is what ``chances`` gave for this view.
         """
         if self.kind == "none":
-            return crops.central(image, size, self.centre)
+            return crops.central(image, size, self.center)
         height, width = image.shape[1:]
         if self.kind != "cifar":
             return crops.resized(image, self.box(height, width, size, chance), (size, size))
@@ -128,7 +128,7 @@ class Views:
         simclr = self.kind == "simclr"
         flipped = (chance[:, _FLIP] < self.flip) & (self.kind != "none")
         jittered = (chance[:, _JITTER] < self.jitter_probability) & simclr
-        greyscale = (chance[:, _GREYSCALE] < self.greyscale) & simclr
+        grayscale = (chance[:, _GRAYSCALE] < self.grayscale) & simclr
         blurred = (chance[:, _BLUR] < self.blur) & simclr
         order = np.where(jittered[:, None], chance[:, _ORDER].argsort(axis=1), -1)
         middle = np.array([1.0, 1.0, 1.0, 0.0])
@@ -141,14 +141,14 @@ class Views:
             flip=torch.from_numpy(flipped),
             order=torch.from_numpy(order).reshape(n, 4),
             factors=torch.from_numpy(factors.astype(np.float32)),
-            greyscale=torch.from_numpy(greyscale),
+            grayscale=torch.from_numpy(grayscale),
             sigma=torch.from_numpy(np.where(blurred, sigma, 0).astype(np.float32)),
         )
 
     def finish(
         self, pixels: Tensor, look: Look, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """The device's half: flip, jitter, greyscale, blur and normalise.
+        """The device's half: flip, jitter, grayscale, blur and normalize.
 
         Args:
             pixels: (N, 3, S, S) uint8 crops on the CPU.
@@ -170,8 +170,8 @@ class Views:
         flipped = _rows(look.flip, device)
         images = pixels.index_copy(0, flipped, pixels[flipped].flip(-1)).float().div_(255)
         images = color.jitter(images, look.order, look.factors)
-        greyed = _rows(look.greyscale, device)
-        images[greyed] = color.grey(images[greyed]).expand(-1, 3, -1, -1)
+        grayed = _rows(look.grayscale, device)
+        images[grayed] = color.gray(images[grayed]).expand(-1, 3, -1, -1)
         blurred = _rows(look.sigma > 0, device)
         kernel = blur_taps(self.blur_kernel, images.shape[-1])
         sigma = look.sigma.to(device, non_blocking=True)[blurred]

@@ -153,7 +153,7 @@ class EvalLoader:
         """
         Args:
             shards: the images.
-            views: ``centre``, ``mean`` and ``std`` count.
+            views: ``center``, ``mean`` and ``std`` count.
             image_size: side in pixels.
             batch_size: images per rank and batch, at most (one more where a rank would else run dry).
             rank: of this process, below ``world_size``.
@@ -244,6 +244,6 @@ def _raised(drawn: Drawn | UserError) -> Drawn:
 
 
 def _labels(shards: ShardSet, samples: Tensor, device: torch.device) -> Tensor | None:
-    if not shards.labelled:
+    if not shards.labeled:
         return None
     return torch.from_numpy(shards.labels[samples.numpy()]).to(device, non_blocking=True)

@@ -22,7 +22,7 @@ class Resident:
     """Every image of a set as uint8 on the device, (N, 3, H, W); 50,000 of CIFAR's are 154 MB.
 
     The order, the boxes and all other chance are those of the images on disk. Crops of "cifar" views are
-    equal to the bit, resized ones to one grey level (two where the filter clips).
+    equal to the bit, resized ones to one gray level (two where the filter clips).
 
     Attributes:
         images: black where broken.

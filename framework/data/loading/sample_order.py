@@ -21,7 +21,7 @@ def windowed_order(sizes: np.ndarray, window: int, seed: int, epoch: int) -> np.
     """(n,) int64, an order that touches few shards at a time.
 
     Shards are put in a row at random; each sample then moves back by a random distance of less than
-    ``window`` samples. Any two neighbours of a shard end up about ``window / 3`` positions apart, and between
+    ``window`` samples. Any two neighbors of a shard end up about ``window / 3`` positions apart, and between
     the first and the last sample of a shard lie fewer than 2 * window + the largest shard.
 
     Args:

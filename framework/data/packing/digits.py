@@ -62,7 +62,7 @@ def _split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _examples(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Iterator[Example]:
     for row in rows:
-        pixels = np.rint(images[row].reshape(8, 8) * (255 / 16)).astype(np.uint8)  # grey levels are 0 to 16
+        pixels = np.rint(images[row].reshape(8, 8) * (255 / 16)).astype(np.uint8)  # gray levels are 0 to 16
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format="png")
         yield f"{row:06d}", buffer.getvalue(), "png", int(labels[row])

@@ -19,7 +19,7 @@ from torchvision import datasets
 
 from framework.data.shards.index import ShardSet
 from framework.data.shards.remote import open_remote
-from framework.data.shards.scan import PARSE_ERRORS, UNLABELLED, check_end, members
+from framework.data.shards.scan import PARSE_ERRORS, UNLABELED, check_end, members
 from framework.data.shards.store import is_url
 from framework.runtime.errors import UserError
 
@@ -115,7 +115,7 @@ class Shards:
 
     def __getitem__(self, i: int) -> Item:
         label = int(self.shards.labels[i])
-        return Item(self.shards.where(i), self.shards.read(i), None if label == UNLABELLED else label)
+        return Item(self.shards.where(i), self.shards.read(i), None if label == UNLABELED else label)
 
 
 def open_sources(path: str, work: Path, cache: Path, cache_bytes: int) -> dict[str, Source]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from framework.data.shards.scan import UNLABELLED, Sample, scan_shard
+from framework.data.shards.scan import UNLABELED, Sample, scan_shard
 from framework.data.shards.shard_contents import (
     ARRAYS,
     HEAD,
@@ -135,9 +135,9 @@ class ShardSet:
         return self.table.label
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether the samples carry labels: all of them do, or none."""
-        return bool(self.table.label[0] != UNLABELLED)
+        return bool(self.table.label[0] != UNLABELED)
 
     def __len__(self) -> int:
         return len(self.table.label)

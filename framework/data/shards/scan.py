@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 from framework.runtime.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "webp")
-UNLABELLED = -1
+UNLABELED = -1
 
 # Key and extension; cut at the first dot of the base name.
 _NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
         key: name shared by the members of the sample.
         offset: of the image's first byte, from the start of the shard.
         length: of the image in bytes.
-        label: its class, or ``UNLABELLED``.
+        label: its class, or ``UNLABELED``.
     """
 
     key: str
@@ -61,7 +61,7 @@ def scan_shard(path: Path) -> list[Sample]:
 
 
 def _groups(path: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Neighbouring members of equal key, as (key, {lower-case extension: member})."""
+    """Neighboring members of equal key, as (key, {lower-case extension: member})."""
     seen: set[str] = set()
     key, group = None, dict[str, tarfile.TarInfo]()
     for member in members(path, tar):
@@ -108,7 +108,7 @@ def _sample(path: Path, file: BinaryIO, key: str, members: dict[str, tarfile.Tar
         if "cls" in members:
             raise UserError(f"{path}: key {key!r} has no image ({', '.join(IMAGE_EXTENSIONS)})")
         return None
-    label = UNLABELLED
+    label = UNLABELED
     if "cls" in members:
         file.seek(members["cls"].offset_data)
         text = file.read(min(members["cls"].size, 32))

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from framework.data.shards.scan import UNLABELLED, Sample
+from framework.data.shards.scan import UNLABELED, Sample
 from framework.runtime.errors import UserError
 
 HEAD, ARRAYS = "index.json", "index.npz"
@@ -62,12 +62,12 @@ class Contents(NamedTuple):
         buffer = io.BytesIO()
         np.savez(buffer, **self.table._asdict())
         arrays = buffer.getvalue()
-        labelled = self.table.label[self.table.label != UNLABELLED]
+        labeled = self.table.label[self.table.label != UNLABELED]
         head = {
             "format": _FORMAT,
             "crc32": zlib.crc32(arrays),
             "classes": self.classes,
-            "class_counts": np.bincount(labelled, minlength=len(self.classes or [])).tolist(),
+            "class_counts": np.bincount(labeled, minlength=len(self.classes or [])).tolist(),
             "shards": self.shards,
             "sha256": self.sha256,
         }
@@ -135,9 +135,9 @@ def tabulate(where: Path | str, samples: dict[str, list[Sample]], classes: list[
     rows = [(number, *sample[1:]) for number, name in enumerate(samples) for sample in samples[name]]
     columns = np.array(rows, np.int64).T
     table = Table(columns[0].astype(np.int32), *columns[1:].copy())
-    names, unlabelled = list(samples), table.label == UNLABELLED
-    if unlabelled.any() and not unlabelled.all():
-        shard = names[table.shard[unlabelled.argmax()]]
+    names, unlabeled = list(samples), table.label == UNLABELED
+    if unlabeled.any() and not unlabeled.all():
+        shard = names[table.shard[unlabeled.argmax()]]
         raise UserError(f"{where}/{shard}: has samples without label; all samples must have one, or none")
     if classes is not None and table.label.max() >= len(classes):
         worst = table.label.argmax()

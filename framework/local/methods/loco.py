@@ -18,7 +18,7 @@ class Options:
     """The published LoCo, and the rows of its Table 5 (section 5.5).
 
     Attributes:
-        window: segments a unit spans; neighbouring units share all but one.
+        window: segments a unit spans; neighboring units share all but one.
         share_blocks: share only the first 1 or 2 blocks of the next stage, on a network cut at its blocks: a
             unit is a stage and these, the last stage is one of its own (our reading). ``None`` shares whole
             segments.

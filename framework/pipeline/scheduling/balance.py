@@ -36,7 +36,7 @@ class StageForecast:
         parameters: of segments and heads.
         flops: of a micro-batch's training.
         follows: stages whose weights heads here follow.
-        utilisation: share of the time at work.
+        utilization: share of the time at work.
         speedup: throughput of the pipeline, in that of end-to-end 1F1B on the same stages.
     """
 
@@ -44,7 +44,7 @@ class StageForecast:
     parameters: int
     flops: float
     follows: tuple[int, ...]
-    utilisation: float
+    utilization: float
     speedup: float
 
 
@@ -101,7 +101,7 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
             round(sum(parameters[s] for s in placement.span(stage))),
             sum(per_segment[s] for s in placement.span(stage)),
             tuple(sorted(owner for reader, owner in following.reads if reader == stage)),
-            ran.utilisation()[stage],
+            ran.utilization()[stage],
             end_to_end.period() / ran.period(),
         )
         for stage in range(placement.stages)

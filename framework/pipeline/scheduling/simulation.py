@@ -48,7 +48,7 @@ class Simulation:
         """Time of a step once the pipeline is full: that of the slowest stage over the later half of the steps."""
         return max(self._window(events)[1] for events in self.events) / (self.steps - self.steps // 2)
 
-    def utilisation(self) -> list[float]:
+    def utilization(self) -> list[float]:
         """Of each stage, the share of the time in which it works, over the later half of the steps."""
         return [busy / length for busy, length in map(self._window, self.events)]
 
