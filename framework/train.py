@@ -26,7 +26,7 @@ from framework.pipeline.scheduling.balance import place
 from framework.pipeline.scheduling.placement import Placement
 from framework.runtime import distributed, requests
 from framework.runtime.command import status
-from framework.runtime.dead_ranks import lost_ranks_named
+from framework.runtime.dead_ranks import dead_ranks_named
 from framework.runtime.errors import UserError
 from framework.runtime.requests import Request
 from framework.runtime.watchdog import Watchdog
@@ -36,7 +36,7 @@ from framework.training.resume import restore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe; returns the exit status: 0, or ``MEND_FIRST`` or ``GO_ON_LATER`` of ``control``."""
+    """Run a recipe; returns the exit status: 0, or ``EXIT_USAGE`` or ``EXIT_TRY_AGAIN`` of ``control``."""
 
     def read() -> Iterable[Recipe]:
         recipe = loading.load(sys.argv[1:] if argv is None else argv)
@@ -58,13 +58,13 @@ def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
     for number in requests.SIGNALS:
         signal.signal(number, requests.leave_at_once)
     recipes, request = read(), Request.NOTHING
-    with lost_ranks_named():
+    with dead_ranks_named():
         for recipe in recipes:
             request = train(recipe)
             if request >= Request.STOP:
                 break
     distributed.stop()
-    return requests.GO_ON_LATER if request is Request.LEAVE else 0
+    return requests.EXIT_TRY_AGAIN if request is Request.LEAVE else 0
 
 
 def train(recipe: Recipe) -> Request:

@@ -38,7 +38,7 @@ def main() -> None:
 def knn(run: Run, neighbors: int | None, images: int | None) -> dict[str, float]:
     """Per cent by kind of features, on rank 0."""
     splits = run.splits
-    some = replace(splits, train=splits.train.thinned(images), test=splits.held_out.thinned(images))
+    some = replace(splits, train=splits.train.subsample(images), test=splits.held_out.subsample(images))
     k = neighbors or run.recipe.evaluate.neighbors
     scores: dict[str, float] = {"neighbors": k}
     encoders: dict[str, LocalNetwork | None] = {

@@ -1,6 +1,6 @@
 """Train the rows of a table of results, in pieces, and write down what came out.
 
-    python tools/evidence.py recipes/results/cifar10_r32_400ep_b1024.yaml data.path=data/cifar10 --minutes 9
+    python tools/reproduce.py recipes/results/cifar10_r32_400ep_b1024.yaml data.path=data/cifar10 --minutes 9
 
 Every row is trained once per seed, in a run folder of its own below ``--runs``. With ``--minutes``, or on TERM, the
 run at work saves and this ends with status 75; the same command goes on from there. After a row that fails come the
@@ -36,7 +36,7 @@ from rich.table import Table as Printed
 from framework.analysis.results_tables import EvidenceTable, RowRun
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
-from framework.runtime.requests import GO_ON_LATER, MEND_FIRST, exit_status
+from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE, exit_status
 
 GRACE = 45.0  # seconds that a run may take to finish its step and save
 SHORTEST = 20.0  # seconds below which no command is started
@@ -51,14 +51,14 @@ def work(runs: list[RowRun], deadline: float) -> int:
                 break
         except UserError as error:
             statuses.add(told(error))
-    if MEND_FIRST in statuses:
-        return MEND_FIRST
-    return 0 if all(run.ended for run in runs) else GO_ON_LATER
+    if EXIT_USAGE in statuses:
+        return EXIT_USAGE
+    return 0 if all(run.ended for run in runs) else EXIT_TRY_AGAIN
 
 
 def told(error: UserError) -> int:
     """Print an error; its exit status."""
-    print(f"{'to be tried again' if error.passing else 'error'}: {error}", file=sys.stderr, flush=True)
+    print(f"{'to be tried again' if error.transient else 'error'}: {error}", file=sys.stderr, flush=True)
     return exit_status(error)
 
 
@@ -75,8 +75,8 @@ def go_on(run: RowRun, deadline: float) -> bool:
             status = ran(command, deadline, lock)
             if status is None:
                 return run.ended
-            if status == GO_ON_LATER:
-                raise UserError.of_passing(f"{run.folder}: is to be started again, see above")
+            if status == EXIT_TRY_AGAIN:
+                raise UserError.as_transient(f"{run.folder}: is to be started again, see above")
             if status:
                 raise UserError(f"{run.folder}: failed, see above: python {shlex.join(command)}")
             if len(run.results) == number:
@@ -262,8 +262,8 @@ def main() -> int:
     except UserError as error:
         return told(error)
     except KeyboardInterrupt:
-        return GO_ON_LATER
-    if status == GO_ON_LATER:
+        return EXIT_TRY_AGAIN
+    if status == EXIT_TRY_AGAIN:
         count = sum(run.ended for run in wanted)
         print(f"{count} of {len(wanted)} runs have ended; the same command goes on from here", flush=True)
     return status

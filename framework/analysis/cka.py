@@ -66,7 +66,7 @@ def run_cka(a: Run, b: Run, images: int | None = None) -> Tensor:
     comparable([a, b])
     net_a, net_b = a.encoder(), b.encoder()
     cut_a, cut_b = a.segments(net_a), a.segments(net_b)
-    shards = a.splits.held_out.thinned(images)
+    shards = a.splits.held_out.subsample(images)
     if len(shards) < FEWEST:
         raise UserError(f"{shards.folder}: CKA needs at least {FEWEST} images, and has {len(shards)}")
     cka = MinibatchCKA()

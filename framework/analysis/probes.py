@@ -34,7 +34,7 @@ def probe_layers(
     net = run.encoder()
     segments = cut_like.segments(net)
     (train, train_y), (test, test_y) = (
-        _outputs(run, net, segments, shards.thinned(images), flatten)
+        _outputs(run, net, segments, shards.subsample(images), flatten)
         for shards in (run.splits.train, run.splits.held_out)
     )
     top1 = {}

@@ -15,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from framework.engines.base import OptimizerState
-from framework.runtime.errors import UserError, is_passing
+from framework.runtime.errors import UserError, is_transient
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
@@ -112,7 +112,7 @@ def damage_of(folder: Path) -> str | None:
 
 
 def _unread(path: Path, error: OSError) -> str:
-    if is_passing(error):
+    if is_transient(error):
         raise UserError(f"{path}: can't be read for the moment: {error.strerror}") from error
     return f"{path.name} can't be read ({error.strerror})"
 

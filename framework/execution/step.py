@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution.precision import unscale_
-from framework.execution.program import HeadCall, Pass, Release, Route
+from framework.execution.program import GradientRoute, HeadCall, InputGradient, WeightGradient
 
 if TYPE_CHECKING:
     from framework.execution.local_network import LocalNetwork
@@ -38,8 +38,8 @@ class RoutedStep:
     Args:
         network: has segments, plan and moments.
         batch: the micro-batch; the images are the input of segment 0, labels are the heads'.
-        span: segments of this process; cotangents for those below end up in ``leaving``, those that come
-            from above are told by ``join``.
+        span: segments of this process; cotangents for those below end up in ``outgoing``, those that come
+            from above are told by ``receive``.
         scales: the loss scale of every head call (float16 only).
 
     Attributes:
@@ -60,12 +60,12 @@ class RoutedStep:
         self.crossed = {s for unit in self.plan.units for s in range(unit.first + 1, unit.last + 1)}
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
-        self.travelling: dict[int, dict[Route, Cotangent]] = {s: {} for s in self.span}
-        self.arrived: dict[int, Cotangent | None] = dict.fromkeys(self.span)
+        self.in_flight: dict[int, dict[GradientRoute, Cotangent]] = {s: {} for s in self.span}
+        self.accumulated: dict[int, Cotangent | None] = dict.fromkeys(self.span)
         self.embeddings: dict[HeadCall, tuple[Tensor, Tensor]] = {}
         self.losses: dict[int, Tensor] = {}
         self.gradients: dict[nn.Parameter, Tensor] = {}
-        self.leaving: dict[Route, Cotangent] = {}
+        self.outgoing: dict[GradientRoute, Cotangent] = {}
         self._overflows: list[tuple[Tensor, list[bool]]] = []
 
     def forward(self, s: int, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class RoutedStep:
             heaviest, scale = self._weight(call), self._scale(call)
             parameters = self._parameters(call)
             cotangent, *gradients = torch.autograd.grad(loss * (heaviest * scale), [x, *parameters])
-            self._deposit(s, call, cotangent, gradients)
+            self._collect(s, call, cotangent, gradients)
 
     def walk(self, s: int) -> None:
         """The backward work of this process that follows the forward of segment ``s``."""
@@ -96,14 +96,14 @@ class RoutedStep:
             if work.segment in self.span:
                 self.backward(work)
 
-    def backward(self, work: Pass | Release) -> None:
+    def backward(self, work: InputGradient | WeightGradient) -> None:
         """One pass through one segment."""
-        if isinstance(work, Release):
+        if isinstance(work, WeightGradient):
             self._release(work.segment, work.route)
         else:
             self._pass_on(work.segment, work.route)
 
-    def join(self, s: int, values: Iterable[Tensor]) -> None:
+    def receive(self, s: int, values: Iterable[Tensor]) -> None:
         """Cotangents at the top of the span, of the walk after segment ``s`` above it."""
         top = self.span[-1]
         for route, value in zip(self.network.moments[s].crossing(top + 1), values, strict=True):
@@ -158,7 +158,7 @@ class RoutedStep:
         x, embedding = self.embeddings.pop(call)
         self.losses.update(dict.fromkeys(call.units, loss))
         cotangent, *gradients = torch.autograd.grad(embedding, [x, *self._parameters(call)], gradient)
-        self._deposit(s, call, cotangent, gradients)
+        self._collect(s, call, cotangent, gradients)
 
     def _head(self, call: HeadCall) -> nn.Module:
         return self.plan.units[call.units[0]].head
@@ -176,7 +176,7 @@ class RoutedStep:
         """Units that share a head share its gradient; the heaviest sets the scale, the others a multiple of it."""
         return self._scale(call) * self._weight(call) / self.plan.units[unit].weight
 
-    def _deposit(self, s: int, call: HeadCall, cotangent: Tensor, gradients: Sequence[Tensor]) -> None:
+    def _collect(self, s: int, call: HeadCall, cotangent: Tensor, gradients: Sequence[Tensor]) -> None:
         if self.scales is not None:
             self._note(~torch.isfinite(cotangent).all(), [c is call for c in self.network.calls])
         total = sum(self.plan.units[i].weight for i in call.units)
@@ -184,26 +184,26 @@ class RoutedStep:
         for unit, route in zip(call.units, call.routes, strict=True):
             self._arrive(s, route, Cotangent(cotangent, self._unit_scale(unit, call)))
 
-    def _arrive(self, s: int, route: Route, cotangent: Cotangent) -> None:
+    def _arrive(self, s: int, route: GradientRoute, cotangent: Cotangent) -> None:
         if s < self.span.start:
-            self.leaving[route] = cotangent
+            self.outgoing[route] = cotangent
         elif route.first < s:
-            self.travelling[s][route] = cotangent.plus(self.travelling[s].get(route))
+            self.in_flight[s][route] = cotangent.plus(self.in_flight[s].get(route))
         elif s in route.learns:
-            self.arrived[s] = cotangent.plus(self.arrived[s])
+            self.accumulated[s] = cotangent.plus(self.accumulated[s])
 
-    def _pass_on(self, s: int, route: Route) -> None:
-        cotangent = self.travelling[s].pop(route)
+    def _pass_on(self, s: int, route: GradientRoute) -> None:
+        cotangent = self.in_flight[s].pop(route)
         (below,) = torch.autograd.grad(self.outputs[s], self.inputs[s], cotangent.value, retain_graph=True)
         self._arrive(s - 1, route, Cotangent(below, cotangent.scale))
         if s in route.learns:
-            self.arrived[s] = cotangent.plus(self.arrived[s])
+            self.accumulated[s] = cotangent.plus(self.accumulated[s])
 
-    def _release(self, s: int, route: Route | None) -> None:
+    def _release(self, s: int, route: GradientRoute | None) -> None:
         parameters = list(self.network.segments[s].parameters())
         output, x = self.outputs.pop(s), self.inputs.pop(s)
-        arrived, self.arrived[s] = self.arrived[s], None
-        cotangent = self.travelling[s].pop(route) if route is not None else arrived
+        accumulated, self.accumulated[s] = self.accumulated[s], None
+        cotangent = self.in_flight[s].pop(route) if route is not None else accumulated
         assert cotangent is not None
         wanted = parameters if route is None else [*parameters, x]
         gradients = list(torch.autograd.grad(output, wanted, cotangent.value))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from framework.runtime import distributed
-from framework.runtime.errors import LocalError, LostRank
+from framework.runtime.errors import DeadRank, LocalError
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +21,14 @@ _SOON = timedelta(milliseconds=100)  # for a death to be known on all connection
 
 
 @contextmanager
-def lost_ranks_named() -> Iterator[None]:
+def dead_ranks_named() -> Iterator[None]:
     """Inside, a collective that breaks off because ranks have ended becomes a line that names them.
 
     Each rank waits for a message from every other one, which comes only if that one leaves because of a third, or
     with an error of its own. So who is gone without one is who died, wherever the break was noticed. Collective.
 
     Raises:
-        LostRank: on every rank that is left, after a death.
+        DeadRank: on every rank that is left, after a death.
         LocalError: on the others, after an error that one rank has met alone.
     """
     others = [r for r in range(distributed.world_size()) if r != distributed.rank()]
@@ -47,7 +47,7 @@ def lost_ranks_named() -> Iterator[None]:
         own = isinstance(error, LocalError)
         if not own and not _broken(error):
             raise
-        mine = torch.tensor([float(own and not isinstance(error, LostRank))])
+        mine = torch.tensor([float(own and not isinstance(error, DeadRank))])
         for r in others:
             with suppress(RuntimeError):  # to those who died
                 dist.isend(mine, r, group=group)
@@ -61,7 +61,7 @@ def lost_ranks_named() -> Iterator[None]:
             raise LocalError(
                 f"{where}{_named(failed)} stopped with an error, which tells what to mend"
             ) from error
-        raise LostRank(
+        raise DeadRank(
             f"{where}{_named(gone)} died or can't be reached ({_reason(error)}); the same command goes on from the "
             "last checkpoint"
         ) from error

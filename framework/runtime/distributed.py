@@ -76,7 +76,7 @@ def start() -> None:
         _join()
     except dist.DistNetworkError as error:
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        raise LocalError.of_passing(
+        raise LocalError.as_transient(
             f"rank {os.environ['RANK']} can't meet the others at {address}:{port} ({str(error).splitlines()[0]}); "
             f"if another run has that port, choose one with --master_port or MASTER_PORT"
         ) from error

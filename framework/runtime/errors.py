@@ -6,7 +6,7 @@ import errno
 from typing import Self
 
 # Of file systems and networks. What is missing or forbidden is a mistake, and stays so.
-_PASSING = {
+_TRANSIENT = {
     errno.EAGAIN,
     errno.EIO,
     errno.EREMOTEIO,
@@ -23,34 +23,34 @@ _PASSING = {
 }
 
 
-def is_passing(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Whether a file system or network is behind an error, which may work again at the next start."""
     if isinstance(error, UserError):
-        return error.passing
+        return error.transient
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    return isinstance(error, OSError) and error.errno in _PASSING
+    return isinstance(error, OSError) and error.errno in _TRANSIENT
 
 
 class UserError(Exception):
     """One line that names the file, key or number at fault and says what would be right."""
 
-    _passing = False
+    _transient = False
 
     @property
-    def passing(self) -> bool:
-        """Whether the next start may do without it, unmended: ``is_passing`` of its cause."""
-        return self._passing or is_passing(self.__cause__)
+    def transient(self) -> bool:
+        """Whether the next start may do without it, unmended: ``is_transient`` of its cause."""
+        return self._transient or is_transient(self.__cause__)
 
     def alone(self) -> Self:
         """The same without its cause and the frames it came through, which would stay alive with it."""
-        return self.of_passing(*self.args) if self.passing else type(self)(*self.args)
+        return self.as_transient(*self.args) if self.transient else type(self)(*self.args)
 
     @classmethod
-    def of_passing(cls, *args: str) -> Self:
+    def as_transient(cls, *args: str) -> Self:
         """One that the next start may do without, whatever its cause."""
         error = cls(*args)
-        error._passing = True
+        error._transient = True
         return error
 
 
@@ -58,7 +58,7 @@ class LocalError(UserError):
     """An error that this rank alone has met, and must therefore print itself."""
 
 
-class LostRank(LocalError):
+class DeadRank(LocalError):
     """Another rank is gone or silent; the same command goes on from the last checkpoint."""
 
-    _passing = True
+    _transient = True

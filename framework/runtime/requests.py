@@ -16,8 +16,8 @@ from framework.runtime import distributed
 from framework.runtime.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # preemption; Slurm's --signal before the time limit
-GO_ON_LATER = 75  # exit status (EX_TEMPFAIL of sysexits.h): start the same command again
-MEND_FIRST = 64  # exit status (EX_USAGE): that would not help. Below the other, for srun reports the largest
+EXIT_TRY_AGAIN = 75  # exit status (EX_TEMPFAIL of sysexits.h): start the same command again
+EXIT_USAGE = 64  # exit status (EX_USAGE): that would not help. Below the other, for srun reports the largest
 LOOK_EVERY = 1.0  # seconds between two looks for touched files: each costs a file server a question
 
 
@@ -38,14 +38,14 @@ FILES = {Request.SAVE: "save-now", Request.STOP: "stop-now"}
 
 
 def exit_status(error: UserError) -> int:
-    """``GO_ON_LATER`` if the next start may do without this error, else ``MEND_FIRST``."""
-    return GO_ON_LATER if error.passing else MEND_FIRST
+    """``EXIT_TRY_AGAIN`` if the next start may do without this error, else ``EXIT_USAGE``."""
+    return EXIT_TRY_AGAIN if error.transient else EXIT_USAGE
 
 
 def leave_at_once(*_: object) -> None:
     """Signal handler outside the loop, where nothing needs saving."""
     print("signal received: leaving, to be started again", file=sys.stderr, flush=True)
-    os._exit(GO_ON_LATER)  # not through Python's exit, which waits for processes and threads
+    os._exit(EXIT_TRY_AGAIN)  # not through Python's exit, which waits for processes and threads
 
 
 class Requests:

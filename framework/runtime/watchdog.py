@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from framework.runtime.launch import launched_rank
-from framework.runtime.requests import GO_ON_LATER
+from framework.runtime.requests import EXIT_TRY_AGAIN
 
 PACKAGE = str(Path(__file__).parents[1])
 OTHER_RANKS = 5.0  # seconds in which the other ranks, which wait for this one, report too
@@ -70,7 +70,7 @@ class Watchdog:
             if silent > self._limit:
                 self._report()
                 time.sleep(OTHER_RANKS)
-                os._exit(GO_ON_LATER)
+                os._exit(EXIT_TRY_AGAIN)
 
     def _report(self) -> None:
         frame = sys._current_frames().get(self._watched)

@@ -116,7 +116,7 @@ def score_now(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, fl
     if splits.test is None:
         return {}
     images = recipe.evaluate.images
-    some, test = replace(splits, train=splits.train.thinned(images)), splits.test.thinned(images)
+    some, test = replace(splits, train=splits.train.subsample(images)), splits.test.subsample(images)
     scores: dict[str, float] = {}
     if net.classifies and test.labeled:
         scores["test_top1"] = features.test_top1(net, some.eval_loader(test))

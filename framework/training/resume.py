@@ -62,7 +62,7 @@ def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
     return folder if folder or own else Path(recipe.resume)
 
 
-class Sets(NamedTuple):
+class EffectiveBatch(NamedTuple):
     """How many images a step's nonlinear parts see together; losses depend on it, and on no other split.
 
     Attributes:
@@ -74,7 +74,9 @@ class Sets(NamedTuple):
     norm: int | None
 
     @classmethod
-    def of(cls, network: LocalNetwork, recipe: Mapping[str, Any], ranks: int, micro_batches: int) -> Sets:
+    def of(
+        cls, network: LocalNetwork, recipe: Mapping[str, Any], ranks: int, micro_batches: int
+    ) -> EffectiveBatch:
         """Of a recipe on so many ranks and micro-batches."""
         contrast = not network.plan.supervised or any(isinstance(m, SupCon) for m in network.modules())
         norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
@@ -104,11 +106,15 @@ def _check_batch(folder: Path, state: dict[str, Any], recipe: Recipe, net: Local
             f"train.batch_size={recipe.train.batch_size} must be {batch}"
         )
     micro_batches = then["pipeline"]["micro_batches"] or then["train"]["accumulation"]
-    old = Sets.of(net, then, before, micro_batches)
-    new = Sets.of(net, here, now, recipe.micro_batches)
+    old = EffectiveBatch.of(net, then, before, micro_batches)
+    new = EffectiveBatch.of(net, here, now, recipe.micro_batches)
     for what, was, is_now in zip(("losses contrast", "BatchNorm averages over"), old, new, strict=True):
         if was != is_now:
-            fits = (n for n in range(1, batch + 1) if batch % n == 0 and Sets.of(net, here, now, n) == old)
+            fits = (
+                n
+                for n in range(1, batch + 1)
+                if batch % n == 0 and EffectiveBatch.of(net, here, now, n) == old
+            )
             number = next(fits, None)
             remedy = f"start {before} ranks" if number is None else f"set train.accumulation={number}"
             raise UserError(

@@ -100,7 +100,7 @@ def test_layer_probes_are_probes_of_the_encoder_up_to_there(both_runs: tuple[Pat
     net = run.encoder()
     splits = run.splits
     features = []
-    for shards in (splits.train.thinned(200), splits.test.thinned(200)):
+    for shards in (splits.train.subsample(200), splits.test.subsample(200)):
         x = torch.cat(
             [
                 net.backbone.layer1(stem(net, images)).mean((2, 3))

@@ -24,7 +24,7 @@ from framework.checkpoints.folder import write_files
 from framework.config import loading
 from framework.evaluation.linear_eval_conditions import of_checkpoint
 from framework.runtime.errors import UserError
-from framework.runtime.requests import GO_ON_LATER, MEND_FIRST
+from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE
 from framework.tracking.metrics import MetricLog, read_log, write_result
 from tests.support.commands import run_tool
 from tests.support.runs import ROOT, losses, starts
@@ -56,7 +56,7 @@ def evidence(*arguments: str) -> object:
     """Exit status of the tool."""
     before = signal.getsignal(signal.SIGTERM)
     try:
-        return run_tool("evidence", *arguments)
+        return run_tool("reproduce", *arguments)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -75,7 +75,7 @@ def test_a_row_is_stopped_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(run)
     arguments = [str(path), f"data.path={tmp_path / 'digits'}", "--runs", str(tmp_path / "runs")]
     threading.Thread(target=terminate_after, args=(7, tmp_path), daemon=True).start()
-    assert evidence(*arguments) == GO_ON_LATER
+    assert evidence(*arguments) == EXIT_TRY_AGAIN
     assert 7 <= len(losses(tmp_path)) < 60 and not (run / "result.json").exists()
     assert list(path.parent.iterdir()) == [path]
     for _ in range(2):  # nothing is left to do the second time
@@ -103,7 +103,7 @@ def test_a_row_is_stopped_and_goes_on(tmp_path: Path) -> None:
     two["rows"].insert(0, {"name": "Elsewhere", "recipe": str(ROOT / "recipes" / "quickstart.yaml")})
     found = EvidenceTable(two["title"], two["score"], [Row(**row) for row in two["rows"]])
     ended = EvidenceTable.read(path).runs(path, tmp_path / "runs", arguments[1:2])
-    tool = runpy.run_path(str(ROOT / "tools" / "evidence.py"))
+    tool = runpy.run_path(str(ROOT / "tools" / "reproduce.py"))
     assert [row["row"] for row in tool["write_down"](path, found, ended)] == ["Elsewhere", "DGL* K=2"]
     assert [row["row"] for row in csv.DictReader(written.open())] == ["Elsewhere", "DGL* K=2"]
     during = log[1]["scores"]["test_top1"]
@@ -140,7 +140,7 @@ def named(path: Path, *names: str, **more: Any) -> EvidenceTable:
 
 def write_down(path: Path, found: EvidenceTable, ended: list[RowRun]) -> list[str]:
     """Rows of the CSV after it is written."""
-    runpy.run_path(str(ROOT / "tools" / "evidence.py"))["write_down"](path, found, ended)
+    runpy.run_path(str(ROOT / "tools" / "reproduce.py"))["write_down"](path, found, ended)
     return [line["row"] for line in csv.DictReader((path.parent / "digits-cpu.csv").open())]
 
 
@@ -159,7 +159,7 @@ def test_rows_that_cannot_go_on_do_not_hinder_others(
         for name in ("locked", "locked-too-as-it-is"):
             lock = locks.enter_context((tmp_path / "digits" / f".{name}-seed0.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-        assert evidence(str(path), "--runs", str(tmp_path)) == MEND_FIRST
+        assert evidence(str(path), "--runs", str(tmp_path)) == EXIT_USAGE
         said = capfd.readouterr().err
         places = [
             said.index(f"digits/{name}-seed0: {what}")
@@ -174,10 +174,10 @@ def test_rows_that_cannot_go_on_do_not_hinder_others(
         assert [line["row"] for line in csv.DictReader(written.open())] == ["Ended"]
         written.unlink()
         some = [str(path), "--runs", str(tmp_path), "--rows"]
-        assert evidence(*some, "Locked too, as it is,Locked") == GO_ON_LATER
+        assert evidence(*some, "Locked too, as it is,Locked") == EXIT_TRY_AGAIN
     assert "0 of 2 runs have ended" in capfd.readouterr().out and written.exists()
     assert evidence(*some, "ended") == 0
-    assert evidence(*some, "Ended,Lock") == MEND_FIRST
+    assert evidence(*some, "Ended,Lock") == EXIT_USAGE
     known = "locked, fails, locked-too-as-it-is, ended"
     assert capfd.readouterr().err == f"error: --rows: no row 'Lock'; the table has {known}\n"
 
@@ -187,9 +187,9 @@ def test_nothing_is_started_shortly_before_the_end(
 ) -> None:
     path = table(tmp_path)
     (run,) = EvidenceTable.read(path).runs(path, tmp_path, [f"data.path={tmp_path / 'digits'}"])
-    tool = runpy.run_path(str(ROOT / "tools" / "evidence.py"))
+    tool = runpy.run_path(str(ROOT / "tools" / "reproduce.py"))
     before = time.monotonic()
-    assert tool["work"]([run], before + 15) == GO_ON_LATER
+    assert tool["work"]([run], before + 15) == EXIT_TRY_AGAIN
     assert time.monotonic() - before < 10 and not run.folder.exists()
     assert evidence(str(path), "--minutes", "1") == 2
     assert "--minutes 1: must be above 1.08" in capsys.readouterr().err
@@ -358,4 +358,4 @@ def test_every_table_is_sound_and_its_name_says_its_conditions(path: Path) -> No
     assert f"{first.train.epochs}ep" in name and f"b{first.train.batch_size}" in name
     share = [int(word[1:]) for word in name if word[0] == "n" and word[1:].isdigit()]
     assert first.data.share == (share[0] / 50_000 if share else 1.0)
-    assert f"tools/evidence.py recipes/results/{path.name}" in path.read_text()
+    assert f"tools/reproduce.py recipes/results/{path.name}" in path.read_text()

@@ -152,7 +152,7 @@ def test_what_can_not_be_read_for_the_moment_is_not_called_damaged(pool: PoolOf,
             assert snapshot.newest(tmp_path).name == "step-00000001"
     with pytest.raises(UserError, match=r"model.safetensors: can't be read for the moment") as caught:
         snapshot.newest(tmp_path)
-    assert caught.value.passing
+    assert caught.value.transient
 
 
 def test_a_missing_folder_is_one_line_on_every_rank(pool: PoolOf, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_full_disk_is_noticed_and_told_from_a_mistake(tmp_path: Path) -> None:
                 put(path, b"x")
             except OSError as error:
                 raise UserError("as all of them are") from error
-        assert caught.value.passing == passes
+        assert caught.value.transient == passes
 
 
 def save_for_ever(run_dir: Path, connection: Any) -> None:

@@ -13,7 +13,7 @@ from framework.config import loading
 from framework.cost.activations import LiveActivations
 from framework.cost.counting import PlanCost, plan_cost
 from framework.model import recipe_network
-from framework.runtime.requests import MEND_FIRST
+from framework.runtime.requests import EXIT_USAGE
 from tests.support import networks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +83,6 @@ def test_show_plan_names_what_is_impossible() -> None:
         "network.cut=40",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == MEND_FIRST
+    assert done.returncode == EXIT_USAGE
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "network.cut=40" in done.stderr

@@ -265,7 +265,7 @@ def test_a_failing_disk_is_told_from_a_mistake(tmp_path, passing):
     reason = os.strerror(errno.EIO if passing else errno.EISDIR)
     with pytest.raises(UserError, match=rf"shard-000000\.tar: cannot be read: {reason}") as caught:
         next(loader.steps(0, 1))
-    assert caught.value.passing == passing
+    assert caught.value.transient == passing
 
 
 @pytest.mark.parametrize("workers", [0, 2])

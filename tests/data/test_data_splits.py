@@ -76,4 +76,4 @@ def test_a_server_that_fails_is_no_missing_split(tmp_path, monkeypatch, indexed)
         server.statuses["test"] = 503
         with pytest.raises(UserError, match=r"/test: cannot be read, 8 times in a row .*503") as caught:
             opened(server.url, cache_dir=str(tmp_path / "cache"))
-    assert caught.value.passing
+    assert caught.value.transient

@@ -28,7 +28,7 @@ from framework.data.packing.packer import Packing, encoded, pack
 from framework.data.packing.sources import open_sources
 from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
-from framework.runtime.requests import MEND_FIRST
+from framework.runtime.requests import EXIT_USAGE
 from tests.support.commands import run_tool
 
 
@@ -410,5 +410,5 @@ def test_command_line(tmp_path, capsys):
     printed = capsys.readouterr()
     assert f"{tmp_path / 'out' / 'train'}: 12 images, 1 left out" in printed.out
     assert "left out: train/cat/bad.jpg: no known image format" in printed.err
-    assert run_tool(*command) == MEND_FIRST
+    assert run_tool(*command) == EXIT_USAGE
     assert "is not empty; remove it or name another folder" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from framework.detection import conversion, weight_files
 from framework.detection.conversion import Source
 from framework.detection.layouts import NETWORKS, RESNETS, layout
 from framework.runtime.errors import UserError
-from framework.runtime.requests import MEND_FIRST
+from framework.runtime.requests import EXIT_USAGE
 from tests.support.commands import run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +106,7 @@ def test_without_detectron2_there_is_nothing_to_try_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "detectron2", None)
-    assert run_tool("train_detectron2") == MEND_FIRST
+    assert run_tool("train_detectron2") == EXIT_USAGE
     assert "README, Detection, says how to install Detectron2" in capsys.readouterr().err
 
 
@@ -142,7 +142,7 @@ def test_what_would_leave_a_weight_at_its_initial_value_is_refused(
     damage(tensors)
     save_file(tensors, tmp_path / "x.safetensors")
     output = tmp_path / "out.pkl"
-    assert run_tool("convert_to_detectron2", tmp_path / "x.safetensors", "-o", output) == MEND_FIRST
+    assert run_tool("convert_to_detectron2", tmp_path / "x.safetensors", "-o", output) == EXIT_USAGE
     error = capsys.readouterr().err
     assert message in error and "x.safetensors" in error and error.count("\n") == 1
     assert not output.exists()
@@ -318,7 +318,7 @@ def test_toy_sets_are_the_same_every_time_and_spare_what_is_there(
     assert run_tool("make_toy_coco", tmp_path, "--images", 6) == 0
     made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert made == {p.relative_to(toys): p.read_bytes() for p in toys.rglob("*") if p.is_file()}
-    assert run_tool("make_toy_coco", tmp_path, "--images", 9) == MEND_FIRST
+    assert run_tool("make_toy_coco", tmp_path, "--images", 9) == EXIT_USAGE
     assert "exists already" in capsys.readouterr().err
     assert made == {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
@@ -335,7 +335,7 @@ def test_splits_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert average["bbox"]["AP"] == {"mean": pytest.approx(11.5), "spread": 3.5}
     assert average["segm"]["AP"] == {"mean": pytest.approx(5.75), "spread": 1.75}
     (tmp_path / "split2" / "result.json").unlink()
-    assert run_tool("average_splits", tmp_path) == MEND_FIRST
+    assert run_tool("average_splits", tmp_path) == EXIT_USAGE
     assert "split2/result.json: can't be read" in capsys.readouterr().err
 
 

@@ -24,7 +24,7 @@ from framework.detection import conversion, weight_files
 from framework.detection.conversion import Match, Source
 from framework.detection.layouts import NETWORKS, RESNETS, layout
 from framework.runtime.errors import UserError
-from framework.runtime.requests import MEND_FIRST
+from framework.runtime.requests import EXIT_USAGE
 from tests.support.commands import run_tool
 
 pytestmark = pytest.mark.detectron2
@@ -301,7 +301,7 @@ def test_a_mistake_ends_the_launch_of_several_processes(weights: str, message: s
     opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", "out"]
     command = [*tool, "--config", str(recipe("toy_coco")), *opts]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == MEND_FIRST
+    assert done.returncode == EXIT_USAGE
     assert message in done.stderr and "Traceback" not in done.stderr
 
 

@@ -21,7 +21,7 @@ from framework.evaluation.linear_eval import PROTOCOLS, Protocol, Rows, State, a
 from framework.evaluation.run_folder import Run
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
-from framework.runtime.requests import MEND_FIRST
+from framework.runtime.requests import EXIT_USAGE
 from framework.tracking.metrics import read_log
 from tests.support.pool import Pool
 from tests.support.trained import ROOT
@@ -178,7 +178,7 @@ def test_the_command_on_augmented_images(both_runs: tuple[Path, Path], tmp_path:
     assert State(folder / "linear_eval" / "loco.safetensors", {}).load() == (0, {})
     shutil.rmtree(folder / "checkpoints")
     again = command(folder, "--cached")
-    assert again.returncode == MEND_FIRST
+    assert again.returncode == EXIT_USAGE
     assert again.stderr.strip().splitlines()[-1].endswith("let it train until one is")
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from framework.execution.program import Pass, Release, moments
+from framework.execution.program import InputGradient, WeightGradient, moments
 from framework.local import LocalUnit, Plan
 from framework.local.units import Window, sliding_windows
 from framework.pipeline.scheduling.placement import Costs, Placement, balanced, listed
@@ -142,15 +142,15 @@ def test_every_piece_of_work_is_done_once_by_the_owner_and_in_order() -> None:
                         done += [work for work in walk if work.segment in span]
                 work = [w for moment in layout.moments for w in moment.walk if w.segment in span]
                 assert sorted(map(repr, done)) == sorted(map(repr, [*span, *work]))
-                released = [w.segment for w in done if isinstance(w, Release)]
+                released = [w.segment for w in done if isinstance(w, WeightGradient)]
                 assert sorted(released) == list(span)
                 for w in done:
-                    if isinstance(w, Pass | Release):
+                    if isinstance(w, InputGradient | WeightGradient):
                         assert done.index(w.segment) < done.index(w)
                         assert all(
                             done.index(w) <= done.index(r)
                             for r in done
-                            if isinstance(r, Release) and r.segment == w.segment
+                            if isinstance(r, WeightGradient) and r.segment == w.segment
                         )
 
 
@@ -166,7 +166,7 @@ def test_memory_is_bounded_by_the_window() -> None:
                     alive.add((instruction.micro_batch, instruction.segment))
                 elif isinstance(instruction, Walk):
                     for work in layout.moments[instruction.moment].walk:
-                        if isinstance(work, Release):
+                        if isinstance(work, WeightGradient):
                             alive.discard((instruction.micro_batch, work.segment))
                 assert len({b for b, _ in alive}) <= layout.reach(stage) + 1
             assert not alive

@@ -19,8 +19,8 @@ from framework.data.packing.digits import prepare_digits
 from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet
 from framework.runtime import distributed
-from framework.runtime.dead_ranks import lost_ranks_named
-from framework.runtime.requests import GO_ON_LATER, MEND_FIRST
+from framework.runtime.dead_ranks import dead_ranks_named
+from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE
 from tests.support.pool import Pool
 from tests.support.ranks import Ranks, Trouble
 from tests.support.runs import ROOT, assert_same_run, toy
@@ -67,7 +67,7 @@ def test_all_name_the_stage_that_died_and_the_run_goes_on(
         died = time.monotonic()
         statuses = ranks.statuses()
         assert time.monotonic() - died < TIMEOUT
-        assert statuses == [-signal.SIGKILL if r == victim else GO_ON_LATER for r in range(STAGES)]
+        assert statuses == [-signal.SIGKILL if r == victim else EXIT_TRY_AGAIN for r in range(STAGES)]
     errors = [line.split(" (")[0] for line in ranks.printed.splitlines() if line.startswith("error: ")]
     others = [r for r in range(STAGES) if r != victim]
     assert errors == [f"error: rank {r}: rank {victim} died or can't be reached" for r in others]
@@ -81,7 +81,7 @@ def test_an_error_that_one_stage_meets_is_no_death(tmp_path: Path, undisturbed: 
     """The others must not say that the same command would go on."""
     trouble = Trouble(0, "refuse", at_step=3)
     with Ranks(arguments(tmp_path), STAGES, tmp_path / "record", trouble) as ranks:
-        assert ranks.statuses() == [MEND_FIRST] * STAGES, ranks.printed
+        assert ranks.statuses() == [EXIT_USAGE] * STAGES, ranks.printed
     errors = [line for line in ranks.printed.splitlines() if line.startswith("error: ")]
     assert errors[0] == "error: rank 0: these images are no good"
     assert all(f"rank {r}: rank 0 stopped with an error" in errors[r] for r in range(1, STAGES))
@@ -103,7 +103,7 @@ def test_images_that_one_rank_can_not_score_on_are_named_and_cost_no_step(
     more = (f"data.path={data}", "data.source=shards", "data.workers=0", "evaluate.knn=true", *every)
     argv = [str(ROOT / "recipes/quickstart.yaml"), *toy(tmp_path, *more)]
     with Ranks(argv, 2, tmp_path / "record") as ranks:
-        assert ranks.statuses() == [MEND_FIRST] * 2, ranks.printed
+        assert ranks.statuses() == [EXIT_USAGE] * 2, ranks.printed
     errors = [line for line in ranks.printed.splitlines() if line.startswith("error: ")]
     assert f"error: rank 1: {data / 'test'}: 45 of 180 images are broken" in errors[1]
     assert "error: rank 0: rank 1 stopped with an error" in errors[0]
@@ -119,7 +119,7 @@ def trains_without_names() -> tuple[float, list[str]]:
         patch.setenv("GLOO_SOCKET_IFNAME", "none0")
         logging.getLogger("framework.runtime.dead_ranks").addHandler(handler)
         try:
-            with lost_ranks_named():
+            with dead_ranks_named():
                 return distributed.sum_over_ranks(distributed.rank() + 1), records
         finally:
             logging.getLogger("framework.runtime.dead_ranks").removeHandler(handler)

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from framework.runtime.requests import GO_ON_LATER
+from framework.runtime.requests import EXIT_TRY_AGAIN
 
 SCORES_THEN_HANGS = """
 import sys, time
@@ -51,5 +51,5 @@ def test_a_score_may_take_longer_than_a_step(tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-c", SCORES_THEN_HANGS, str(tmp_path)], capture_output=True, text=True
     )
-    assert (found.returncode, found.stdout) == (GO_ON_LATER, "scored\n")
+    assert (found.returncode, found.stdout) == (EXIT_TRY_AGAIN, "scored\n")
     assert "no step for 0.5 s after step 7" in found.stderr

@@ -14,7 +14,7 @@ import pytest
 
 from framework.config.recipe import Pipeline
 from framework.evaluation.run_folder import Run
-from framework.runtime.requests import GO_ON_LATER
+from framework.runtime.requests import EXIT_TRY_AGAIN
 from tests.support.trained import ROOT
 
 TOOL = ROOT / "tools" / "finetune.py"
@@ -42,5 +42,5 @@ def test_a_signal_leaves_work_to_go_on_with(folder: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=120)[1]
-    assert process.returncode == GO_ON_LATER, errors
+    assert process.returncode == EXIT_TRY_AGAIN, errors
     assert list((folder / "finetune-1" / "checkpoints").glob("step-*"))

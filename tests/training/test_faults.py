@@ -15,7 +15,7 @@ import pytest
 from test_checkpoint import FILES, MANIFEST
 
 from framework.checkpoints import snapshot
-from framework.runtime.requests import GO_ON_LATER, MEND_FIRST
+from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE
 from tests.support.pool import Pool
 from tests.support.ranks import Ranks, Trouble, samples
 from tests.support.runs import ROOT, assert_same_run, losses, run, toy, weights
@@ -149,7 +149,7 @@ def leave(folder: Path, number: int, rank: int) -> None:
         ranks.until(lambda: steps_done(folder) > before or not ranks.running)
         if ranks.processes[rank].is_alive():
             ranks.signal(number, rank)
-        assert set(ranks.statuses()) <= {GO_ON_LATER, 0}, ranks.printed
+        assert set(ranks.statuses()) <= {EXIT_TRY_AGAIN, 0}, ranks.printed
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_a_signal_to_any_rank_saves_and_ends_all(
         ranks.until(lambda: steps_done(tmp_path) >= 3)
         ranks.signal(number, rank)
         ranks.signal(number, rank)  # a second one is no reason to leave without saving
-        assert ranks.statuses() == [GO_ON_LATER, GO_ON_LATER], ranks.printed
+        assert ranks.statuses() == [EXIT_TRY_AGAIN, EXIT_TRY_AGAIN], ranks.printed
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert f"stopped after step {int(saved.name[5:])};" in ranks.printed
     assert 3 <= int(saved.name[5:]) == steps_done(tmp_path)
@@ -218,7 +218,7 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end(tmp_path: Path) -> None:
     with start(tmp_path, "train.max_steps=20", "checkpoint.every_steps=8") as ranks:
         ranks.until(lambda: steps_done(tmp_path) >= 10)
         fill_disk(ranks, tmp_path)
-        assert ranks.statuses() == [MEND_FIRST, MEND_FIRST], ranks.printed
+        assert ranks.statuses() == [EXIT_USAGE, EXIT_USAGE], ranks.printed
     newest = snapshot.newest(tmp_path / "run")
     assert newest is not None and int(newest.name[5:]) in (8, 16)
     assert "step-00000020: can't be written" in ranks.printed
@@ -245,12 +245,12 @@ def test_a_poisoned_step_is_as_if_it_had_not_been(tmp_path: Path, undisturbed: P
 def test_too_much_poison_stops_the_run_with_a_line(tmp_path: Path) -> None:
     poison = Trouble(0, "poison", at_step=3)
     with start(tmp_path, trouble=poison) as ranks:
-        assert ranks.statuses() == [MEND_FIRST, MEND_FIRST]
+        assert ranks.statuses() == [EXIT_USAGE, EXIT_USAGE]
     assert "is nan at step 3: lower optim.lr=0.5" in ranks.printed
     assert ranks.printed.count("error: ") == 1
     lines = ("faults.nonfinite=skip", "faults.nonfinite_limit=1", "optim.lr=1e30", "optim.warmup_epochs=0")
     with start(tmp_path / "diverged", *lines) as ranks:
-        assert ranks.statuses() == [MEND_FIRST, MEND_FIRST], ranks.printed
+        assert ranks.statuses() == [EXIT_USAGE, EXIT_USAGE], ranks.printed
     assert "is the 2th with a loss or gradient that is not finite" in ranks.printed
 
 
@@ -261,7 +261,7 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait(tmp_path: Path, kind: st
     lock.touch()
     patience = ("faults.hang_seconds=15", "engine=ddp")  # DeepSpeed may take longer to import
     with start(tmp_path, *patience, trouble=Trouble(1, kind, 3, path=str(lock))) as ranks:
-        assert ranks.statuses() == [GO_ON_LATER, GO_ON_LATER], ranks.printed
+        assert ranks.statuses() == [EXIT_TRY_AGAIN, EXIT_TRY_AGAIN], ranks.printed
     waiting, hanging = ((tmp_path / "run" / f"hang-rank0000{rank}.txt").read_text() for rank in (0, 1))
     first = hanging.splitlines()[0]
     assert "no step for 15 s after step 3" in first and first in ranks.printed

@@ -34,7 +34,7 @@ LONG = {"mlaan_r34"}  # the heads of 7 units read copies of 512-channel blocks
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn photos in class folders, packed by the tool; there is no held-out split."""
+    """WorkerBatch photos in class folders, packed by the tool; there is no held-out split."""
     folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for label in range(CLASSES):

@@ -30,7 +30,7 @@ _BLOCKS = 14  # of Philox's counter for one position, each of 4 numbers
 _IN_CACHE = 4  # images that a CPU finishes together: 224 x 224 floats of more leave its second-level cache
 
 
-class Look(NamedTuple):
+class AugmentParams(NamedTuple):
     """The parameters of the device half, N images, on the CPU.
 
     Attributes:
@@ -122,7 +122,7 @@ class Views:
             return crops.shifted_box(size, self.pad, chance[_CROP])
         return crops.random_box(width, height, self.area, self.aspect, chance[_CROP])
 
-    def look(self, chance: np.ndarray) -> Look:
+    def look(self, chance: np.ndarray) -> AugmentParams:
         """The parameters of the device half from ``chances`` (N, ...) of N views."""
         n = len(chance)
         simclr = self.kind == "simclr"
@@ -137,7 +137,7 @@ class Views:
         low[:3] = np.maximum(low[:3], 0)
         factors = low + chance[:, _FACTORS] * (high - low)
         sigma = self.blur_sigma[0] + chance[:, _SIGMA] * (self.blur_sigma[1] - self.blur_sigma[0])
-        return Look(
+        return AugmentParams(
             flip=torch.from_numpy(flipped),
             order=torch.from_numpy(order).reshape(n, 4),
             factors=torch.from_numpy(factors.astype(np.float32)),
@@ -146,7 +146,7 @@ class Views:
         )
 
     def finish(
-        self, pixels: Tensor, look: Look, device: torch.device, dtype: torch.dtype = torch.float32
+        self, pixels: Tensor, look: AugmentParams, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """The device's half: flip, jitter, grayscale, blur and normalize.
 
@@ -162,10 +162,10 @@ class Views:
         parts = zip(pixels.split(together), *(field.split(together) for field in look), strict=True)
         out = torch.empty(pixels.shape, dtype=dtype, device=device)
         for images, (part, *fields) in zip(out.split(together), parts, strict=True):
-            images.copy_(self._finish(part, Look(*fields)))
+            images.copy_(self._finish(part, AugmentParams(*fields)))
         return out
 
-    def _finish(self, pixels: Tensor, look: Look) -> Tensor:
+    def _finish(self, pixels: Tensor, look: AugmentParams) -> Tensor:
         device = pixels.device
         flipped = _rows(look.flip, device)
         images = pixels.index_copy(0, flipped, pixels[flipped].flip(-1)).float().div_(255)

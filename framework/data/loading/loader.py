@@ -21,7 +21,7 @@ from framework.data.batch import Batch
 from framework.data.loading.memory import Resident
 from framework.data.loading.prefetch import finished
 from framework.data.loading.sample_order import Job, TrainJobs, eval_jobs
-from framework.data.loading.worker import Boxer, Decoder, Drawn, shield
+from framework.data.loading.worker import CropSampler, Decoder, WorkerBatch, shield
 from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
 
@@ -120,11 +120,11 @@ class TrainLoader:
         for _ in range(start, stop):
             yield [self._batch(*next(batches)) for _ in range(self._accumulation)]
 
-    def _images(self, drawn: Drawn) -> Tensor:
+    def _images(self, drawn: WorkerBatch) -> Tensor:
         crops = self._resident.crops(drawn, self._views, self._size) if self._resident else drawn.crops
         return self._views.finish(crops, drawn.look, self._device)
 
-    def _batch(self, drawn: Drawn, images: Tensor) -> Batch:
+    def _batch(self, drawn: WorkerBatch, images: Tensor) -> Batch:
         self._tally.add(drawn)
         return Batch(images, _labels(self._shards, drawn.samples, self._device), self._views_per_image)
 
@@ -191,7 +191,7 @@ class EvalLoader:
             self._tally.add(drawn)
             yield drawn.samples, images, _labels(self._shards, drawn.samples, self._device)
 
-    def _images(self, drawn: Drawn) -> Tensor:
+    def _images(self, drawn: WorkerBatch) -> Tensor:
         return self._views.finish(drawn.crops, drawn.look, self._device)
 
 
@@ -202,7 +202,7 @@ class _Tally:
         self.shards, self.max_broken = shards, max_broken
         self.drawn = self.broken = 0
 
-    def add(self, drawn: Drawn) -> None:
+    def add(self, drawn: WorkerBatch) -> None:
         """Raises:
         UserError: broken images beyond ``max_broken``.
         """
@@ -218,8 +218,8 @@ class _Tally:
 
 
 def _data_loader(
-    drawer: Decoder | Boxer, jobs: Iterable[Job], workers: int, device: torch.device
-) -> DataLoader[Drawn | UserError]:
+    drawer: Decoder | CropSampler, jobs: Iterable[Job], workers: int, device: torch.device
+) -> DataLoader[WorkerBatch | UserError]:
     return DataLoader(
         drawer,
         sampler=jobs,  # one job is one batch: nothing is left to collate
@@ -237,7 +237,7 @@ def _as_it_is(drawn: Any) -> Any:
     return drawn
 
 
-def _raised(drawn: Drawn | UserError) -> Drawn:
+def _raised(drawn: WorkerBatch | UserError) -> WorkerBatch:
     if isinstance(drawn, UserError):
         raise drawn.alone()  # raising ``drawn`` itself would tie its frame, and the workers, to it
     return drawn

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from framework.data.augment import crops
 from framework.data.augment.views import Views
 from framework.data.loading.decode import BrokenImage, decode
-from framework.data.loading.worker import Boxer, Drawn
+from framework.data.loading.worker import CropSampler, WorkerBatch
 from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
 
@@ -56,7 +56,7 @@ class Resident:
             raise UserError(f"{shards.folder}: all {len(shards)} images are broken")
         self.images = self._on_device(whole)
 
-    def boxer(self, views: Views, size: int, views_per_image: int, seed: int) -> Boxer:
+    def boxer(self, views: Views, size: int, views_per_image: int, seed: int) -> CropSampler:
         """The workers' half for these images.
 
         Raises:
@@ -68,9 +68,9 @@ class Resident:
                 f"data.cache=memory: {views.kind} views of {size} pixels need images of that size, and "
                 f"{self.shards.folder} has {_size(self.images)}; set data.cache=none"
             )
-        return Boxer(self.shards, views, size, views_per_image, seed, self.broken, height, width)
+        return CropSampler(self.shards, views, size, views_per_image, seed, self.broken, height, width)
 
-    def crops(self, drawn: Drawn, views: Views, size: int) -> Tensor:
+    def crops(self, drawn: WorkerBatch, views: Views, size: int) -> Tensor:
         """(V*B, 3, size, size) uint8 on the device."""
         boxes = drawn.crops.to(self.device, non_blocking=True)
         samples = drawn.samples.to(self.device, non_blocking=True)

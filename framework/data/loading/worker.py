@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from framework.data.augment.views import CHANCES, Look, Views, chances
+from framework.data.augment.views import CHANCES, AugmentParams, Views, chances
 from framework.data.loading.decode import BrokenImage, decode
 from framework.data.loading.sample_order import Job
 from framework.data.shards.index import ShardSet
@@ -22,18 +22,18 @@ from framework.runtime.errors import UserError
 T = TypeVar("T")
 
 
-class Drawn(NamedTuple):
+class WorkerBatch(NamedTuple):
     """What a worker makes of a job.
 
     Attributes:
-        crops: (V*B, 3, S, S) uint8, view-major; of ``Boxer`` (V*B, 4) int64, the boxes to cut.
+        crops: (V*B, 3, S, S) uint8, view-major; of ``CropSampler`` (V*B, 4) int64, the boxes to cut.
         look: parameters of the device half, for V*B images.
         samples: (B,) int64, the sample numbers used.
         broken: sample number and reason of every image that was passed over.
     """
 
     crops: Tensor
-    look: Look
+    look: AugmentParams
     samples: Tensor
     broken: dict[int, str]
 
@@ -55,7 +55,7 @@ def _await_parent(numbers: set[signal.Signals]) -> None:
     os._exit(0)
 
 
-class Decoder(Dataset[Drawn | UserError]):
+class Decoder(Dataset[WorkerBatch | UserError]):
     """Maps a job to its crops; keeps nothing between jobs.
 
     A ``UserError`` is returned: raised in a worker it would arrive with a traceback for its text.
@@ -65,7 +65,7 @@ class Decoder(Dataset[Drawn | UserError]):
         self.shards, self.views, self.size = shards, views, size
         self.views_per_image, self.seed = views_per_image, seed
 
-    def __getitem__(self, job: Job) -> Drawn | UserError:
+    def __getitem__(self, job: Job) -> WorkerBatch | UserError:
         self.shards.prefetch(job.ahead)
         draws: Draws[Tensor] = Draws(job, self.views_per_image, self.seed)
         crops = np.empty((self.views_per_image, job.size, 3, self.size, self.size), np.uint8)
@@ -78,7 +78,7 @@ class Decoder(Dataset[Drawn | UserError]):
         return draws.done(self.views, crops)
 
 
-class Boxer(Dataset[Drawn | UserError]):
+class CropSampler(Dataset[WorkerBatch | UserError]):
     """Maps a job to boxes in images that all have one size and lie decoded elsewhere; else like ``Decoder``.
 
     Args:
@@ -103,7 +103,7 @@ class Boxer(Dataset[Drawn | UserError]):
         self.views_per_image, self.seed = views_per_image, seed
         self.broken, self.height, self.width = broken, height, width
 
-    def __getitem__(self, job: Job) -> Drawn | UserError:
+    def __getitem__(self, job: Job) -> WorkerBatch | UserError:
         draws: Draws[None] = Draws(job, self.views_per_image, self.seed)
         boxes = np.empty((self.views_per_image, job.size, 4), np.int64)
         try:
@@ -160,9 +160,9 @@ class Draws(Generic[T]):
                         f"{shards.folder}: {spares} broken images in a row, last {where} ({reason})"
                     )
 
-    def done(self, views: Views, crops: np.ndarray) -> Drawn:
+    def done(self, views: Views, crops: np.ndarray) -> WorkerBatch:
         """What the job came to; of ``crops`` (V, B, ...) the rows that were filled count."""
         whole = slice(len(self.samples))
         look = views.look(self.chance[:, whole].reshape(-1, CHANCES))
         flat = torch.from_numpy(crops[:, whole].reshape(-1, *crops.shape[2:]))
-        return Drawn(flat, look, torch.tensor(self.samples, dtype=torch.int64), self.broken)
+        return WorkerBatch(flat, look, torch.tensor(self.samples, dtype=torch.int64), self.broken)

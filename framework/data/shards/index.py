@@ -167,7 +167,7 @@ class ShardSet:
         table = Table(*(column[samples] for column in self.table))
         return ShardSet(self.files, self.contents._replace(table=table))
 
-    def thinned(self, count: int | None) -> ShardSet:
+    def subsample(self, count: int | None) -> ShardSet:
         """At most ``count`` of the samples, evenly spaced; ``None`` for all."""
         if count is None or count >= len(self):
             return self

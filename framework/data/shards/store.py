@@ -142,7 +142,7 @@ class Store:
                     raise UserError(f"{what}: no permission ({error})") from error
                 if attempt == _ATTEMPTS:
                     reason = f"{type(error).__name__}: {error}"
-                    raise UserError.of_passing(
+                    raise UserError.as_transient(
                         f"{what}: cannot be read, {attempt} times in a row ({reason})"
                     ) from error
                 time.sleep(min(_LONGEST_WAIT, 0.1 * 2**attempt) * random.uniform(0.5, 1))

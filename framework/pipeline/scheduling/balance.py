@@ -13,7 +13,7 @@ from framework.config.recipe import Recipe
 from framework.cost.counting import PlanCost, plan_cost
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
-from framework.execution.program import Moment, Release, moments
+from framework.execution.program import SegmentProgram, WeightGradient, moments
 from framework.execution.step import RoutedStep, contrasts
 from framework.local import LocalUnit, Plan
 from framework.network.norm import frozen_statistics
@@ -116,7 +116,7 @@ def _check_alone(recipe: Recipe, net: LocalNetwork) -> None:
         )
 
 
-def counted(cost: PlanCost, kinds: Sequence[Moment], balance: str) -> list[float]:
+def counted(cost: PlanCost, kinds: Sequence[SegmentProgram], balance: str) -> list[float]:
     """What each segment and the heads on it cost: training FLOPs, parameters or bytes.
 
     Bytes are the activations that autograd keeps, and weight, gradient and momentum in float32.
@@ -137,7 +137,7 @@ def counted(cost: PlanCost, kinds: Sequence[Moment], balance: str) -> list[float
     return [a + h + 12 * p for a, h, p in zip(saved, heads, parameters, strict=True)]
 
 
-def flops(cost: PlanCost, kinds: Sequence[Moment]) -> Costs:
+def flops(cost: PlanCost, kinds: Sequence[SegmentProgram]) -> Costs:
     """Costs in FLOPs: a pass for input gradients costs a forward, one for weight gradients two.
 
     The latter needs the input gradients between the layers of a segment, too.
@@ -185,7 +185,7 @@ def _measure(net: LocalNetwork, batch: Batch) -> tuple[list[float], list[float],
             heads[call.number] = taken / len(moment.heads)
         for work in moment.walk:
             step.backward(work)
-            if isinstance(work, Release):
+            if isinstance(work, WeightGradient):
                 release[work.segment] = clock.lap()
             else:
                 passes[work.segment] = clock.lap()

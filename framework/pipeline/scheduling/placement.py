@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from framework.execution.program import Moment, Pass
+from framework.execution.program import InputGradient, SegmentProgram
 from framework.runtime.errors import UserError
 
 
@@ -48,15 +48,15 @@ class Costs:
     release: tuple[float, ...]
     heads: tuple[float, ...]
 
-    def walk(self, moment: Moment, span: range) -> float:
+    def walk(self, moment: SegmentProgram, span: range) -> float:
         """The backward work of a moment in some segments."""
         return sum(
-            (self.input_pass if isinstance(step, Pass) else self.release)[step.segment]
+            (self.input_pass if isinstance(step, InputGradient) else self.release)[step.segment]
             for step in moment.walk
             if step.segment in span
         )
 
-    def per_segment(self, moments: Sequence[Moment]) -> list[float]:
+    def per_segment(self, moments: Sequence[SegmentProgram]) -> list[float]:
         """All work of a micro-batch, by the segment whose owner does it."""
         return [
             self.forward[s]

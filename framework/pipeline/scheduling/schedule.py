@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from framework.execution.program import Moment
+from framework.execution.program import SegmentProgram
 from framework.pipeline.scheduling.placement import Placement
 
 
@@ -128,7 +128,7 @@ class Layout:
         lam_lag: steps by which followed weights may come later than at no loss.
     """
 
-    moments: tuple[Moment, ...]
+    moments: tuple[SegmentProgram, ...]
     placement: Placement
     micro_batches: int
     reads: frozenset[tuple[int, int]] = frozenset()

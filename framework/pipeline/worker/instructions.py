@@ -111,7 +111,7 @@ class Worker:
     def receive_cotangents(self, micro_batch: int, moment: int) -> None:
         assert self._from_above is not None
         routes = self.net.moments[moment].crossing(self.span.stop)
-        self._live[micro_batch].join(moment, [self._from_above.receive()[0] for _ in routes])
+        self._live[micro_batch].receive(moment, [self._from_above.receive()[0] for _ in routes])
 
     def walk(self, micro_batch: int, moment: int) -> None:
         step = self._live[micro_batch]
@@ -121,7 +121,7 @@ class Worker:
 
     def send_cotangents(self, micro_batch: int, moment: int) -> None:
         assert self._to_below is not None
-        leaving = self._live[micro_batch].leaving
+        leaving = self._live[micro_batch].outgoing
         for route in self.net.moments[moment].crossing(self.span.start):
             self._to_below.send([leaving.pop(route).value])
 
@@ -169,7 +169,7 @@ class Worker:
         return skip
 
     def flush(self) -> None:
-        """Wait until everything that was sent has arrived."""
+        """Wait until everything that was sent has accumulated."""
         for sender in (self._to_above, self._to_below, *self._to_readers.values()):
             if sender is not None:
                 sender.flush()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from framework.runtime import distributed
-from framework.runtime.errors import LostRank
+from framework.runtime.errors import DeadRank
 
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 _DIMENSIONS = 8
@@ -85,7 +85,7 @@ class Receiver:
         """The next message; waits for it.
 
         Raises:
-            LostRank: the peer is silent for too long.
+            DeadRank: the peer is silent for too long.
             RuntimeError: it is gone.
         """
         if self._like is None:
@@ -115,7 +115,7 @@ class _Named:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError) and "imed out" in str(error):
-            raise LostRank(
+            raise DeadRank(
                 f"rank {dist.get_rank()}: {self._peer.name} {self._silence} for {self._timeout:g} s "
                 "(pipeline.timeout); the same command goes on from the last checkpoint"
             ) from error
