@@ -19,13 +19,13 @@ from framework.engines.deepspeed import checked_config, join_ranks
 from framework.engines.deepspeed_config import merged_config
 from framework.execution import LocalNetwork
 from framework.network.norm import synchronize_among
+from framework.pipeline.rank.deepspeed_pipeline import BoundaryEngine
+from framework.pipeline.rank.following import Following
+from framework.pipeline.rank.instructions import Worker
+from framework.pipeline.rank.stage import Stage, owners
 from framework.pipeline.scheduling.placement import Placement
 from framework.pipeline.scheduling.schedule import Layout, drain_instructions, step_instructions
 from framework.pipeline.scheduling.simulation import AHEAD, Event
-from framework.pipeline.worker.deepspeed_pipeline import BoundaryEngine
-from framework.pipeline.worker.following import Following
-from framework.pipeline.worker.instructions import Worker
-from framework.pipeline.worker.stage import Stage, owners
 from framework.runtime.distributed import device, gather_tensors, is_main, rank, world_size
 from framework.runtime.errors import UserError
 

@@ -12,10 +12,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import PipeSchedule
 from torch import Tensor
 
+from framework.pipeline.rank.instructions import Worker
 from framework.pipeline.scheduling import schedule as do
 from framework.pipeline.scheduling.schedule import Instruction
 from framework.pipeline.scheduling.simulation import Event
-from framework.pipeline.worker.instructions import Worker
 
 
 class Program(PipeSchedule):

@@ -16,10 +16,10 @@ from framework.execution import LocalNetwork
 from framework.execution.local_network import add_gradients
 from framework.execution.step import RoutedStep
 from framework.local.units import ReadingHead
+from framework.pipeline.rank.following import Following
+from framework.pipeline.rank.wire import Peer, Receiver, Sender
 from framework.pipeline.scheduling.schedule import Layout
 from framework.pipeline.scheduling.simulation import AHEAD
-from framework.pipeline.worker.following import Following
-from framework.pipeline.worker.wire import Peer, Receiver, Sender
 from framework.runtime import distributed
 
 

@@ -17,10 +17,10 @@ from framework.execution.program import SegmentProgram, WeightGradient, moments
 from framework.execution.step import RoutedStep, contrasts
 from framework.local import LocalUnit, Plan
 from framework.network.norm import frozen_statistics
+from framework.pipeline.rank.following import Following
 from framework.pipeline.scheduling.placement import Costs, Placement, balanced, listed
 from framework.pipeline.scheduling.schedule import Layout
 from framework.pipeline.scheduling.simulation import costs_of, simulate
-from framework.pipeline.worker.following import Following
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 
