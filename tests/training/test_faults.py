@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_checkpoint import FILES, MANIFEST
-
 from framework.checkpoints import snapshot
+from framework.checkpoints.folder import FILES, MANIFEST
 from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE
 from tests.support.pool import Pool
 from tests.support.ranks import Ranks, Trouble, samples
@@ -266,7 +265,7 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait(tmp_path: Path, kind: st
     first = hanging.splitlines()[0]
     assert "no step for 15 s after step 3" in first and first in ranks.printed
     if kind == "sleep":
-        assert "in recorded_batch" not in waiting and "in <lambda> (tests/ranks.py" in first
+        assert "in recorded_batch" not in waiting and "in <lambda> (support/ranks.py" in first
     else:
         assert f"waits for the lock {lock} of an extension's build" in first
     assert "loop.py" in waiting and "loop.py" in hanging, "the stacks"
