@@ -68,9 +68,13 @@ def test_stages_equal_one_process(pool: PoolOf, run: Run) -> None:
     assert worst(pool, run) < 1e-10
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "run", [*METHODS, *(pytest.param(run, marks=pytest.mark.soak) for run in DEEPER)], ids=str
+    "run",
+    [
+        *(pytest.param(run, marks=pytest.mark.slow) for run in METHODS),
+        *(pytest.param(run, marks=pytest.mark.soak) for run in DEEPER),
+    ],
+    ids=str,
 )
 def test_every_method_equals_one_process(pool: PoolOf, run: Run) -> None:
     assert worst(pool, run) < 1e-10
