@@ -5,9 +5,6 @@ from __future__ import annotations
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,9 @@ import pytest
 from framework.config.recipe import Pipeline
 from framework.evaluation.run_folder import Run
 from framework.runtime.requests import EXIT_TRY_AGAIN
+from tests.support.forked import forked_tool
 from tests.support.trained import ROOT
+from tests.support.waiting import until
 
 TOOL = ROOT / "tools" / "finetune.py"
 
@@ -34,13 +33,10 @@ def test_a_run_of_a_pipeline_is_tuned_on_any_ranks(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_leaves_work_to_go_on_with(folder: Path) -> None:
-    command = [sys.executable, str(TOOL), str(folder), "--labels", "1", "train.epochs=10000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def test_a_signal_leaves_work_to_go_on_with(folder: Path, tmp_path: Path) -> None:
     log = folder / "finetune-1" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and "losses" in log.read_text()):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == EXIT_TRY_AGAIN, errors
+    with forked_tool(tmp_path, "finetune", folder, "--labels", "1", "train.epochs=10000") as tuning:
+        until(lambda: not tuning.process.is_alive() or (log.exists() and "losses" in log.read_text()))
+        tuning.signal(signal.SIGTERM)
+        assert tuning.status() == EXIT_TRY_AGAIN, tuning.stderr
     assert list((folder / "finetune-1" / "checkpoints").glob("step-*"))
