@@ -88,7 +88,6 @@ def test_a_server_that_drops_connections_gives_every_byte(tmp_path, local, monke
     assert again.read(5) == local.read(5)
 
 
-@pytest.mark.slow
 def test_a_connection_that_never_holds_is_given_up(tmp_path, local, monkeypatch):
     monkeypatch.setattr("framework.data.shards.store._LONGEST_WAIT", 0.0)
     with serve(tmp_path / "www") as server:
@@ -124,7 +123,6 @@ def test_the_cache_is_bounded_and_drops_the_longest_unused(tmp_path, local):
             open_remote(f"{server.url}/train", tmp_path / "cache", size - 1000)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_equal_those_of_the_local_folder(tmp_path, local, workers):
     limit = 5 * max(local.shards.values())
@@ -146,7 +144,6 @@ def test_batches_equal_those_of_the_local_folder(tmp_path, local, workers):
     assert sum(path.stat().st_size for path in cached(tmp_path / "cache")) <= limit
 
 
-@pytest.mark.slow
 def test_each_shard_is_fetched_once_an_epoch(tmp_path, local):
     limit = 6 * max(local.shards.values())
     with serve(tmp_path / "www") as server:
@@ -214,7 +211,6 @@ def recipe(**data: object) -> Recipe:
     )
 
 
-@pytest.mark.slow
 def test_recipes_name_urls(tmp_path, local):
     shutil.copytree(local.folder, tmp_path / "www" / "test")
     with serve(tmp_path / "www") as server:
@@ -231,7 +227,6 @@ def test_recipes_name_urls(tmp_path, local):
             Splits.open(recipe(**remote, source="digits"))
 
 
-@pytest.mark.slow
 def test_recipes_keep_images_in_memory(tmp_path, local):
     shutil.copytree(local.folder, tmp_path / "www" / "test")
     settings = recipe(path=str(tmp_path / "www"), cache="memory")
@@ -327,7 +322,6 @@ def s3(monkeypatch):
     server.stop()
 
 
-@pytest.mark.slow
 def test_s3_that_drops_connections(tmp_path, local, s3, monkeypatch):
     monkeypatch.setattr("framework.data.shards.store._RANGE", 7000)
     client, door = s3
@@ -363,7 +357,6 @@ def gs(tmp_path, monkeypatch):
     server.stop()
 
 
-@pytest.mark.slow
 def test_gs_that_drops_connections(tmp_path, local, gs, monkeypatch):
     monkeypatch.setattr("framework.data.shards.store._RANGE", 7000)
     files, door = gs

@@ -140,7 +140,6 @@ def on_a_rank(folder: str) -> tuple[np.ndarray, dict[str, float], int]:
     return classifier.weight.detach().numpy(), mine, len(share.x)
 
 
-@pytest.mark.slow
 def test_ranks_learn_what_one_process_learns(
     pool: Callable[[int], Pool], both_runs: tuple[Path, Path]
 ) -> None:
