@@ -28,6 +28,7 @@ from framework.runtime import distributed, requests
 from framework.runtime.command import status
 from framework.runtime.dead_ranks import dead_ranks_named
 from framework.runtime.errors import UserError
+from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.requests import Request
 from framework.runtime.watchdog import Watchdog
 from framework.training.loop import Loop
@@ -36,7 +37,7 @@ from framework.training.resume import restore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe; returns the exit status: 0, or ``EXIT_USAGE`` or ``EXIT_TRY_AGAIN`` of ``control``."""
+    """Run a recipe; returns the exit status: 0, or ``EXIT_USAGE`` or ``EXIT_TRY_AGAIN``."""
 
     def read() -> Iterable[Recipe]:
         recipe = loading.load(sys.argv[1:] if argv is None else argv)
@@ -64,7 +65,7 @@ def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
             if request >= Request.STOP:
                 break
     distributed.stop()
-    return requests.EXIT_TRY_AGAIN if request is Request.LEAVE else 0
+    return EXIT_TRY_AGAIN if request is Request.LEAVE else 0
 
 
 def train(recipe: Recipe) -> Request:

@@ -20,7 +20,7 @@ from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet
 from framework.runtime import distributed
 from framework.runtime.dead_ranks import dead_ranks_named
-from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE
+from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
 from tests.support.pool import Pool
 from tests.support.ranks import Ranks, Trouble
 from tests.support.runs import ROOT, assert_same_run, toy
