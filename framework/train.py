@@ -11,19 +11,12 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
-from framework import engines
 from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
-from framework.engines import Engine
-from framework.execution import LocalNetwork
 from framework.model import parts, recipe_network
-from framework.optim import build_optimizer
-from framework.pipeline.scheduling.balance import place
-from framework.pipeline.scheduling.placement import Placement
 from framework.runtime import distributed, requests
 from framework.runtime.command import status
 from framework.runtime.dead_ranks import dead_ranks_named
@@ -31,6 +24,7 @@ from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.requests import Request
 from framework.runtime.watchdog import Watchdog
+from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop
 from framework.training.results import check, leave_results, score_now
 from framework.training.resume import restore
@@ -92,8 +86,7 @@ def train(recipe: Recipe) -> Request:
             )
         check(recipe, net, splits)
     with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
-        placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
-        engine = build_engine(recipe, net, placement)
+        engine = build_engine(recipe, net, splits.num_classes)
         position = restore(recipe, engine, loader.steps_per_epoch)
 
         def score() -> dict[str, float]:
@@ -109,33 +102,6 @@ def train(recipe: Recipe) -> Request:
         leave_results(recipe, engine, splits, loop.summary())
     engine.close()
     return request
-
-
-def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None = None) -> Engine:
-    """The network under the recipe's engine and optimizer, in pipeline stages where they have a placement."""
-    optim = recipe.optim
-    make_optimizer = partial(
-        build_optimizer,
-        name=optim.name,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov,
-        weight_decay=optim.weight_decay,
-        decay=optim.decay,
-        trust=optim.trust,
-    )
-    return engines.build(
-        recipe.engine,
-        net,
-        make_optimizer,
-        batch_size=recipe.train.batch_size,
-        accumulation=recipe.micro_batches,
-        clip=optim.clip,
-        zero_stage=recipe.zero_stage,
-        deepspeed=recipe.deepspeed,
-        pipeline=recipe.pipeline,
-        placement=placement,
-        cuda_graph=recipe.execution.cuda_graph,
-    )
 
 
 if __name__ == "__main__":

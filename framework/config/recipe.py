@@ -10,6 +10,8 @@ from omegaconf import MISSING
 from framework.config.schema import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
 from framework.data.augment.views import Views
 
+EngineName = Literal["deepspeed", "ddp", "fsdp"]  # files of ``framework/engines``
+
 
 @dataclass
 class Network:
@@ -256,7 +258,7 @@ class Recipe:
     name: str = MISSING
     run_dir: str = "runs/${name}"
     seed: NonNegativeInt = 0
-    engine: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
+    engine: EngineName = "deepspeed"
     resume: str = "auto"
     network: Network = field(default_factory=Network)
     method: Method = field(default_factory=Method)
