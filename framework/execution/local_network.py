@@ -180,7 +180,7 @@ class LocalNetwork(nn.Module):
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step, penalty = self.routed(batch)
         result = _output(self.plan, step.losses, penalty)
-        overflow = self._overflow(step)
+        overflow = self._overflow(step, batch.last)
         loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
         return StepOutput(loss, result.unit_losses, overflow)
 
@@ -200,10 +200,10 @@ class LocalNetwork(nn.Module):
             add_gradients(penalty, step.gradients)
         return step, None if penalty is None else penalty.detach()
 
-    def _overflow(self, step: RoutedStep) -> Tensor | None:
+    def _overflow(self, step: RoutedStep, last: bool) -> Tensor | None:
         """Whether any loss or gradient on any rank is infinite or NaN, where somebody wants to know."""
         if self.scales is not None:
-            return self.scales.update(step.take_overflows())
+            return self.scales.update(step.take_overflows(), last)
         if not self.skip_nonfinite:
             return None
         seen = [*step.losses.values(), *torch._foreach_norm(list(step.gradients.values()))]

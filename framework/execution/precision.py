@@ -33,7 +33,7 @@ def autocast_type(precision: str) -> torch.dtype | None:
 class LossScales(nn.Module):
     """A power-of-two scale for each head, halved when its gradients overflow, doubled after 2000 clean steps.
 
-    Its buffers are part of a checkpoint.
+    A step is an optimizer step, whatever its number of micro-batches. Its buffers are part of a checkpoint.
 
     Args:
         weights: each head's loss weight; a light head starts with a larger scale.
@@ -46,22 +46,27 @@ class LossScales(nn.Module):
         self.clean_steps: Tensor
         self.register_buffer("scale", torch.tensor(start, dtype=torch.float64))
         self.register_buffer("clean_steps", torch.zeros(len(weights), dtype=torch.int64))
+        self._overflowed: Tensor | None = None  # heads, in earlier micro-batches of the step in work
 
     def current(self) -> list[float]:
         """The scales as Python numbers; waits for the device."""
         return self.scale.tolist()
 
     @torch.no_grad()
-    def update(self, overflowed: Tensor) -> Tensor:
-        """Move the scales by which heads ``overflowed`` (bool, one a head); returns whether to skip the step.
+    def update(self, overflowed: Tensor, last: bool = True) -> Tensor:
+        """Note which heads ``overflowed`` (bool, one a head) in a micro-batch; whether to skip the step (bool scalar).
 
-        Collective: a head that overflowed on one rank has overflowed on all.
+        After the last micro-batch of a step the scales move. Collective: a head that overflowed on one rank has
+        overflowed on all.
         """
         overflowed = any_over_ranks(overflowed)
-        self.clean_steps.add_(1).masked_fill_(overflowed, 0)
-        grown = self.clean_steps >= GROWTH_INTERVAL
-        self.scale.mul_(torch.where(overflowed, 0.5, torch.where(grown, 2.0, 1.0)))
-        self.clean_steps.masked_fill_(grown, 0)
+        seen = overflowed if self._overflowed is None else self._overflowed | overflowed
+        self._overflowed = None if last else seen
+        if last:
+            self.clean_steps.add_(1).masked_fill_(seen, 0)
+            grown = self.clean_steps >= GROWTH_INTERVAL
+            self.scale.mul_(torch.where(seen, 0.5, torch.where(grown, 2.0, 1.0)))
+            self.clean_steps.masked_fill_(grown, 0)
         return overflowed.any()
 
 

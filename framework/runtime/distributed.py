@@ -240,11 +240,6 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _Gather.apply(x)
 
 
-def sum_with_gradient(x: Tensor) -> Tensor:
-    """Sum of ``x`` over ranks; so is its gradient, since every rank's loss depends on every rank's ``x``."""
-    return _Sum.apply(x)
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -258,18 +253,3 @@ class _Gather(torch.autograd.Function):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.group)
         return gradient.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.group = _REPLICAS.get()
-        x = x.clone()
-        dist.all_reduce(x, group=ctx.group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient
