@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import nn
@@ -35,7 +36,7 @@ def exempt_parameters(net: nn.Module) -> set[nn.Parameter]:
     """
     found: set[nn.Parameter] = set()
     for module in net.modules():
-        if hasattr(module, "no_weight_decay"):
-            names: set[str] = module.no_weight_decay()
-            found.update(p for name, p in module.named_parameters() if name in names)
+        names_of: Callable[[], set[str]] | None = getattr(module, "no_weight_decay", None)
+        names = names_of() if names_of is not None else ()
+        found.update(p for name, p in module.named_parameters() if name in names)
     return found
