@@ -70,7 +70,9 @@ class PipelinedEngine:
         self._following = Following(net, placement)
         reads = self._following.reads
         contrast = options.contrast == "batch"
-        self.layout = Layout(net.moments, placement, micro_batches, reads, contrast, options.lam_lag)
+        self.layout = Layout(
+            net.program.segment_programs, placement, micro_batches, reads, contrast, options.lam_lag
+        )
         join_ranks()
         self._stage = Stage(net, placement, world_size() // placement.stages)
         grid = self._stage.mpu()
