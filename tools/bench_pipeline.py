@@ -176,7 +176,7 @@ def _measured_costs(ranks: list[list[list[Event]]]) -> Duration:
 
 def _kind(instruction: Instruction) -> tuple[type[Instruction], int | None]:
     fields = instruction.kwargs
-    return type(instruction), fields.get("segment", fields.get("moment"))
+    return type(instruction), fields.get("segment", fields.get("after"))
 
 
 class _Ranks:

@@ -88,9 +88,7 @@ def _check(recipe: Recipe) -> None:
     warmup, epochs = recipe.optim.warmup_epochs, recipe.train.epochs
     if warmup > epochs:
         raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}")
-    options = recipe.method.options
-    if getattr(options, "module", None) is not None and options.async_mode != "sequential":
-        raise Fault("method.module", options.module, "goes with method.async_mode=sequential")
+    recipe.method.options.check()
     _check_pipeline(recipe)
     _check_execution(recipe)
 
@@ -118,7 +116,7 @@ def _check_pipeline(recipe: Recipe) -> None:
 
 def _check_execution(recipe: Recipe) -> None:
     execution = recipe.execution
-    asynchronous = getattr(recipe.method.options, "async_mode", "none") == "buffer"
+    replays = recipe.method.options.execution.kind == "replay buffer"
     hindrances = {
         "compile": {
             "engine=fsdp, which swaps the weights around every step": recipe.engine == "fsdp",
@@ -130,7 +128,7 @@ def _check_execution(recipe: Recipe) -> None:
             "train.accumulation above 1": recipe.train.accumulation > 1,
             "train.precision=fp16, whose loss scales the host reads": recipe.train.precision == "fp16",
             "faults.nonfinite=skip, where the host looks at every step": recipe.faults.nonfinite == "skip",
-            "method.async_mode=buffer, where the host draws the batches": asynchronous,
+            "method.async_mode=buffer, where the host draws the batches": replays,
             "keys of deepspeed:, in whose place it steps": bool(recipe.deepspeed),
         },
     }
