@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from framework.data.shards.shard_contents import HEAD
+from framework.data.shards.shard_contents import INDEX
 from framework.runtime.errors import UserError
 
 _RANGE = 8 << 20  # bytes of one request: what a dropped connection costs
@@ -46,7 +46,7 @@ class Store:
         """
         files, root = self._open()
         attempts = (
-            lambda: files.cat_file(f"{root}/{HEAD}"),
+            lambda: files.cat_file(f"{root}/{INDEX.head}"),
             lambda: files.ls(root, detail=True, refresh=True),
         )
         for attempt in attempts:
