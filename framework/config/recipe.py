@@ -8,7 +8,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from framework.config.schema import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
-from framework.data.augment.views import Views
+from framework.config.views import Views
 
 EngineName = Literal["deepspeed", "ddp", "fsdp"]  # files of ``framework/engines``
 
