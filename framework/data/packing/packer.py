@@ -18,8 +18,8 @@ from framework.data.loading.decode import BrokenImage, decode
 from framework.data.packing.sources import Source
 from framework.data.packing.writer import Example, clear, new_folder, shard_name, write_classes, write_shard
 from framework.data.shards.index import save_contents
-from framework.data.shards.shard_contents import file_sha256, replace
 from framework.runtime.errors import UserError
+from framework.runtime.files import sha256_of, write_whole
 
 _FORMATS = {
     "JPEG": "jpg",
@@ -92,7 +92,7 @@ def _go_on(partial: Path, plan: dict[str, Any]) -> None:
         half_written.unlink()
     if not path.exists() or path.read_bytes() != text:
         clear(partial)
-        replace(path, text)
+        write_whole(path, text)
 
 
 def _note(partial: Path, number: int) -> Path:
@@ -114,7 +114,7 @@ def _finish(partial: Path, classes: list[str] | None, shards: int) -> None:
     write_classes(partial, classes)
     save_contents(partial, sha256)
     if broken := [line for note in done for line in note["broken"]]:
-        replace(partial / "left_out.txt", "".join(f"{line}\n" for line in broken).encode())
+        write_whole(partial / "left_out.txt", "".join(f"{line}\n" for line in broken))
     for path in [*notes, partial / _PLAN]:
         path.unlink()
 
@@ -138,9 +138,9 @@ class _Writer(Dataset[int | UserError]):
             note = {
                 "samples": len(samples),
                 "broken": broken,
-                "sha256": file_sha256(path) if examples else None,
+                "sha256": sha256_of(path) if examples else None,
             }
-            replace(_note(self.folder, number), json.dumps(note).encode())
+            write_whole(_note(self.folder, number), json.dumps(note))
         except UserError as error:
             return error
         except OSError as error:

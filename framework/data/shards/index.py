@@ -18,11 +18,11 @@ from framework.data.shards.shard_contents import (
     HEAD,
     Contents,
     Table,
-    file_sha256,
     parse_classes,
     tabulate,
 )
 from framework.runtime.errors import UserError
+from framework.runtime.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -205,12 +205,11 @@ def save_contents(folder: Path, sha256: dict[str, str] | None = None) -> None:
         sha256: their checksums; computed unless given.
 
     Raises:
-        UserError: as ``ShardSet.open``.
-        OSError: the index cannot be written.
+        UserError: as ``ShardSet.open``; the index can't be written.
     """
     shards = _list_shards(folder)
     contents = _scan(folder, shards, read_classes(folder))
-    sha256 = sha256 or {name: file_sha256(folder / name) for name in shards}
+    sha256 = sha256 or {name: sha256_of(folder / name) for name in shards}
     contents._replace(sha256=sha256).save(folder)
 
 
@@ -231,10 +230,8 @@ def _build(folder: Path, shards: dict[str, int], classes: list[str] | None) -> C
     contents = _scan(folder, shards, classes)
     try:
         contents.save(folder)
-    except OSError as error:
-        logger.warning(
-            "%s: the index cannot be saved (%s) and is built anew by every run", folder, error.strerror
-        )
+    except UserError as error:
+        logger.warning("%s; every run will index the folder anew", error)
     return contents
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from framework.data.shards.cache import CachedShards
 from framework.data.shards.index import ShardSet
 from framework.data.shards.scan import Sample, scan_shard
-from framework.data.shards.shard_contents import ARRAYS, HEAD, Contents, file_sha256, parse_classes, tabulate
+from framework.data.shards.shard_contents import ARRAYS, HEAD, Contents, parse_classes, tabulate
 from framework.data.shards.store import Store
 from framework.runtime.errors import UserError
+from framework.runtime.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def _build(store: Store, folder: Path, limit: int) -> Contents:
             samples[name] = scan_shard(path)
         except UserError as error:
             raise UserError(str(error).replace(str(path), f"{store.url}/{name}")) from error
-        files.learn(name, file_sha256(path))
+        files.learn(name, sha256_of(path))
     contents = Contents(shards, tabulate(store.url, samples, classes), classes, files.sha256)
     contents.save(folder)
     return contents

@@ -6,24 +6,21 @@ sample, shard, offset, length and label. 1.28 million samples are 41 MB and load
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import io
 import json
 import zlib
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 
 from framework.data.shards.scan import UNLABELED, Sample
 from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
 
 HEAD, ARRAYS = "index.json", "index.npz"
 _FORMAT = 2
 _REBUILD = "delete index.json to have the folder indexed anew"
-_BLOCK = 1 << 20
 
 
 class Table(NamedTuple):
@@ -58,7 +55,11 @@ class Contents(NamedTuple):
     sha256: dict[str, str]
 
     def save(self, folder: Path) -> None:
-        """Write both files; a reader sees the old ones, the new ones, or a checksum that does not fit."""
+        """Write both files; a reader sees the old ones, the new ones, or a checksum that does not fit.
+
+        Raises:
+            UserError: they can't be written.
+        """
         buffer = io.BytesIO()
         np.savez(buffer, **self.table._asdict())
         arrays = buffer.getvalue()
@@ -71,8 +72,8 @@ class Contents(NamedTuple):
             "shards": self.shards,
             "sha256": self.sha256,
         }
-        replace(folder / ARRAYS, arrays)
-        replace(folder / HEAD, (json.dumps(head, indent=1) + "\n").encode())
+        write_whole(folder / ARRAYS, arrays)
+        write_whole(folder / HEAD, json.dumps(head, indent=1) + "\n")
 
     @classmethod
     def parse(cls, where: Path | str, head_bytes: bytes, arrays: bytes) -> Contents:
@@ -161,22 +162,3 @@ def parse_classes(where: Path | str, data: bytes) -> list[str]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: must be a JSON list of class names")
     return names
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(functools.partial(file.read, _BLOCK), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write in one go: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
