@@ -19,6 +19,7 @@ from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
 from framework.engines import Engine
+from framework.evaluation.scoring import check_scorable, score_trained
 from framework.execution import LocalNetwork
 from framework.model import parts, recipe_network
 from framework.optim import build_optimizer
@@ -31,7 +32,7 @@ from framework.runtime.errors import UserError
 from framework.runtime.requests import Request
 from framework.runtime.watchdog import Watchdog
 from framework.training.loop import Loop
-from framework.training.results import check, leave_results, score_now
+from framework.training.results import leave_results
 from framework.training.resume import restore
 
 
@@ -89,7 +90,7 @@ def train(recipe: Recipe) -> Request:
             raise UserError(
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
             )
-        check(recipe, net, splits)
+        check_scorable(recipe, net, splits)
     with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
         placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
         engine = build_engine(recipe, net, placement)
@@ -97,7 +98,7 @@ def train(recipe: Recipe) -> Request:
 
         def score() -> dict[str, float]:
             with watchdog.asleep():
-                return score_now(recipe, engine.whole_net(), splits)
+                return score_trained(recipe, engine.whole_net(), splits, recipe.evaluate.images)
 
         loop = Loop(recipe, engine, loader, position, score)
         request = loop.run(watchdog.step)
