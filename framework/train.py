@@ -16,6 +16,7 @@ from pathlib import Path
 from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
+from framework.evaluation.scoring import check_scorable, score_trained
 from framework.model import parts, recipe_network
 from framework.runtime import distributed, requests
 from framework.runtime.command import status
@@ -26,7 +27,7 @@ from framework.runtime.requests import Request
 from framework.runtime.watchdog import Watchdog
 from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop
-from framework.training.results import check, leave_results, score_now
+from framework.training.results import leave_results
 from framework.training.resume import restore
 
 
@@ -84,14 +85,14 @@ def train(recipe: Recipe) -> Request:
             raise UserError(
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
             )
-        check(recipe, net, splits)
+        check_scorable(recipe, net, splits)
     with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
         engine = build_engine(recipe, net, splits.num_classes)
         position = restore(recipe, engine, loader.steps_per_epoch)
 
         def score() -> dict[str, float]:
             with watchdog.asleep():
-                return score_now(recipe, engine.whole_net(), splits)
+                return score_trained(recipe, engine.whole_net(), splits, recipe.evaluate.images)
 
         loop = Loop(recipe, engine, loader, position, score)
         request = loop.run(watchdog.step)

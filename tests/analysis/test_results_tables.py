@@ -20,9 +20,8 @@ import pytest
 import torch
 
 from framework.analysis.results_tables import EvidenceTable, Row, RowRun
-from framework.checkpoints.folder import write_files
+from framework.checkpoints.folder import identity_of, write_files
 from framework.config import loading
-from framework.evaluation.linear_eval_conditions import of_checkpoint
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
 from framework.tracking.metrics import MetricLog, read_log, write_result
@@ -237,7 +236,7 @@ def test_a_linear_evaluation_of_something_else_is_made_again(tmp_path: Path) -> 
     write_result(evaluation, old)  # of a time when less was said
     assert ended() and ended("--epochs", "90") and ended("data.share=0.5")
     assert not ended("--epochs", "80") and not ended("--lr", "0.2") and not ended("--cached")
-    weights = of_checkpoint(run.folder / "checkpoints" / "step-00000002")
+    weights = identity_of(run.folder / "checkpoints" / "step-00000002")
     write_result(evaluation, old | weights | {"overrides": ["data.share=0.5"]})
     assert ended("data.share=0.5") and ended("data.share=0.5", "data.workers=0") and not ended()
     write_files(run.folder / "checkpoints" / "step-00000002", {"w": torch.ones(1)}, {}, {})
