@@ -38,7 +38,7 @@ class Copies:
     """
 
     form: Literal["sum_first", "ema_chain"] = "sum_first"
-    weights: Literal["two_copies", "single_pulled"] = "two_copies"
+    weights: Literal["two_copies", "trained_and_pulled"] = "two_copies"
     momentum: float = 0.995
     statistics: bool = False
     when: Literal["before", "after"] = "before"
@@ -61,7 +61,7 @@ class Lam(nn.Module):
         following, others = modules[: len(self.followed)], modules[len(self.followed) :]
         self.aug: nn.ModuleList
         self.ema: nn.ModuleList
-        if copies.weights == "single_pulled":
+        if copies.weights == "trained_and_pulled":
             self.aug = nn.ModuleList(PulledCopy(module, copies.momentum) for module in following)
             self.aug.extend(copy.deepcopy(module) for module in others)
             self.ema = nn.ModuleList()

@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from framework.config.schema import NonNegativeInt, PositiveInt
+from framework.config.method_options import Execution, MethodOptions
+from framework.config.schema import Fault, NonNegativeInt, PositiveInt
 from framework.network import Segment, Shape
 from framework.runtime.errors import UserError
 
@@ -106,7 +107,7 @@ class LocalUnit:
 
 
 @dataclass(kw_only=True)
-class Asynchronous:
+class Asynchronous(MethodOptions):
     """Options of methods whose modules need not wait for each other (DGL, InfoPro).
 
     Attributes:
@@ -121,6 +122,20 @@ class Asynchronous:
     buffer_size: PositiveInt = 30
     buffer_order: Literal["random", "sequence"] = "random"
     module: NonNegativeInt | None = None
+
+    @property
+    def execution(self) -> Execution:
+        """As ``async_mode`` says."""
+        if self.async_mode == "buffer":
+            return Execution("replay buffer", self.buffer_size, self.buffer_order)
+        if self.async_mode == "sequential":
+            return Execution("one module at a time", module=self.module)
+        return Execution()
+
+    def check(self) -> None:
+        """A module trains alone only where they are trained one after the other."""
+        if self.module is not None and self.async_mode != "sequential":
+            raise Fault("method.module", self.module, "goes with method.async_mode=sequential")
 
 
 @dataclass(frozen=True, eq=False)

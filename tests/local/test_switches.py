@@ -71,9 +71,9 @@ def test_lam_form_ema_chain() -> None:
 
 
 @pytest.mark.parametrize("form", ["sum_first", "ema_chain"])
-def test_lam_weights_single_pulled(form: str) -> None:
+def test_lam_weights_trained_and_pulled(form: str) -> None:
     """Eqs. 9 and 10: gamma takes an SGD step and goes m of the way from the later block's weights."""
-    net = mlaan_network(lam_form=form, lam_weights="single_pulled", ema_m=0.9)
+    net = mlaan_network(lam_form=form, lam_weights="trained_and_pulled", ema_m=0.9)
     pulled = net.heads[HEAD].lam.aug[0]
     assert not net.heads[HEAD].lam.ema
     gamma = {n: pulled._weights()[n].detach().clone() for n in pulled.names}

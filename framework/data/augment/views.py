@@ -8,17 +8,15 @@ view is a pure function of (seed, epoch, position, view), whoever computes it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from framework.config.schema import NonNegative, NonNegativeInt, Positive, Rule
+from framework.config.schema import NonNegative, NonNegativeInt, Positive, Probability
 from framework.data.augment import color, crops
 from framework.data.augment.crops import Box
-
-Probability = Annotated[float, Rule("between 0 and 1", lambda value: 0 <= value <= 1)]
 
 _VIEW_STREAM = 1  # second word of the Philox key; the order of an epoch uses 0
 # Which numbers of ``chances`` decide what: fixed, so that no field of ``Views`` shifts another's.

@@ -56,7 +56,7 @@ class Options:
     lam_on: Literal["cascaded", "independent", "both", "none"] = "cascaded"
     lam_blocks: dict[str, list[str]] = field(default_factory=dict)
     lam_form: Literal["sum_first", "ema_chain"] = "sum_first"
-    lam_weights: Literal["two_copies", "single_pulled"] = "two_copies"
+    lam_weights: Literal["two_copies", "trained_and_pulled"] = "two_copies"
     ema_m: Fraction = 0.995
     ema_update: Literal["all", "last_only"] = "all"
     ema_when: Literal["before", "after"] = "before"
