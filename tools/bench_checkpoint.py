@@ -30,7 +30,7 @@ from framework.training.loop import Loop, Position
 EPOCH = 1_281_167 // 4096  # steps between two saves by default: an epoch of ImageNet in LoCo's batches
 ROOT = Path(__file__).resolve().parents[1]
 TOY = [
-    "data.source=digits",
+    "data.prepare=digits",
     "data.num_classes=10",
     "data.workers=0",
     "train.precision=fp32",

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from framework.config.method_options import Execution
 from framework.data.batch import Batch
 from framework.execution.step import RoutedStep
-from framework.local.options import Execution
 
 
 class ReplayBufferStrategy(nn.Module):

@@ -5,9 +5,10 @@ A recipe's options are checked without PyTorch, which takes seconds to import. S
 the functions that build something, and not at the top. A method of your own may do as it likes.
 """
 
+from framework.config.method_options import Execution, MethodOptions
 from framework.local.heads import Classifier, Projection
 from framework.local.needs import Need
-from framework.local.options import Asynchronous, Execution, MethodOptions
+from framework.local.options import Asynchronous
 from framework.local.units import LocalUnit, NetworkInfo, Plan, sliding_windows
 
 __all__ = [

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from framework.config.method_options import SYNCHRONOUS, Execution
 from framework.local.needs import NOT_PROVIDED, Need
-from framework.local.options import SYNCHRONOUS, Execution
 from framework.runtime.errors import UserError
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
         if (before := state.get("steps_per_epoch", steps_per_epoch)) != steps_per_epoch:
             raise UserError(
                 f"{folder}: an epoch of its images had {before} steps, and of those in data.path={recipe.data.path} "
-                f"it has {steps_per_epoch}: set data.path, data.train and data.share as before, or another run_dir"
+                f"it has {steps_per_epoch}: set data.path, data.train and data.fraction as before, or another run_dir"
             )
     with distributed.same_outcome():
         if distributed.is_main():

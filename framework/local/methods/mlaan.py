@@ -42,8 +42,7 @@ class Options(MethodOptions):
         lam_on: which units have a LAM (Eq. 10 has it on the independent ones).
         lam_blocks: names of blocks to copy, by segment, in place of the authors' lists.
         lam_form: the first block of a list alone has a moving average, or every one (Figure 3).
-        lam_weights: a trained and an averaged copy, or a single one, trained and pulled (Eqs. 9 and 10);
-            ``single_pulled`` is an older name of ``trained_and_pulled``.
+        lam_weights: a trained and an averaged copy, or a single one, trained and pulled (Eqs. 9 and 10).
         ema_m: momentum of the moving averages.
         ema_update: whether all of them move, or only those of the last module but one (the code on CIFAR).
         ema_when: before or after the optimizer step.
@@ -61,7 +60,7 @@ class Options(MethodOptions):
     lam_on: Literal["cascaded", "independent", "both", "none"] = "cascaded"
     lam_blocks: dict[str, list[str]] = field(default_factory=dict)
     lam_form: Literal["sum_first", "ema_chain"] = "sum_first"
-    lam_weights: Literal["two_copies", "trained_and_pulled", "single_pulled"] = "two_copies"
+    lam_weights: Literal["two_copies", "trained_and_pulled"] = "two_copies"
     ema_m: Fraction = 0.995
     ema_update: Literal["all", "last_only"] = "all"
     ema_when: Literal["before", "after"] = "before"
