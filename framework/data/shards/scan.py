@@ -91,7 +91,9 @@ def scan_shard(path: Path) -> ShardScan:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except PARSE_ERRORS as error:
         raise UserError(f"{path}: not a whole tar file ({error}); copy or write it again") from error
-    labeled = any(sample.label != UNLABELED for _, sample, *_ in (*certain, *likely))
+    labeled = any(found[1].label != UNLABELED for found in certain) or any(
+        found[1].label != UNLABELED for found in likely
+    )
     for place, sample, extension in likely:
         if labeled and sample.label == UNLABELED:
             passed_over[extension] += 1
