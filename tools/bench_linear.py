@@ -12,7 +12,8 @@ import time
 
 import torch
 
-from framework.evaluation.linear_eval import PROTOCOLS, Rows, evaluate_rows
+from framework.evaluation.linear_classifier import Rows, evaluate_rows
+from framework.evaluation.linear_protocols import PROTOCOLS
 
 
 def main() -> None:

@@ -75,6 +75,12 @@ def _flush(folder: Path) -> None:
         os.close(descriptor)
 
 
+def identity_of(folder: Path) -> dict[str, str]:
+    """Name of a checkpoint, and SHA-256 of its weights: of a run that is trained again, names alone are the same."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    return {"checkpoint": folder.name, "weights": manifest["model.safetensors"]}
+
+
 def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if nothing is.
 

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from framework.config.schema import NonNegative, NonNegativeInt, Positive, Rule
-
-Probability = Annotated[float, Rule("between 0 and 1", lambda value: 0 <= value <= 1)]
+from framework.config.schema import NonNegative, NonNegativeInt, Positive, Probability
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,18 @@ class Splits:
 
     @classmethod
     def open(cls, recipe: Recipe) -> Splits:
-        """Open the shards, after packing them where ``data.source`` says how.
+        """Open the shards, after packing them where ``data.prepare`` says how.
 
         Raises:
             UserError: shards missing or broken, ``data.num_classes`` does not fit the labels, or the splits
                 name their classes differently.
         """
         data = recipe.data
-        if data.source == "digits" and is_url(data.path):
+        if data.prepare == "digits" and is_url(data.path):
             raise UserError(f"data.path={data.path}: the digits are packed into a local folder")
         with distributed.same_outcome():
             if distributed.is_main():  # packs and indexes; the others find that done
-                if data.source == "digits":
+                if data.prepare == "digits":
                     prepare_digits(Path(data.path))
                 _open(data, data.train)
                 if _open_test(data) is None:
@@ -62,8 +62,8 @@ class Splits:
             if test is not None:
                 _check_names(train, test)
             classes = _classes(data.num_classes, train, test)
-            if data.share < 1:
-                train = train.take(balanced(train.labels, data.share, recipe.seed))
+            if data.fraction < 1:
+                train = train.take(balanced(train.labels, data.fraction, recipe.seed))
             return cls(recipe, train, test, classes)
 
     @property

@@ -30,7 +30,7 @@ from framework.data.packing.readers import read
 from framework.data.packing.reading import Choices
 from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
-from framework.runtime.requests import EXIT_USAGE
+from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
 
 
