@@ -22,6 +22,11 @@ def is_split(name: str) -> bool:
     return _SPLIT.fullmatch(name) is not None
 
 
+def split_of(name: str) -> str:
+    """The word in the name of shards that names their split, or ""."""
+    return next((word for word in re.split(r"[-_.*]+", name) if is_split(word)), "")
+
+
 def is_held_out(name: str) -> bool:
     """Whether a split of that name is one to measure on."""
     return is_split(name) and not name.lower().startswith(("train", "unlabel", "extra"))
