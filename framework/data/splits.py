@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
+
 from framework.config.recipe import Data, Recipe
 from framework.data.loading.loader import EvalLoader, TrainLoader
 from framework.data.loading.sample_order import AHEAD, balanced
 from framework.data.packing.digits import prepare_digits
 from framework.data.shards.index import ShardSet
+from framework.data.shards.labels import are_identifiers
+from framework.data.shards.naming import cut_pattern, is_held_out, series, split_of
 from framework.data.shards.remote import open_remote
 from framework.data.shards.store import Store, is_url
 from framework.runtime import distributed
@@ -51,16 +55,18 @@ class Splits:
             if distributed.is_main():  # packs and indexes; the others find that done
                 if data.prepare == "digits":
                     prepare_digits(Path(data.path))
-                _open(data, data.train)
-                if _open_test(data) is None:
+                train, test = _open(data, data.train), _open_test(data)
+                if test is None:
                     missing = f"{data.path}/{data.test}"
                     logger.warning("%s: no such folder, so nothing will be scored (data.test)", missing)
+                _say_unlabeled(train if test is None or not train.labeled else test)
         with distributed.same_outcome():
             train, test = _open(data, data.train), _open_test(data)
             if is_url(data.path):
                 _check_window(train, data)
             if test is not None:
                 _check_names(train, test)
+                _check_disjoint(data, train, test)
             classes = _classes(data.num_classes, train, test)
             if data.fraction < 1:
                 train = train.take(balanced(train.labels, data.fraction, recipe.seed))
@@ -120,9 +126,11 @@ class Splits:
 
 
 def _open(data: Data, split: str) -> ShardSet:
+    folder, pattern = _place(data, split)
     if is_url(data.path):
-        return open_remote(_url(data, split), Path(data.cache_dir), round(data.cache_gb * 1e9))
-    return ShardSet.open(Path(data.path) / split)
+        return open_remote(folder, Path(data.cache_dir), round(data.cache_gb * 1e9), pattern)
+    _check_folder(data, split, Path(folder))
+    return ShardSet.open(Path(folder), pattern)
 
 
 def _open_test(data: Data) -> ShardSet | None:
@@ -132,13 +140,64 @@ def _open_test(data: Data) -> ShardSet | None:
 
 
 def _exists(data: Data, split: str) -> bool:
-    if is_url(data.path):
-        return Store(_url(data, split)).exists()
-    return (Path(data.path) / split).exists()
+    folder, _ = _place(data, split)
+    return Store(folder).exists() if is_url(data.path) else Path(folder).exists()
 
 
-def _url(data: Data, split: str) -> str:
-    return f"{data.path.rstrip('/')}/{split}"
+def _place(data: Data, split: str) -> tuple[str, str | None]:
+    """The folder of a split, and which of its shards; "." is ``data.path`` itself."""
+    split = split.removeprefix("./").rstrip("/")
+    folder, pattern = cut_pattern(f"{data.path.rstrip('/') or '/'}/{split}")
+    return folder.removesuffix("/."), pattern
+
+
+def _check_path(data: Data) -> None:
+    """Refuse a path that names shards rather than the folder of the splits."""
+    folder, pattern = cut_pattern(data.path)
+    if pattern is not None and (is_url(data.path) or not Path(data.path).is_dir()):
+        raise UserError(
+            f"data.path={data.path}: names shards, and must be a folder; set data.path={folder} "
+            f"data.train='{pattern}', and data.test to those that are held out"
+        )
+
+
+def _check_folder(data: Data, split: str, folder: Path) -> None:
+    """Where a split has no folder, say which keys would name the shards that lie in ``data.path`` itself."""
+    if folder.exists() or not (root := Path(data.path)).is_dir():
+        return
+    names = [path.name for path in root.glob("*.tar")]
+    if not names:
+        return
+    found = series(names)
+    train = next((glob for glob in found if split_of(glob).startswith("train")), next(iter(found)))
+    test = next((glob for glob in found if is_held_out(split_of(glob))), None)
+    keys = f"data.train='{train}'" if len(found) > 1 else "data.train=."
+    held_out = f" data.test='{test}'" if len(found) > 1 and test else ""
+    raise UserError(f"{folder}: no such folder; the shards lie in {root} itself, so set {keys}{held_out}")
+
+
+def _check_disjoint(data: Data, train: ShardSet, test: ShardSet) -> None:
+    """Refuse patterns by which some shards are both trained on and measured on."""
+    both = train.shards.keys() & test.shards.keys() if train.folder == test.folder else set()
+    if both and both != train.shards.keys():
+        raise UserError(
+            f"{train.folder}/{min(both)}: is one of {len(both)} shards that data.train='{data.train}' and "
+            f"data.test='{data.test}' both name"
+        )
+
+
+def _say_unlabeled(shards: ShardSet) -> None:
+    """Why features will not be scored."""
+    if shards.labeled:
+        return
+    if count := shards.passed_over.get("json"):
+        logger.warning(
+            "%s: has no labels (.cls), so nothing will be scored; labels in its %d .json are taken over by "
+            "tools/make_shards.py %s DEST",
+            *(shards.folder, count, shards.folder),
+        )
+    else:
+        logger.warning("%s: has no labels (.cls), so nothing will be scored", shards.folder)
 
 
 def _check_window(train: ShardSet, data: Data) -> None:
@@ -173,6 +232,12 @@ def _classes(wanted: int | None, train: ShardSet, test: ShardSet | None) -> int:
             raise UserError(
                 f"data.num_classes={wanted}: {shards.folder} has labels up to {highest}, "
                 f"so at least {highest + 1}"
+            )
+        if wanted is None and shards.classes is None and are_identifiers(shards.labels):
+            count = len(np.unique(shards.labels))
+            raise UserError(
+                f"{shards.folder}: its {count} different labels go up to {highest}, as identifiers do; "
+                f"tools/make_shards.py numbers them, or set data.num_classes={highest + 1} if they are right"
             )
     names = max((len(shards.classes) for shards in splits if shards.classes), default=0)
     found = max(names, *(int(shards.labels.max()) + 1 for shards in splits))
