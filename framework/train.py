@@ -11,33 +11,28 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
-from framework import engines
 from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
-from framework.engines import Engine
 from framework.evaluation.scoring import check_scorable, score_trained
-from framework.execution import LocalNetwork
 from framework.model import parts, recipe_network
-from framework.optim import build_optimizer
-from framework.pipeline.scheduling.balance import place
-from framework.pipeline.scheduling.placement import Placement
 from framework.runtime import distributed, requests
 from framework.runtime.command import status
 from framework.runtime.dead_ranks import dead_ranks_named
 from framework.runtime.errors import UserError
+from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.requests import Request
 from framework.runtime.watchdog import Watchdog
+from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop
 from framework.training.results import leave_results
 from framework.training.resume import restore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe; returns the exit status: 0, or ``EXIT_USAGE`` or ``EXIT_TRY_AGAIN`` of ``control``."""
+    """Run a recipe; returns the exit status: 0, or ``EXIT_USAGE`` or ``EXIT_TRY_AGAIN``."""
 
     def read() -> Iterable[Recipe]:
         recipe = loading.load(sys.argv[1:] if argv is None else argv)
@@ -65,7 +60,7 @@ def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
             if request >= Request.STOP:
                 break
     distributed.stop()
-    return requests.EXIT_TRY_AGAIN if request is Request.LEAVE else 0
+    return EXIT_TRY_AGAIN if request is Request.LEAVE else 0
 
 
 def train(recipe: Recipe) -> Request:
@@ -92,8 +87,7 @@ def train(recipe: Recipe) -> Request:
             )
         check_scorable(recipe, net, splits)
     with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
-        placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
-        engine = build_engine(recipe, net, placement)
+        engine = build_engine(recipe, net, splits.num_classes)
         position = restore(recipe, engine, loader.steps_per_epoch)
 
         def score() -> dict[str, float]:
@@ -109,33 +103,6 @@ def train(recipe: Recipe) -> Request:
         leave_results(recipe, engine, splits, loop.summary())
     engine.close()
     return request
-
-
-def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None = None) -> Engine:
-    """The network under the recipe's engine and optimizer, in pipeline stages where they have a placement."""
-    optim = recipe.optim
-    make_optimizer = partial(
-        build_optimizer,
-        name=optim.name,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov,
-        weight_decay=optim.weight_decay,
-        decay=optim.decay,
-        trust=optim.trust,
-    )
-    return engines.build(
-        recipe.engine,
-        net,
-        make_optimizer,
-        batch_size=recipe.train.batch_size,
-        accumulation=recipe.micro_batches,
-        clip=optim.clip,
-        zero_stage=recipe.zero_stage,
-        deepspeed=recipe.deepspeed,
-        pipeline=recipe.pipeline,
-        placement=placement,
-        cuda_graph=recipe.execution.cuda_graph,
-    )
 
 
 if __name__ == "__main__":

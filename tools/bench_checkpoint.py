@@ -24,13 +24,13 @@ from framework.data.splits import Splits
 from framework.model import recipe_network
 from framework.runtime import distributed
 from framework.runtime.launch import LAUNCH_VARIABLES
-from framework.train import build_engine
+from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop, Position
 
 EPOCH = 1_281_167 // 4096  # steps between two saves by default: an epoch of ImageNet in LoCo's batches
 ROOT = Path(__file__).resolve().parents[1]
 TOY = [
-    "data.source=digits",
+    "data.prepare=digits",
     "data.num_classes=10",
     "data.workers=0",
     "train.precision=fp32",
@@ -42,8 +42,8 @@ TOY = [
 CHILD = """
 import sys, time
 from framework import train
-from framework.engines import deepspeed, pipeline
-from framework.loop import Loop
+from framework.engines import deepspeed
+from framework.training.loop import Loop
 
 def first(loop, *rest):
     print("first step", time.time(), flush=True)
@@ -86,7 +86,7 @@ def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
     net = recipe_network(recipe, splits.num_classes)
     loader = splits.train_loader(net.plan.views)
     batches = loader.steps(0, sys.maxsize)
-    loop = Loop(recipe, build_engine(recipe, net), loader, Position(), score=dict)
+    loop = Loop(recipe, build_engine(recipe, net, splits.num_classes), loader, Position(), score=dict)
 
     def timed_step() -> float:
         start = time.perf_counter()

@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from framework.config.views import Views
 from framework.data.augment.crops import random_box, resized
-from framework.data.augment.views import Views
 from framework.data.loading.decode import decode
 from framework.data.loading.loader import TrainLoader
 from framework.data.loading.sample_order import TrainJobs
@@ -174,9 +174,9 @@ def made_up(samples: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         _make_up(Path(scratch), samples)
         rows = []
-        for name, share in (("start-up", 0.0), ("resume", 0.9)):
+        for name, position in (("start-up", 0.0), ("resume", 0.9)):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                seconds, megabytes = pool.apply(_first_batch, (Path(scratch), share))
+                seconds, megabytes = pool.apply(_first_batch, (Path(scratch), position))
             rows.append(
                 {
                     "view": name,
@@ -209,15 +209,15 @@ def _png() -> bytes:
     return buffer.getvalue()
 
 
-def _first_batch(folder: Path, share: float) -> tuple[float, float]:
+def _first_batch(folder: Path, position: float) -> tuple[float, float]:
     """Seconds from nothing but imports to the first batch of 256, and the memory that took in MB."""
     before, start = _memory("VmRSS"), time.perf_counter()
-    window = 100_000 if share else 0
+    window = 100_000 if position else 0
     shards = ShardSet.open(folder)
     loader = train_loader(
         shards, Views(kind="none"), image_size=32, batch_size=256, views_per_image=1, window=window
     )
-    step = int(share * loader.steps_per_epoch)
+    step = int(position * loader.steps_per_epoch)
     next(loader.steps(step, step + 1))
     seconds = time.perf_counter() - start
     return round(seconds, 3), round(_memory("VmHWM") - before, 1)

@@ -176,7 +176,7 @@ def _measured_costs(ranks: list[list[list[Event]]]) -> Duration:
 
 def _kind(instruction: Instruction) -> tuple[type[Instruction], int | None]:
     fields = instruction.kwargs
-    return type(instruction), fields.get("segment", fields.get("moment"))
+    return type(instruction), fields.get("segment", fields.get("after"))
 
 
 class _Ranks:
@@ -239,6 +239,7 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
     from stock_pipeline import OneForwardOneBackward, batches_of, network, placement
 
     from framework.config.recipe import Pipeline
+    from framework.engines import EngineSettings
     from framework.optim import build_optimizer
     from framework.pipeline.engine import PipelinedEngine
 
@@ -247,17 +248,8 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
     end_to_end = network("bp" if net.plan.supervised else "simclr", arguments)
     batches = batches_of(net, micro_batches, arguments)
     spread = placement(end_to_end, batches[0], stages)
-    ours = PipelinedEngine(
-        net,
-        optimizer,
-        spread,
-        batch_size=micro_batches * arguments.images // net.plan.views,
-        micro_batches=micro_batches,
-        clip=0.0,
-        zero_stage=0,
-        section={},
-        options=Pipeline(stages=stages),
-    )
+    settings = EngineSettings(micro_batches * arguments.images // net.plan.views, micro_batches, zero_stage=0)
+    ours = PipelinedEngine(net, optimizer, settings, spread, Pipeline(stages=stages))
     theirs = OneForwardOneBackward(end_to_end, optimizer, spread, batches)
     steps = _fill(stages, micro_batches) + 1 + -(-4 // micro_batches)
     found: dict[str, Any] = {"ours": [], "theirs": [], "layout": ours.layout}

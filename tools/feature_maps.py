@@ -1,6 +1,6 @@
 """Where networks look: the activation of a segment over images, one row a run (MLAAN Figure 4).
 
-    python tools/feature_maps.py RUN [RUN ...] [--segment layer1] [--images 3 14 15] [key=value ...]
+    python tools/feature_maps.py RUN [RUN ...] [key=value ...] [--segment layer1] [--images 3 14 15]
 
 The absolute activation is averaged over channels; all runs share one color scale.
 """

@@ -58,7 +58,7 @@ def _recipe(run: Run, labels: float, from_scratch: bool, overrides: list[str]) -
     """The protocol as a recipe of a new run, written there and read again with the overrides."""
     name = f"finetune-{labels:g}{'-from-scratch' if from_scratch else ''}"
     folder = run.folder / name
-    data = replace(run.recipe.data, share=labels)
+    data = replace(run.recipe.data, fraction=labels)
     batch = _batch_size(len(Splits.open(replace(run.recipe, data=data)).train))
     recipe = replace(
         run.recipe,

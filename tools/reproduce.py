@@ -35,8 +35,8 @@ from rich.table import Table as Printed
 
 from framework.analysis.results_tables import EvidenceTable, RowRun
 from framework.runtime.errors import UserError
+from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE, exit_status
 from framework.runtime.files import write_whole
-from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE, exit_status
 
 GRACE = 45.0  # seconds that a run may take to finish its step and save
 SHORTEST = 20.0  # seconds below which no command is started

@@ -112,7 +112,7 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
 
 def likely_classes(recipe: Recipe) -> int:
     """As many as the recipe says, else those of ImageNet: its images are not looked at."""
-    return 10 if recipe.data.source == "digits" else recipe.data.num_classes or 1000
+    return 10 if recipe.data.prepare == "digits" else recipe.data.num_classes or 1000
 
 
 def peak_bytes(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]:

@@ -38,18 +38,18 @@ class Splits:
 
     @classmethod
     def open(cls, recipe: Recipe) -> Splits:
-        """Open the shards, after packing them where ``data.source`` says how.
+        """Open the shards, after packing them where ``data.prepare`` says how.
 
         Raises:
             UserError: shards missing or broken, ``data.num_classes`` does not fit the labels, or the splits
                 name their classes differently.
         """
         data = recipe.data
-        if data.source == "digits" and is_url(data.path):
+        if data.prepare == "digits" and is_url(data.path):
             raise UserError(f"data.path={data.path}: the digits are packed into a local folder")
         with distributed.same_outcome():
             if distributed.is_main():  # packs and indexes; the others find that done
-                if data.source == "digits":
+                if data.prepare == "digits":
                     prepare_digits(Path(data.path))
                 _open(data, data.train)
                 if _open_test(data) is None:
@@ -62,8 +62,8 @@ class Splits:
             if test is not None:
                 _check_names(train, test)
             classes = _classes(data.num_classes, train, test)
-            if data.share < 1:
-                train = train.take(balanced(train.labels, data.share, recipe.seed))
+            if data.fraction < 1:
+                train = train.take(balanced(train.labels, data.fraction, recipe.seed))
             return cls(recipe, train, test, classes)
 
     @property
@@ -87,7 +87,7 @@ class Splits:
         return self.test
 
     def train_loader(self, views_per_image: int) -> TrainLoader:
-        """This rank's share of the training batches: in a pipeline that of its replica, which the first stage reads."""
+        """This rank's part of the training batches; in a pipeline its replica's part, which the first stage reads."""
         replicas = distributed.world_size() // self.recipe.pipeline.stages
         return TrainLoader(
             self.train,
@@ -106,7 +106,7 @@ class Splits:
         )
 
     def eval_loader(self, shards: ShardSet) -> EvalLoader:
-        """This rank's share of a split, every sample once."""
+        """This rank's part of a split; over all ranks every sample comes once."""
         return EvalLoader(
             shards,
             self.recipe.views,
@@ -144,8 +144,8 @@ def _url(data: Data, split: str) -> str:
 def _check_window(train: ShardSet, data: Data) -> None:
     """Refuse a cache that would have to fetch shards again and again."""
     total, largest = sum(train.shards.values()), max(train.shards.values())
-    share = min(1.0, data.window / len(train)) if data.window else 1.0
-    needed = min(total, share * total + (AHEAD + 1) * largest) / 1e9
+    fraction = min(1.0, data.window / len(train)) if data.window else 1.0
+    needed = min(total, fraction * total + (AHEAD + 1) * largest) / 1e9
     if needed > data.cache_gb:
         raise UserError(
             f"data.cache_gb={data.cache_gb:g}: data.window={data.window} needs {needed:.2g} GB of "

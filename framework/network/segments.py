@@ -67,6 +67,14 @@ class Segment:
         steps = (attrgetter(path)(self.backbone) for path in self.paths)
         return [step for step in steps if isinstance(step, nn.Module)]
 
+    def check_maps(self) -> None:
+        """Raises:
+        UserError: the segment does not work on maps (N, C, H, W), so that no head can run a copy of it.
+        """
+        if self.to_map is not is_map:
+            network = type(self.backbone).__name__
+            raise UserError(f"no head can copy blocks of {network}: they do not work on maps (N, C, H, W)")
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable parameters, each once."""
         for module in self.modules():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -14,7 +11,15 @@ from torch import Tensor
 from framework.config.recipe import Pipeline
 from framework.data.batch import Batch
 from framework.engines import partition, state
-from framework.engines.base import OptimizerFactory, OptimizerState, StepResult, marked, set_learning_rate
+from framework.engines.base import (
+    EngineSettings,
+    OptimizerFactory,
+    OptimizerState,
+    StepResult,
+    marked,
+    prepare,
+    set_learning_rate,
+)
 from framework.engines.deepspeed import checked_config, join_ranks
 from framework.engines.deepspeed_config import merged_config
 from framework.execution import LocalNetwork
@@ -36,12 +41,8 @@ class PipelinedEngine:
     Args:
         net: the network, the same on all ranks.
         make_optimizer: called with this rank's stage.
+        settings: of its steps; a ``clip`` above 0 makes every step wait for all stages, ``zero_stage`` is 0 or 1.
         placement: segments of the stages.
-        batch_size: images per step over all replicas and micro-batches.
-        micro_batches: per step.
-        clip: largest norm of the whole gradient; not 0 makes every step wait for all stages.
-        zero_stage: 0 or 1.
-        section: further keys of DeepSpeed's configuration.
         options: how stages work together.
 
     Attributes:
@@ -57,33 +58,23 @@ class PipelinedEngine:
         self,
         net: LocalNetwork,
         make_optimizer: OptimizerFactory,
+        settings: EngineSettings,
         placement: Placement,
-        *,
-        batch_size: int,
-        micro_batches: int,
-        clip: float,
-        zero_stage: int,
-        section: Mapping[str, Any],
         options: Pipeline,
     ) -> None:
+        prepare(net, settings, placement.stages)
         self.net, self.placement = net, placement
         self._following = Following(net, placement)
         reads = self._following.reads
         contrast = options.contrast == "batch"
-        self.layout = Layout(net.moments, placement, micro_batches, reads, contrast, options.lam_lag)
+        programs, micro_batches = net.program.segment_programs, settings.micro_batches
+        self.layout = Layout(programs, placement, micro_batches, reads, contrast, options.lam_lag)
         join_ranks()
         self._stage = Stage(net, placement, world_size() // placement.stages)
         grid = self._stage.mpu()
         synchronize_among(net.modules(), grid.get_data_parallel_group())
-        config = merged_config(
-            section,
-            batch_size=batch_size,
-            accumulation=micro_batches,
-            clip=clip,
-            zero_stage=zero_stage,
-            parameters=sum(p.numel() for p in self._stage.parameters()),
-            replicas=grid.get_data_parallel_world_size(),
-        )
+        parameters = sum(p.numel() for p in self._stage.parameters())
+        config = merged_config(settings, parameters, grid.get_data_parallel_world_size())
         self.optimizer = make_optimizer(self._stage)
         self._engine = BoundaryEngine(
             args=None,
@@ -103,7 +94,7 @@ class PipelinedEngine:
         self._parked = False
         self._reports = dist.new_group()
         self._steps = 0
-        self.lag = 1 + -(-(placement.stages - 1) * (1 + AHEAD) // micro_batches)
+        self.lag = 1 + -(-(placement.stages - 1) * (1 + AHEAD) // settings.micro_batches)
         self.loads = self._worker.stage == 0
         self.events: list[Event] | None = None
         self._park()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from framework.runtime.errors import LocalError, UserError
+from framework.runtime.exit_status import exit_status
 from framework.runtime.launch import launched_rank
 
 
@@ -21,10 +22,6 @@ def status(work: Callable[[], int | None], stopped: str = "stopped") -> int:
     try:
         return work() or 0
     except UserError as error:
-        from framework.runtime.requests import (
-            exit_status,  # with PyTorch, which commands that only look don't load
-        )
-
         if launched_rank() == 0 or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return exit_status(error)

@@ -13,11 +13,9 @@ from pathlib import Path
 from types import FrameType
 
 from framework.runtime import distributed
-from framework.runtime.errors import UserError
+from framework.runtime.exit_status import EXIT_TRY_AGAIN
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # preemption; Slurm's --signal before the time limit
-EXIT_TRY_AGAIN = 75  # exit status (EX_TEMPFAIL of sysexits.h): start the same command again
-EXIT_USAGE = 64  # exit status (EX_USAGE): that would not help. Below the other, for srun reports the largest
 LOOK_EVERY = 1.0  # seconds between two looks for touched files: each costs a file server a question
 
 
@@ -35,11 +33,6 @@ class Request(IntEnum):
 
 
 FILES = {Request.SAVE: "save-now", Request.STOP: "stop-now"}
-
-
-def exit_status(error: UserError) -> int:
-    """``EXIT_TRY_AGAIN`` if the next start may do without this error, else ``EXIT_USAGE``."""
-    return EXIT_TRY_AGAIN if error.transient else EXIT_USAGE
 
 
 def leave_at_once(*_: object) -> None:

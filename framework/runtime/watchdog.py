@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.launch import launched_rank
-from framework.runtime.requests import EXIT_TRY_AGAIN
 
 PACKAGE = str(Path(__file__).parents[1])
 OTHER_RANKS = 5.0  # seconds in which the other ranks, which wait for this one, report too

@@ -160,8 +160,7 @@ class Loop:
         }
         self.since_save = []
         self.saver.save(self.engine, self.position.step, state)
-        if self.engine.net.turns is not None:
-            self.engine.net.turns.empty()
+        self.engine.net.clear_replay_buffers()
 
     def summary(self) -> dict[str, Any]:
         """What the loop knows about the run."""

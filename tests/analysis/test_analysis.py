@@ -138,7 +138,7 @@ def test_the_encoder_is_the_checkpoint_and_the_untrained_one_is_not(both_runs: t
 def test_the_encoder_needs_no_compiler_and_no_download(both_runs: tuple[Path, Path]) -> None:
     run = Run.open(both_runs[0], ["execution.compile=true", "network.args={pretrained: true}"])
     net = run.encoder(trained=False)
-    assert list(net.runners) == list(net.segments)
+    assert net.program.runners == net.segments
 
 
 def test_feature_maps_are_mean_absolute_activations(both_runs: tuple[Path, Path]) -> None:

@@ -13,7 +13,7 @@ from framework.config import loading
 from framework.cost.activations import LiveActivations
 from framework.cost.counting import PlanCost, plan_cost
 from framework.model import recipe_network
-from framework.runtime.requests import EXIT_USAGE
+from framework.runtime.exit_status import EXIT_USAGE
 from tests.support import networks
 
 ROOT = Path(__file__).resolve().parents[2]

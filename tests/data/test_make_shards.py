@@ -28,7 +28,7 @@ from framework.data.packing.packer import Packing, encoded, pack
 from framework.data.packing.sources import open_sources
 from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
-from framework.runtime.requests import EXIT_USAGE
+from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
 
 

@@ -27,7 +27,7 @@ from framework.detection import conversion, weight_files
 from framework.detection.conversion import Source
 from framework.detection.layouts import NETWORKS, RESNETS, layout
 from framework.runtime.errors import UserError
-from framework.runtime.requests import EXIT_USAGE
+from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
 
 ROOT = Path(__file__).resolve().parents[2]

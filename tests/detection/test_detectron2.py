@@ -24,7 +24,7 @@ from framework.detection import conversion, weight_files
 from framework.detection.conversion import Match, Source
 from framework.detection.layouts import NETWORKS, RESNETS, layout
 from framework.runtime.errors import UserError
-from framework.runtime.requests import EXIT_USAGE
+from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
 
 pytestmark = pytest.mark.detectron2

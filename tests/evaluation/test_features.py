@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from framework.data.augment.views import Views
+from framework.config.views import Views
 from framework.data.loading.loader import EvalLoader
 from framework.data.packing.digits import prepare_digits
 from framework.data.shards.index import ShardSet

@@ -20,7 +20,7 @@ from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet
 from framework.runtime import distributed
 from framework.runtime.dead_ranks import dead_ranks_named
-from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE
+from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
 from tests.support.pool import Pool
 from tests.support.ranks import Ranks, Trouble
 from tests.support.runs import ROOT, assert_same_run, toy
@@ -100,7 +100,7 @@ def test_images_that_one_rank_can_not_score_on_are_named_and_cost_no_step(
     write_shards(((f"{i}", image, "png", i % 10) for i, image in enumerate(images)), data / "test", DIGITS)
     (data / "whole" / "train").rename(data / "train")
     every = ("evaluate.every_epochs=1", "checkpoint.every_epochs=1", "train.max_steps=30")
-    more = (f"data.path={data}", "data.source=shards", "data.workers=0", "evaluate.knn=true", *every)
+    more = (f"data.path={data}", "data.prepare=none", "data.workers=0", "evaluate.knn=true", *every)
     argv = [str(ROOT / "recipes/quickstart.yaml"), *toy(tmp_path, *more)]
     with Ranks(argv, 2, tmp_path / "record") as ranks:
         assert ranks.statuses() == [EXIT_USAGE] * 2, ranks.printed

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from framework.runtime.requests import EXIT_TRY_AGAIN
+from framework.runtime.exit_status import EXIT_TRY_AGAIN
 
 SCORES_THEN_HANGS = """
 import sys, time

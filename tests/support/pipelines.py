@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from framework import engines
 from framework.config.recipe import Pipeline
 from framework.data.batch import Batch
-from framework.engines.base import marked
+from framework.engines.base import EngineSettings, marked
 from framework.execution import LocalNetwork
 from framework.optim import build_optimizer
+from framework.pipeline.engine import PipelinedEngine
 from framework.pipeline.scheduling.placement import Placement, balanced
 from framework.runtime.distributed import is_main, rank, world_size
 from tests.support import networks
@@ -116,24 +116,16 @@ def alone(run: Run) -> Outcome:
     return Outcome({k: v.detach().clone() for k, v in net.state_dict().items()}, states, torch.stack(history))
 
 
-def build(run: Run, timeout: float = 60.0) -> engines.Engine:
+def build(run: Run, timeout: float = 60.0) -> PipelinedEngine:
     gc.collect()  # engines of earlier runs are rings of references, and hold groups with threads
     net = network(run)
     placement = Placement(run.bounds) if run.bounds else balanced([1.0] * len(net.segments), run.stages)
-    return engines.build(
-        "deepspeed",
-        net,
-        factory(run),
-        batch_size=IMAGES * run.micro_batches,
-        accumulation=run.micro_batches,
-        clip=run.clip,
-        zero_stage=run.zero_stage,
-        pipeline=Pipeline(stages=run.stages, timeout=timeout, **run.options),
-        placement=placement,
-    )
+    settings = EngineSettings(IMAGES * run.micro_batches, run.micro_batches, run.clip, run.zero_stage)
+    options = Pipeline(stages=run.stages, timeout=timeout, **run.options)
+    return PipelinedEngine(net, factory(run), settings, placement, options)
 
 
-def advance(engine: engines.Engine, run: Run, steps: range) -> Tensor:
+def advance(engine: PipelinedEngine, run: Run, steps: range) -> Tensor:
     """Run steps without reading their losses; then those (steps, U)."""
     results = []
     for step in steps:

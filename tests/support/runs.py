@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Of any recipe for ImageNet.
 TOY = [
     "network.name=resnet8",
-    "data.source=digits",
+    "data.prepare=digits",
     "data.num_classes=10",
     "data.image_size=8",
     "data.workers=1",

@@ -14,7 +14,7 @@ import pytest
 
 from framework.config.recipe import Pipeline
 from framework.evaluation.run_folder import Run
-from framework.runtime.requests import EXIT_TRY_AGAIN
+from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from tests.support.trained import ROOT
 
 TOOL = ROOT / "tools" / "finetune.py"

@@ -15,7 +15,7 @@ import pytest
 from test_checkpoint import FILES, MANIFEST
 
 from framework.checkpoints import snapshot
-from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE
+from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
 from tests.support.pool import Pool
 from tests.support.ranks import Ranks, Trouble, samples
 from tests.support.runs import ROOT, assert_same_run, losses, run, toy, weights

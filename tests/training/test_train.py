@@ -198,7 +198,7 @@ def test_images_without_labels_are_trained_on_and_not_scored(tmp_path: Path, poo
     labeled = ShardSet.open(tmp_path / "data" / "train")
     images = ((f"{i}", labeled.read(i), "png", None) for i in range(len(labeled)))
     write_shards(images, tmp_path / "data" / "unlabeled", None)
-    data = ("data.source=shards", f"data.path={tmp_path / 'data'}", "data.train=unlabeled")
+    data = ("data.prepare=none", f"data.path={tmp_path / 'data'}", "data.train=unlabeled")
     short = ("train.max_steps=2", "evaluate.knn=true", "evaluate.every_epochs=1")
     assert pool(1).run(run, arguments(tmp_path, *data, *short)) == [""]
     assert not [key for key in json.loads((tmp_path / "run" / "result.json").read_text()) if "top1" in key]
@@ -210,16 +210,16 @@ def test_images_without_labels_are_trained_on_and_not_scored(tmp_path: Path, poo
 
 def test_a_run_goes_on_with_as_many_images_as_before_only(tmp_path: Path, pool: PoolOf) -> None:
     assert pool(1).run(run, arguments(tmp_path, "train.max_steps=2")) == [""]
-    (message,) = pool(1).run(run, arguments(tmp_path, "train.max_steps=4", "data.share=0.5"))
+    (message,) = pool(1).run(run, arguments(tmp_path, "train.max_steps=4", "data.fraction=0.5"))
     assert "step-00000002: an epoch of its images had 22 steps, and of those in data.path=" in message
-    assert "it has 11: set data.path, data.train and data.share as before" in message
+    assert "it has 11: set data.path, data.train and data.fraction as before" in message
 
 
 BAD = [
     (["network.cut=block", "method.window=7"], "method.window=7: the network has 3 segments, so 1 to 3"),
     (["network.name=resnet9"], "network.name=resnet9: no such network"),
     (["network.args.zero_int=true"], "network.args"),
-    (["data.path={tmp}/nowhere", "data.source=shards"], "{tmp}/nowhere/train: no such folder"),
+    (["data.path={tmp}/nowhere", "data.prepare=none"], "{tmp}/nowhere/train: no such folder"),
     (["evaluate.knn=true", "evaluate.neighbors=1438"], "evaluate.neighbors=1438: must be at most 1437"),
     (
         ["evaluate.knn=true", "evaluate.neighbors=20", "evaluate.every_epochs=1", "evaluate.images=19"],

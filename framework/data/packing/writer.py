@@ -14,8 +14,8 @@ from typing import TextIO
 
 from webdataset import TarWriter
 
+from framework.data.shards.image_types import IMAGE_EXTENSIONS
 from framework.data.shards.index import save_contents
-from framework.data.shards.scan import IMAGE_EXTENSIONS
 from framework.runtime.errors import UserError
 from framework.runtime.files import new_file
 
