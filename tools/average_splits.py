@@ -20,7 +20,7 @@ from rich.table import Table
 
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
-from framework.tracking.metrics import write_result
+from framework.tracking.metric_log import write_result
 
 COLUMNS = [(task, key) for task in ("bbox", "segm") for key in ("AP", "AP50", "AP75")]
 LABELS = {"bbox": "box", "segm": "mask"}

@@ -45,7 +45,7 @@ from framework.data.shards.index import ShardSet
 from framework.data.shards.shard_contents import Contents
 from framework.data.shards.shard_contents import Table as Samples
 from framework.runtime.command import status
-from framework.tracking.metrics import environment
+from framework.tracking.environment import environment
 
 train_loader = partial(TrainLoader, accumulation=1, rank=0, world_size=1, seed=0, workers=0, device="cpu")
 

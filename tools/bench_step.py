@@ -49,7 +49,7 @@ from framework.network import create
 from framework.network.cifar import CifarResNet
 from framework.runtime.command import status
 from framework.runtime.files import write_whole
-from framework.tracking.metrics import commit, environment
+from framework.tracking.environment import commit, environment
 
 
 def conditions(method: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _verify(match: Match, output: Path) -> None:
         from framework.detection import verification
     except ModuleNotFoundError as error:
         raise UserError(
-            f"--verify needs Detectron2 ({error}); README, Detection, says how to install it"
+            f"--verify needs Detectron2 ({error}); recipes/detectron2/README.md says how to install it"
         ) from error
     levels = verification.compare(match, output)
     table = Table("level", "shape", "largest feature", "largest difference", title=match.network)

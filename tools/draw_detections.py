@@ -57,7 +57,7 @@ def load(config: Path, score: float, opts: list[str]) -> Any:
     try:
         from framework.detection.detector import Detector
     except ModuleNotFoundError as error:
-        raise UserError(f"{error}: README, Detection, says how to install Detectron2") from error
+        raise UserError(f"{error}: recipes/detectron2/README.md says how to install Detectron2") from error
     return Detector(config, [*opts, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(score)])
 
 

@@ -23,7 +23,7 @@ from framework.local.methods import bp
 from framework.runtime import distributed
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
-from framework.tracking import metrics
+from framework.runtime.files import write_whole
 from framework.train import train_all
 
 BATCH = 4096
@@ -83,7 +83,7 @@ def _recipe(run: Run, labels: float, from_scratch: bool, overrides: list[str]) -
         recipe = replace(recipe, views=replace(recipe.views, kind="supervised"))
     with distributed.same_outcome():
         if distributed.is_main():
-            metrics.write_whole(folder / "recipe.yaml", loading.to_yaml(recipe))
+            write_whole(folder / "recipe.yaml", loading.to_yaml(recipe))
     return loading.load([str(folder / "recipe.yaml"), *overrides])
 
 

@@ -38,7 +38,7 @@ from framework.cost.counting import likely_classes
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
-from framework.tracking.metrics import environment
+from framework.tracking.environment import environment
 
 GIB = 2**30
 COLUMNS = (

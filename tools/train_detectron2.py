@@ -23,7 +23,7 @@ def main() -> int:
 
         from framework.detection import trainer
     except ModuleNotFoundError as error:
-        raise UserError(f"{error}: README, Detection, says how to install Detectron2") from error
+        raise UserError(f"{error}: recipes/detectron2/README.md says how to install Detectron2") from error
     parser = default_argument_parser(epilog=__doc__)
     parser.add_argument("--split", type=int, help="train on this subset of COCO, into OUTPUT_DIR/splitN")
     arguments = parser.parse_args()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from framework.analysis.pictures import png
 from framework.evaluation.run_folder import Run, open_runs
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
-from framework.tracking import metrics
+from framework.tracking.metric_log import write_result
 
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:
@@ -71,11 +71,9 @@ def leave(folder: Path, name: str, numbers: Mapping[str, Any], figure: Figure | 
     Raises:
         UserError: the folder can't be written.
     """
-    metrics.write_result(folder / f"{name}.json", numbers)
+    write_result(folder / f"{name}.json", numbers)
     written = f"{folder / name}.json"
     if figure is not None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        write_whole(folder / f"{name}.png", buffer.getvalue())
+        write_whole(folder / f"{name}.png", png(figure))
         written += f", {name}.png"
     print(f"written: {written}", flush=True)

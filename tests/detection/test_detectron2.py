@@ -28,7 +28,7 @@ from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
 
 pytestmark = pytest.mark.detectron2
-pytest.importorskip("detectron2", reason="Detectron2 is not installed; README, Detection, says how")
+pytest.importorskip("detectron2", reason="Detectron2 is not installed; recipes/detectron2/README.md says how")
 
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog  # noqa: E402

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from framework.config import loading
 from framework.runtime.errors import UserError
-from framework.tracking.metrics import read_log
+from framework.tracking.metric_log import read_log
 from framework.train import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from rich.console import Console
 from framework.config import loading
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
-from framework.tracking.metrics import MetricLog, write_result
+from framework.tracking.metric_log import MetricLog, write_result
 from framework.tracking.status import RunStatus, table
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from framework.config import loading
-from framework.tracking.metrics import read_log
+from framework.tracking.metric_log import read_log
 from framework.train import train
 from tests.support.pool import Pool
 
