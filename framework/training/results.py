@@ -9,17 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 from framework.analysis.curves import loss_curves
+from framework.analysis.neighbors import neighbors_picture
 from framework.checkpoints import snapshot
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
 from framework.engines import Engine
 from framework.evaluation.scoring import score
 from framework.runtime import distributed
+from framework.runtime.files import write_whole
 from framework.tracking import metrics
 
 
 def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate, print the scores and write ``result.json``, ``loss_curves.png`` and ``backbone.safetensors``.
+    """Evaluate, print the scores and write ``result.json``, pictures and ``backbone.safetensors``.
 
     Args:
         recipe: of the run.
@@ -33,7 +35,10 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str,
     run_dir = Path(recipe.run_dir)
     # Before the scores, which may fail over an image.
     snapshot.export_backbone(engine, run_dir / "backbone.safetensors")
-    scores = score(recipe, engine.whole_net(), splits)
+    net = engine.whole_net()
+    scores = score(recipe, net, splits)
+    scored = splits.labeled and recipe.evaluate.knn
+    picture = neighbors_picture(recipe, net, splits) if scored else b""
     result = {
         "name": recipe.name,
         "method": recipe.method.name,
@@ -49,6 +54,8 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str,
         if distributed.is_main():
             title = f"{recipe.name}: {recipe.method.name} on {recipe.network.name}"
             loss_curves(run_dir / "metrics.jsonl", run_dir / "loss_curves.png", title)
+            if picture:
+                write_whole(run_dir / "neighbors.png", picture)
             metrics.write_result(run_dir / "result.json", result)
             show(scores, result, run_dir)
     return result
