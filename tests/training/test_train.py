@@ -53,7 +53,8 @@ def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
     assert result["method"] == "loco" and result["steps"] == 3
     assert {"knn_top1", "linear_top1", "images_per_second", "peak_memory_bytes", "versions"} <= set(result)
     assert 98 < result["knn_top1_pixels"] < 99
-    assert (folder / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("loss_curves.png", "neighbors.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     again = loading.load([str(folder / "recipe.yaml")])
     assert again == loading.load(argv)
     backbone = timm.create_model(
