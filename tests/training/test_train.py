@@ -281,12 +281,11 @@ def test_the_launcher_prints_an_error_once_and_fails(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "score", "least", "shorter"),
     [
-        ("quickstart", "knn_top1", 91, ["train.epochs=8"]),
-        ("quickstart_mlaan", "test_top1", 95, ["train.epochs=6"]),
+        pytest.param("quickstart", "knn_top1", 91, ["train.epochs=8"], marks=pytest.mark.slow),
+        pytest.param("quickstart_mlaan", "test_top1", 95, ["train.epochs=6"], marks=pytest.mark.slow),
         pytest.param("quickstart", "knn_top1", 95, [], marks=pytest.mark.soak),
         pytest.param("quickstart_mlaan", "test_top1", 97, [], marks=pytest.mark.soak),
     ],
