@@ -4,6 +4,9 @@
 
 Shards become views, views go through the network's segments, heads give losses, the network routes their
 gradients, an engine averages them over ranks and steps the optimizer. What is left is in ``results.py``.
+
+PyTorch, timm and DeepSpeed take ten seconds to import. So functions import what needs them, and ``main`` reads the
+recipe before that: what is wrong in it is told at once.
 """
 
 from __future__ import annotations
@@ -13,50 +16,53 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from framework import engines
 from framework.config import loading
-from framework.config.recipe import Recipe
-from framework.data.splits import Splits
-from framework.engines import Engine
-from framework.execution import LocalNetwork
-from framework.model import parts, recipe_network
-from framework.optim import build_optimizer
-from framework.pipeline.scheduling.balance import place
-from framework.pipeline.scheduling.placement import Placement
-from framework.runtime import distributed, requests
+from framework.data.places import check_train_folder
 from framework.runtime.command import status
-from framework.runtime.dead_ranks import dead_ranks_named
 from framework.runtime.errors import UserError
-from framework.runtime.requests import Request
-from framework.runtime.watchdog import Watchdog
-from framework.training.loop import Loop
-from framework.training.results import check, leave_results, score_now
-from framework.training.resume import restore
+
+if TYPE_CHECKING:
+    from framework.config.recipe import Recipe
+    from framework.engines import Engine
+    from framework.execution import LocalNetwork
+    from framework.pipeline.scheduling.placement import Placement
+    from framework.runtime.requests import Request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe; returns the exit status: 0, or ``EXIT_USAGE`` or ``EXIT_TRY_AGAIN`` of ``control``."""
+    """Read a recipe and train it; returns the exit status: 0, ``EXIT_USAGE`` or ``EXIT_TRY_AGAIN``."""
 
-    def read() -> Iterable[Recipe]:
+    def work() -> int:
         recipe = loading.load(sys.argv[1:] if argv is None else argv)
-        distributed.start()
-        return parts(recipe)
+        check_train_folder(recipe.data)
+        from framework.model import parts
 
-    return status(lambda: train_all(read))
+        return train_all(lambda: parts(recipe))
+
+    return status(work)
 
 
 def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
-    """Train recipes one after the other until somebody asks for an end; the exit status of the command.
+    """Join the other ranks, and train recipes one after the other until somebody asks for an end.
 
     Args:
-        read: joins the other ranks, and says what to train.
+        read: says, once the ranks have met, what to train.
+
+    Returns:
+        The exit status of the command.
 
     Raises:
         UserError: whatever the person who started it can mend.
     """
+    from framework.runtime import distributed, requests
+    from framework.runtime.dead_ranks import dead_ranks_named
+    from framework.runtime.requests import Request
+
     for number in requests.SIGNALS:
         signal.signal(number, requests.leave_at_once)
+    distributed.start()
     recipes, request = read(), Request.NOTHING
     with dead_ranks_named():
         for recipe in recipes:
@@ -76,6 +82,16 @@ def train(recipe: Recipe) -> Request:
     Raises:
         UserError: whatever the person who started it can mend.
     """
+    from framework.data.splits import Splits
+    from framework.model import recipe_network
+    from framework.pipeline.scheduling.balance import place
+    from framework.runtime import distributed
+    from framework.runtime.requests import Request
+    from framework.runtime.watchdog import Watchdog
+    from framework.training.loop import Loop
+    from framework.training.results import check, leave_results, score_now
+    from framework.training.resume import restore
+
     stages = recipe.pipeline.stages
     if distributed.world_size() % stages:
         raise UserError(
@@ -112,6 +128,9 @@ def train(recipe: Recipe) -> Request:
 
 def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None = None) -> Engine:
     """The network under the recipe's engine and optimizer, in pipeline stages where they have a placement."""
+    from framework import engines
+    from framework.optim import build_optimizer
+
     optim = recipe.optim
     make_optimizer = partial(
         build_optimizer,

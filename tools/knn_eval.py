@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.evaluation import features
-from framework.evaluation.run_folder import Run
-from framework.execution import LocalNetwork
-from framework.runtime import distributed
 from framework.runtime.command import status
+
+if TYPE_CHECKING:
+    from framework.evaluation.run_folder import Run
+    from framework.execution import LocalNetwork
 
 
 def main() -> None:
@@ -27,6 +28,9 @@ def main() -> None:
     parser.add_argument("--neighbors", type=int, help="that vote; default: evaluate.neighbors of each recipe")
     parser.add_argument("--images", type=int, help="at most so many images of each split; default: all")
     arguments = parse(parser)
+
+    from framework.runtime import distributed
+
     distributed.start()
     scores = {run.label: knn(run, arguments.neighbors, arguments.images) for run in arguments.runs}
     if distributed.is_main():
@@ -37,6 +41,9 @@ def main() -> None:
 
 def knn(run: Run, neighbors: int | None, images: int | None) -> dict[str, float]:
     """Per cent by kind of features, on rank 0."""
+    from framework.evaluation import features
+    from framework.runtime import distributed
+
     splits = run.splits
     some = replace(splits, train=splits.train.subsample(images), test=splits.held_out.subsample(images))
     k = neighbors or run.recipe.evaluate.neighbors

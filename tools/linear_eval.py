@@ -15,23 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from framework.analysis.arguments import leave, only_run, parse, run_parser, told_apart
-from framework.data.loading.loader import TrainLoader
-from framework.evaluation.encoding import cached_rows
-from framework.evaluation.linear_eval import (
-    Batches,
-    Protocol,
-    State,
-    accuracy,
-    check_batch,
-    evaluate_rows,
-    fit,
-    settings,
-)
 from framework.evaluation.linear_eval_conditions import (
     add_arguments,
     conditions,
@@ -39,12 +27,16 @@ from framework.evaluation.linear_eval_conditions import (
     protocol_of,
     result_name,
 )
-from framework.evaluation.run_folder import Run
-from framework.runtime import distributed
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
 
 OnEpoch = Callable[[int, float], None]
+
+
+if TYPE_CHECKING:
+    from framework.data.loading.loader import TrainLoader
+    from framework.evaluation.linear_eval import Batches, Protocol
+    from framework.evaluation.run_folder import Run
 
 
 def main() -> None:
@@ -53,6 +45,10 @@ def main() -> None:
     add_arguments(parser)
     _, overrides = told_apart(parser.parse_intermixed_args().runs)
     arguments = parse(parser)
+
+    from framework.evaluation.linear_eval import check_batch
+    from framework.runtime import distributed
+
     run, protocol = only_run(arguments.runs), protocol_of(arguments)
     distributed.start()
     check_batch(protocol)
@@ -68,6 +64,9 @@ def main() -> None:
 
 
 def _cached(run: Run, protocol: Protocol, name: str, trained: bool = True) -> dict[str, float]:
+    from framework.evaluation.encoding import cached_rows
+    from framework.evaluation.linear_eval import evaluate_rows
+
     train, test = (cached_rows(run, shards, trained) for shards in (run.splits.train, run.splits.held_out))
     with _bar(protocol.epochs, name) as on_epoch:
         return evaluate_rows(train, test, run.splits.num_classes, protocol, run.recipe.seed, on_epoch)
@@ -75,6 +74,9 @@ def _cached(run: Run, protocol: Protocol, name: str, trained: bool = True) -> di
 
 def _augmented(run: Run, protocol: Protocol, preset: str) -> dict[str, float]:
     """The protocol itself: a new random crop and flip of every image in every epoch."""
+    from framework.evaluation.linear_eval import State, accuracy, fit, settings
+    from framework.runtime import distributed
+
     loader, net, splits = _train_loader(run, protocol), run.encoder(), run.splits
 
     def batches(start: int) -> Batches:
@@ -125,6 +127,8 @@ def _train_loader(run: Run, protocol: Protocol) -> TrainLoader:
 @contextmanager
 def _bar(epochs: int, name: str) -> Iterator[OnEpoch]:
     """A bar over the epochs with the loss, on rank 0."""
+    from framework.runtime import distributed
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -144,6 +148,8 @@ def _report(
     random: dict[str, float],
     seconds: float,
 ) -> None:
+    from framework.runtime import distributed
+
     text = ", ".join(f"{name.replace('top', 'top-')} {value:.2f} %" for name, value in scores.items())
     print(
         f"{run.label}, {run.checkpoint.name}: {text}; random encoder {random['top1']:.2f} % ({seconds:.0f} s)"

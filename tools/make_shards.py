@@ -18,8 +18,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from framework.data.packing.packer import Packing, pack
-from framework.data.packing.sources import open_sources
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
 
@@ -27,6 +25,10 @@ from framework.runtime.errors import UserError
 def main() -> None:
     """Pack."""
     arguments = _arguments()
+
+    from framework.data.packing.packer import Packing, pack
+    from framework.data.packing.sources import open_sources
+
     packing = Packing(
         arguments.samples_per_shard, arguments.shorter_side, arguments.encode, arguments.quality
     )

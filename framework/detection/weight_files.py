@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from framework.detection.layouts import SUFFIXES
 from framework.runtime.errors import UserError
-
-SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "mmdet": ".pth"}
 
 #: all that a pickle of numpy arrays calls
 _ARRAY_PARTS = {

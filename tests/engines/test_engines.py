@@ -105,7 +105,11 @@ def test_local_networks_equal_one_process(pool: PoolOf, method: str, engine: str
 
 READERS = {
     "penalty": ("loco", "stage", {"soft_share": 0.5}),
-    "pulled copies": ("mlaan", "block", {"lam_weights": "trained_and_pulled", "ema_m": 0.9, "ema_when": "after"}),
+    "pulled copies": (
+        "mlaan",
+        "block",
+        {"lam_weights": "trained_and_pulled", "ema_m": 0.9, "ema_when": "after"},
+    ),
 }
 
 

@@ -170,7 +170,13 @@ def test_a_module_is_trained_alone_only_one_after_another(tmp_path: Path) -> Non
         loading.load(arguments(tmp_path, "method.module=1"))
 
 
-SHORT = ["data.prepare=digits", "data.image_size=8", "data.workers=0", "network.name=resnet8", "network.cut=3"]
+SHORT = [
+    "data.prepare=digits",
+    "data.image_size=8",
+    "data.workers=0",
+    "network.name=resnet8",
+    "network.cut=3",
+]
 SHORT += ["network.sync_bn=true", "train.epochs=1", "train.batch_size=64", "optim.lr=0.05", "views.pad=1"]
 SHORT += ["optim.warmup_epochs=0", "checkpoint.every_steps=2"]
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from framework.data.places import check_folder
 from framework.data.shards.scan import UNLABELED, Sample, scan_shard
 from framework.data.shards.shard_contents import (
     ARRAYS,
@@ -215,8 +216,7 @@ def save_contents(folder: Path, sha256: dict[str, str] | None = None) -> None:
 
 
 def _list_shards(folder: Path) -> dict[str, int]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it must hold the shards (*.tar)")
+    check_folder(folder)
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and name[0] != ".")
         if not names:
