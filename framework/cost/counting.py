@@ -112,7 +112,7 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
 
 def likely_classes(recipe: Recipe) -> int:
     """As many as the recipe says, else those of ImageNet: its images are not looked at."""
-    return 10 if recipe.data.source == "digits" else recipe.data.num_classes or 1000
+    return 10 if recipe.data.prepare == "digits" else recipe.data.num_classes or 1000
 
 
 def peak_bytes(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]:
@@ -173,7 +173,7 @@ def _peak(net: LocalNetwork, batch: Batch) -> int:
 
 
 def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
-    x = net.entering(batch.images)
+    x = net.run_frozen(batch.images)
     for segment in net.segments:
         flops, saved, x = _forward(segment, x, net)
         yield SegmentCost(segment.name, sum(p.numel() for p in segment.parameters()), flops, saved)
@@ -181,7 +181,7 @@ def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
 
 def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
     for unit in net.plan.units:
-        x = net.entering(batch.images)
+        x = net.run_frozen(batch.images)
         with torch.no_grad():
             for segment in net.segments[: unit.first]:
                 x = segment(x)

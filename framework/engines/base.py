@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from framework.data.batch import Batch, StepOutput
-from framework.execution import LocalNetwork
+from framework.data.batch import Batch
+from framework.execution import LocalNetwork, StepOutput
 from framework.optim import SkippableOptimizer
 from framework.runtime.distributed import broadcast_weights, device, mean_over_ranks, world_size
 from framework.runtime.errors import UserError

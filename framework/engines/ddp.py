@@ -7,10 +7,10 @@ from contextlib import nullcontext
 
 from torch.nn.parallel import DistributedDataParallel
 
-from framework.data.batch import Batch, StepOutput
+from framework.data.batch import Batch
 from framework.engines.base import Engine, EngineSettings, OptimizerFactory
 from framework.engines.plain import PlainEngine, averaged
-from framework.execution import LocalNetwork
+from framework.execution import LocalNetwork, StepOutput
 from framework.runtime.distributed import device
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from framework.data.batch import Batch, StepOutput
+from framework.data.batch import Batch
 from framework.engines.base import Engine, EngineSettings, OptimizerFactory
 from framework.engines.plain import PlainEngine, averaged
-from framework.execution import LocalNetwork
+from framework.execution import LocalNetwork, StepOutput
 from framework.runtime.distributed import device, world_size
 from framework.runtime.errors import UserError
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from framework.data.batch import Batch, StepOutput
+from framework.data.batch import Batch
 from framework.engines import state
 from framework.engines.base import OptimizerState, Outputs, StepResult, marked, update
-from framework.execution import LocalNetwork
+from framework.execution import LocalNetwork, StepOutput
 from framework.optim import SkippableOptimizer
 
 

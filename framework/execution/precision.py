@@ -1,12 +1,13 @@
-"""Numeric precision of a training step: autocast, and one dynamic loss scale a head (float16 only).
+"""Numeric precision of a training step: autocast, and one dynamic loss scale for each head call (float16 only).
 
 The scale has to act before the backward: in float16 a unit of weight 0.001 loses its cotangents to
-underflow, and nothing that multiplies afterwards brings them back.
+underflow, and no factor afterwards restores them.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,20 @@ def autocast_type(precision: str) -> torch.dtype | None:
     return PRECISIONS[precision]
 
 
-class LossScales(nn.Module):
-    """A power-of-two scale for each head, halved when its gradients overflow, doubled after 2000 clean steps.
+def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """``torch.autocast`` in ``dtype``, or nothing for ``None``. Weights are cast once a call, so nothing is cached."""
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device, dtype=dtype, cache_enabled=False)
 
-    A step is an optimizer step, whatever its number of micro-batches. Its buffers are part of a checkpoint.
+
+class LossScales(nn.Module):
+    """A power-of-two scale for each head call, halved at an overflow, doubled after 2000 steps without one.
+
+    A step is an optimizer step, whatever its number of micro-batches. The buffers are part of a checkpoint.
 
     Args:
-        weights: each head's loss weight; a light head starts with a larger scale.
+        weights: loss weight of each head call; the lower the weight, the larger the scale at the start.
     """
 
     def __init__(self, weights: list[float]) -> None:
@@ -46,18 +54,24 @@ class LossScales(nn.Module):
         self.clean_steps: Tensor
         self.register_buffer("scale", torch.tensor(start, dtype=torch.float64))
         self.register_buffer("clean_steps", torch.zeros(len(weights), dtype=torch.int64))
-        self._overflowed: Tensor | None = None  # heads, in earlier micro-batches of the step in work
+        self._overflowed: Tensor | None = None  # (calls,) bool, in earlier micro-batches of this step
 
     def current(self) -> list[float]:
-        """The scales as Python numbers; waits for the device."""
+        """The scales as Python numbers; synchronizes with the device."""
         return self.scale.tolist()
 
     @torch.no_grad()
     def update(self, overflowed: Tensor, last: bool = True) -> Tensor:
-        """Note which heads ``overflowed`` (bool, one a head) in a micro-batch; whether to skip the step (bool scalar).
+        """Note the overflows of a micro-batch; after the last one of an optimizer step, update the scales.
 
-        After the last micro-batch of a step the scales move. Collective: a head that overflowed on one rank has
-        overflowed on all.
+        Collective: what overflowed on one rank counts as overflowed on all.
+
+        Args:
+            overflowed: (calls,) bool.
+            last: whether the micro-batch is the last one of its step.
+
+        Returns:
+            Whether to skip the step for this micro-batch (bool scalar).
         """
         overflowed = any_over_ranks(overflowed)
         seen = overflowed if self._overflowed is None else self._overflowed | overflowed

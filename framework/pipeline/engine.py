@@ -67,7 +67,8 @@ class PipelinedEngine:
         self._following = Following(net, placement)
         reads = self._following.reads
         contrast = options.contrast == "batch"
-        self.layout = Layout(net.moments, placement, settings.micro_batches, reads, contrast, options.lam_lag)
+        programs, micro_batches = net.program.segment_programs, settings.micro_batches
+        self.layout = Layout(programs, placement, micro_batches, reads, contrast, options.lam_lag)
         join_ranks()
         self._stage = Stage(net, placement, world_size() // placement.stages)
         grid = self._stage.mpu()

@@ -15,7 +15,6 @@ from framework.checkpoints import snapshot
 from framework.config.recipe import Recipe
 from framework.engines import Engine
 from framework.execution import LocalNetwork
-from framework.local.objectives import SupCon
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from framework.training.loop import Position
@@ -38,7 +37,7 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
         if (before := state.get("steps_per_epoch", steps_per_epoch)) != steps_per_epoch:
             raise UserError(
                 f"{folder}: an epoch of its images had {before} steps, and of those in data.path={recipe.data.path} "
-                f"it has {steps_per_epoch}: set data.path, data.train and data.share as before, or another run_dir"
+                f"it has {steps_per_epoch}: set data.path, data.train and data.fraction as before, or another run_dir"
             )
     with distributed.same_outcome():
         if distributed.is_main():
@@ -78,12 +77,13 @@ class EffectiveBatch(NamedTuple):
         cls, network: LocalNetwork, recipe: Mapping[str, Any], ranks: int, micro_batches: int
     ) -> EffectiveBatch:
         """Of a recipe on so many ranks and micro-batches."""
-        contrast = not network.plan.supervised or any(isinstance(m, SupCon) for m in network.modules())
         norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
         batch, pipeline = recipe["train"]["batch_size"], recipe["pipeline"]
         together = batch if pipeline["contrast"] == "batch" else batch // micro_batches
         replicas = 1 if recipe["network"]["sync_bn"] else ranks // pipeline["stages"]
-        return cls(together if contrast else None, batch // micro_batches // replicas if norm else None)
+        return cls(
+            together if network.plan.contrasts else None, batch // micro_batches // replicas if norm else None
+        )
 
 
 def _check_batch(folder: Path, state: dict[str, Any], recipe: Recipe, net: LocalNetwork) -> None:

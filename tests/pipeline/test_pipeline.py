@@ -69,9 +69,13 @@ def test_stages_equal_one_process(pool: PoolOf, run: Run) -> None:
     assert worst(pool, run) < 1e-10
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "run", [*METHODS, *(pytest.param(run, marks=pytest.mark.soak) for run in DEEPER)], ids=str
+    "run",
+    [
+        *(pytest.param(run, marks=pytest.mark.slow) for run in METHODS),
+        *(pytest.param(run, marks=pytest.mark.soak) for run in DEEPER),
+    ],
+    ids=str,
 )
 def test_every_method_equals_one_process(pool: PoolOf, run: Run) -> None:
     assert worst(pool, run) < 1e-10
@@ -228,10 +232,10 @@ def lagging(run: Run) -> Outcome:
     """One process in which copies follow the weights of ``lam_lag`` steps before, and catch up at the end."""
     net, lag = network(run), run.options["lam_lag"]
     optimizer, past = factory(run)(net), []
-    heads = net._readers()
-    follow = [head.update_copies for head in heads]
+    heads = [head for head in net.plan.heads if head.reads]
+    follow = [head.before_step for head in heads]
     for head in heads:
-        head.update_copies = lambda *_: None
+        head.before_step = lambda *_: None
     stage_of = Placement(run.bounds).stage_of
     units = {unit.head: unit for unit in net.plan.units}
 

@@ -55,8 +55,9 @@ def finish(folder: Path) -> None:
         assert ranks.statuses() == [0] * STAGES, ranks.printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "victim", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.soak)]
+)
 def test_all_name_the_stage_that_died_and_the_run_goes_on(
     tmp_path: Path, undisturbed: Path, victim: int
 ) -> None:
@@ -100,7 +101,7 @@ def test_images_that_one_rank_can_not_score_on_are_named_and_cost_no_step(
     write_shards(((f"{i}", image, "png", i % 10) for i, image in enumerate(images)), data / "test", DIGITS)
     (data / "whole" / "train").rename(data / "train")
     every = ("evaluate.every_epochs=1", "checkpoint.every_epochs=1", "train.max_steps=30")
-    more = (f"data.path={data}", "data.source=shards", "data.workers=0", "evaluate.knn=true", *every)
+    more = (f"data.path={data}", "data.prepare=none", "data.workers=0", "evaluate.knn=true", *every)
     argv = [str(ROOT / "recipes/quickstart.yaml"), *toy(tmp_path, *more)]
     with Ranks(argv, 2, tmp_path / "record") as ranks:
         assert ranks.statuses() == [EXIT_USAGE] * 2, ranks.printed

@@ -64,7 +64,9 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "mlaan-pulled": (
         "mlaan",
-        mlaan.Options(lam_form="ema_chain", lam_weights="single_pulled", ema_when="after", ema_buffers=True),
+        mlaan.Options(
+            lam_form="ema_chain", lam_weights="trained_and_pulled", ema_when="after", ema_buffers=True
+        ),
         "block",
     ),
     "auglocal": ("auglocal", None, "block"),

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from framework import engines
-from framework.data.batch import Batch, StepOutput
+from framework.data.batch import Batch
 from framework.engines.base import EngineSettings, marked
+from framework.execution import StepOutput
 from framework.local import methods
 from framework.model import local_network
 from framework.optim import build_optimizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -15,7 +14,7 @@ from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.execution.local_network import add_gradients
 from framework.execution.step import RoutedStep
-from framework.local.units import ReadingHead
+from framework.local import Need
 from framework.pipeline.rank.following import Following
 from framework.pipeline.rank.wire import Peer, Receiver, Sender
 from framework.pipeline.scheduling.schedule import Layout
@@ -61,8 +60,8 @@ class Worker:
 
     def begin_step(self, micro_batches: list[Batch]) -> None:
         """Let copies follow what the step before has left, and forget that step."""
-        for head in self._local_heads("after"):
-            head.update_copies(self.net.segments, float(not self._skipped))
+        for head in self.following.local[self.stage]:
+            head.after_step(self.net.segments, float(not self._skipped))
         self._reset(micro_batches)
 
     def _reset(self, micro_batches: list[Batch]) -> None:
@@ -75,7 +74,7 @@ class Worker:
     def load(self, micro_batch: int) -> None:
         batch = self.micro_batches[micro_batch]
         batch = batch._replace(images=batch.images.to(memory_format=self.net.layout))
-        self._begin(micro_batch, batch, self.net.entering(batch.images))
+        self._begin(micro_batch, batch, self.net.run_frozen(batch.images))
 
     def receive_activation(self, micro_batch: int) -> None:
         assert self._from_below is not None
@@ -108,22 +107,22 @@ class Worker:
             for step in steps:
                 self._collect(step)
 
-    def receive_cotangents(self, micro_batch: int, moment: int) -> None:
+    def receive_cotangents(self, micro_batch: int, after: int) -> None:
         assert self._from_above is not None
-        routes = self.net.moments[moment].crossing(self.span.stop)
-        self._live[micro_batch].receive(moment, [self._from_above.receive()[0] for _ in routes])
+        routes = self.net.program.segment_programs[after].crossing(self.span.stop)
+        self._live[micro_batch].receive(after, [self._from_above.receive()[0] for _ in routes])
 
-    def walk(self, micro_batch: int, moment: int) -> None:
+    def walk(self, micro_batch: int, after: int) -> None:
         step = self._live[micro_batch]
         with distributed.replicas(self.replicas):
-            step.walk(moment)
+            step.walk(after)
         self._collect(step)
 
-    def send_cotangents(self, micro_batch: int, moment: int) -> None:
+    def send_cotangents(self, micro_batch: int, after: int) -> None:
         assert self._to_below is not None
-        leaving = self._live[micro_batch].outgoing
-        for route in self.net.moments[moment].crossing(self.span.start):
-            self._to_below.send([leaving.pop(route).value])
+        outgoing = self._live[micro_batch].outgoing
+        for route in self.net.program.segment_programs[after].crossing(self.span.start):
+            self._to_below.send([outgoing.pop(route).value])
 
     def send_weights(self, reader: int) -> None:
         weights = self.following.weights(reader, self.stage)
@@ -139,7 +138,7 @@ class Worker:
         if owner == max(self._from_owners):
             skipped = self._skips.popleft()
             for head in self.following.remote[self.stage]:
-                head.update_copies(self.net.segments, float(not skipped))
+                head.before_step(self.net.segments, float(not skipped))
 
     def finish_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Add what does not come from a micro-batch."""
@@ -161,8 +160,8 @@ class Worker:
         if self.net.scales is not None:
             assert self._overflow is not None
             skip = bool(self.net.scales.update(self._overflow))
-        for head in self._local_heads("before"):
-            head.update_copies(self.net.segments, float(not skip))
+        for head in self.following.local[self.stage]:
+            head.before_step(self.net.segments, float(not skip))
         if self._from_owners:
             self._skips.append(skip)
         self._skipped = skip
@@ -200,7 +199,7 @@ class Worker:
         return Peer(rank, f"rank {rank} (stage {stage} of 0..{stages - 1})")
 
     def _begin(self, micro_batch: int, batch: Batch, x: Tensor) -> None:
-        self._live[micro_batch] = RoutedStep(self.net, batch, self.span, self._scales)
+        self._live[micro_batch] = RoutedStep(self.net.program, batch, self.span, self._scales)
         self._x = x
 
     def _collect(self, step: RoutedStep) -> None:
@@ -217,11 +216,6 @@ class Worker:
             flags = step.take_overflows()
             self._overflow = flags if self._overflow is None else self._overflow | flags
 
-    def _local_heads(self, when: str) -> Iterator[ReadingHead]:
-        """Those that follow weights of this stage, before or after the optimizer step."""
-        yield from (head for head in self.following.local[self.stage] if head.when == when)
-
 
 def _needs_images(net: LocalNetwork, segment: int) -> bool:
-    heads = [unit.head for unit in net.plan.units if unit.last == segment]
-    return any(getattr(m, "needs_images", False) for head in heads for m in head.modules())
+    return any(Need.IMAGES in unit.head.needs for unit in net.plan.units if unit.last == segment)

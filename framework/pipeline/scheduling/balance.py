@@ -13,8 +13,8 @@ from framework.config.recipe import Recipe
 from framework.cost.counting import PlanCost, plan_cost
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
-from framework.execution.program import SegmentProgram, WeightGradient, moments
-from framework.execution.step import RoutedStep, contrasts
+from framework.execution.program import SegmentProgram, WeightGradient, segment_programs
+from framework.execution.step import RoutedStep
 from framework.local import LocalUnit, Plan
 from framework.network.norm import frozen_statistics
 from framework.pipeline.rank.following import Following
@@ -58,7 +58,7 @@ def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
     _check_alone(recipe, net)
     if pipeline.contrast == "batch":
         for unit in net.plan.units:
-            if contrasts(unit.head) and not hasattr(unit.head, "embed"):
+            if unit.head.contrasts and not unit.head.separable:
                 raise UserError(
                     f"pipeline.contrast=batch: the head of unit {unit.name} mixes a contrast with other losses; "
                     "only pipeline.contrast=micro_batch can have it"
@@ -68,11 +68,11 @@ def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
     balanced([1.0] * segments, pipeline.stages)  # too many stages are an error before anything is counted
     images = recipe.train.batch_size // recipe.micro_batches
     if pipeline.balance == "time":
-        costs = distributed.from_main(measured(recipe, net, images).per_segment(net.moments))
+        costs = distributed.from_main(measured(recipe, net, images).per_segment(net.program.segment_programs))
         return balanced(costs, pipeline.stages)
     with distributed.replicas("alone"):
         cost = plan_cost(recipe, num_classes, images)
-    return balanced(counted(cost, net.moments, pipeline.balance), pipeline.stages)
+    return balanced(counted(cost, net.program.segment_programs, pipeline.balance), pipeline.stages)
 
 
 def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[StageForecast]:
@@ -81,20 +81,20 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
     Raises:
         UserError: as ``place``.
     """
-    pipeline = recipe.pipeline
+    pipeline, programs = recipe.pipeline, net.program.segment_programs
     if isinstance(pipeline.balance, list):
         placement = listed(pipeline.balance, len(net.segments), pipeline.stages)
     else:
         balance = "flops" if pipeline.balance == "time" else pipeline.balance
-        placement = balanced(counted(cost, net.moments, balance), pipeline.stages)
-    following, costs = Following(net, placement), flops(cost, net.moments)
+        placement = balanced(counted(cost, programs, balance), pipeline.stages)
+    following, costs = Following(net, placement), flops(cost, programs)
     contrast = pipeline.contrast == "batch"
-    layout = Layout(net.moments, placement, recipe.micro_batches, following.reads, contrast, pipeline.lam_lag)
+    layout = Layout(programs, placement, recipe.micro_batches, following.reads, contrast, pipeline.lam_lag)
     ran = simulate(layout, costs_of(layout, costs))
     top = LocalUnit("end-to-end", 0, len(net.segments) - 1, net.plan.units[-1].head)
-    whole = Layout(moments(Plan((top,), len(net.segments))), placement, recipe.micro_batches)
+    whole = Layout(segment_programs(Plan((top,), len(net.segments))), placement, recipe.micro_batches)
     end_to_end = simulate(whole, costs_of(whole, replace(costs, heads=costs.heads[-1:])))
-    parameters, per_segment = counted(cost, net.moments, "parameters"), costs.per_segment(net.moments)
+    parameters, per_segment = counted(cost, programs, "parameters"), costs.per_segment(programs)
     return [
         StageForecast(
             tuple(net.segments[s].name for s in placement.span(stage)),
@@ -110,20 +110,20 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
 
 def _check_alone(recipe: Recipe, net: LocalNetwork) -> None:
     """Refuse what needs the whole network in one process."""
-    if net.turns is not None and recipe.pipeline.stages > 1:
+    if net.plan.execution.kind == "replay buffer" and recipe.pipeline.stages > 1:
         raise UserError(
             f"method.async_mode=buffer: must be none with pipeline.stages={recipe.pipeline.stages}"
         )
 
 
-def counted(cost: PlanCost, kinds: Sequence[SegmentProgram], balance: str) -> list[float]:
+def counted(cost: PlanCost, programs: Sequence[SegmentProgram], balance: str) -> list[float]:
     """What each segment and the heads on it cost: training FLOPs, parameters or bytes.
 
     Bytes are the activations that autograd keeps, and weight, gradient and momentum in float32.
     """
     if balance == "flops":
-        return flops(cost, kinds).per_segment(kinds)
-    units = [[u for u in cost.units if u.last == s] for s in range(len(kinds))]
+        return flops(cost, programs).per_segment(programs)
+    units = [[u for u in cost.units if u.last == s] for s in range(len(programs))]
     parameters = [
         float(segment.parameters + sum(u.parameters for u in above))
         for segment, above in zip(cost.segments, units, strict=True)
@@ -137,13 +137,13 @@ def counted(cost: PlanCost, kinds: Sequence[SegmentProgram], balance: str) -> li
     return [a + h + 12 * p for a, h, p in zip(saved, heads, parameters, strict=True)]
 
 
-def flops(cost: PlanCost, kinds: Sequence[SegmentProgram]) -> Costs:
+def flops(cost: PlanCost, programs: Sequence[SegmentProgram]) -> Costs:
     """Costs in FLOPs: a pass for input gradients costs a forward, one for weight gradients two.
 
     The latter needs the input gradients between the layers of a segment, too.
     """
     forward = tuple(float(segment.flops) for segment in cost.segments)
-    heads = tuple(3.0 * cost.units[call.units[0]].flops for moment in kinds for call in moment.heads)
+    heads = tuple(3.0 * cost.units[call.units[0]].flops for program in programs for call in program.heads)
     return Costs(forward, forward, tuple(2 * f for f in forward), heads)
 
 
@@ -172,18 +172,19 @@ def measured_costs(net: LocalNetwork, batch: Batch) -> Costs:
 def _measure(net: LocalNetwork, batch: Batch) -> tuple[list[float], list[float], list[float], list[float]]:
     """Seconds of each forward, input pass (a forward's where there is none), release and head call."""
     scales = net.scales.current() if net.scales is not None else None
-    step, clock = RoutedStep(net, batch, scales=scales), _Clock(batch.images.device)
-    forward, release, heads = [0.0] * net.plan.segments, [0.0] * net.plan.segments, [0.0] * len(net.calls)
+    step, clock = RoutedStep(net.program, batch, scales=scales), _Clock(batch.images.device)
+    forward, heads = [0.0] * net.plan.segments, [0.0] * len(net.program.calls)
+    release = [0.0] * net.plan.segments
     passes: dict[int, float] = {}
     x = batch.images
-    for s, moment in enumerate(net.moments):
+    for s, program in enumerate(net.program.segment_programs):
         x = step.forward(s, x)
         forward[s] = clock.lap()
         step.run_heads(s)
         taken = clock.lap()
-        for call in moment.heads:
-            heads[call.number] = taken / len(moment.heads)
-        for work in moment.walk:
+        for call in program.heads:
+            heads[call.number] = taken / len(program.heads)
+        for work in program.walk:
             step.backward(work)
             if isinstance(work, WeightGradient):
                 release[work.segment] = clock.lap()

@@ -48,21 +48,21 @@ class Costs:
     release: tuple[float, ...]
     heads: tuple[float, ...]
 
-    def walk(self, moment: SegmentProgram, span: range) -> float:
-        """The backward work of a moment in some segments."""
+    def walk(self, program: SegmentProgram, span: range) -> float:
+        """The backward work in some segments that follows the forward of one."""
         return sum(
             (self.input_pass if isinstance(step, InputGradient) else self.release)[step.segment]
-            for step in moment.walk
+            for step in program.walk
             if step.segment in span
         )
 
-    def per_segment(self, moments: Sequence[SegmentProgram]) -> list[float]:
+    def per_segment(self, programs: Sequence[SegmentProgram]) -> list[float]:
         """All work of a micro-batch, by the segment whose owner does it."""
         return [
             self.forward[s]
-            + sum(self.heads[call.number] for call in moment.heads)
-            + sum(self.walk(other, range(s, s + 1)) for other in moments)
-            for s, moment in enumerate(moments)
+            + sum(self.heads[call.number] for call in program.heads)
+            + sum(self.walk(other, range(s, s + 1)) for other in programs)
+            for s, program in enumerate(programs)
         ]
 
 

@@ -69,18 +69,18 @@ class Contrast(Instruction):
 
 @dataclass(frozen=True)
 class ReceiveCotangents(Instruction):
-    """From the stage above: the walk that follows the forward of segment ``moment`` there."""
+    """From the stage above: of the backward passes that follow the forward of segment ``after`` there."""
 
     micro_batch: int
-    moment: int
+    after: int
 
 
 @dataclass(frozen=True)
 class Walk(Instruction):
-    """This stage's backward work after the forward of segment ``moment``."""
+    """This stage's part of the backward passes that follow the forward of segment ``after``."""
 
     micro_batch: int
-    moment: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class SendCotangents(Instruction):
     """To the stage below."""
 
     micro_batch: int
-    moment: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Layout:
     """All that the schedule depends on.
 
     Attributes:
-        moments: of the plan.
+        programs: what follows the forward of each segment.
         placement: segments of the stages.
         micro_batches: per step.
         reads: pairs (stage, later stage) of which the first has heads that follow weights of the second.
@@ -128,7 +128,7 @@ class Layout:
         lam_lag: steps by which followed weights may come later than at no loss.
     """
 
-    moments: tuple[SegmentProgram, ...]
+    programs: tuple[SegmentProgram, ...]
     placement: Placement
     micro_batches: int
     reads: frozenset[tuple[int, int]] = frozenset()
@@ -140,8 +140,8 @@ class Layout:
         top = self.placement.span(stage).stop
         return [
             (self.placement.stage_of(s) - stage, s)
-            for s in range(top, len(self.moments))
-            if self.moments[s].crossing(top)
+            for s in range(top, len(self.programs))
+            if self.programs[s].crossing(top)
         ]
 
     def reach(self, stage: int) -> int:
@@ -181,9 +181,9 @@ def _one_by_one(layout: Layout, stage: int) -> Iterator[Instruction]:
     for turn in range(layout.micro_batches + layout.reach(stage)):
         if turn < layout.micro_batches:
             yield from _forward(layout, stage, turn)
-        for distance, moment in hops:
+        for distance, after in hops:
             if 0 <= turn - distance < layout.micro_batches:
-                yield from _walk_from_above(layout, stage, turn - distance, moment)
+                yield from _walk_from_above(layout, stage, turn - distance, after)
 
 
 def _whole_batch(layout: Layout, stage: int) -> Iterator[Instruction]:
@@ -196,8 +196,8 @@ def _whole_batch(layout: Layout, stage: int) -> Iterator[Instruction]:
     hops = layout.hops(stage)
     for distance in sorted({distance for distance, _ in hops}):
         for micro_batch in range(layout.micro_batches):
-            for moment in (moment for other, moment in hops if other == distance):
-                yield from _walk_from_above(layout, stage, micro_batch, moment)
+            for after in (after for other, after in hops if other == distance):
+                yield from _walk_from_above(layout, stage, micro_batch, after)
 
 
 def _forward(layout: Layout, stage: int, micro_batch: int) -> Iterator[Instruction]:
@@ -208,23 +208,23 @@ def _forward(layout: Layout, stage: int, micro_batch: int) -> Iterator[Instructi
         yield Forward(micro_batch, segment)
         if segment == span[-1] and stage < layout.placement.stages - 1:
             yield SendActivation(micro_batch)
-        if layout.moments[segment].heads:
+        if layout.programs[segment].heads:
             yield Heads(micro_batch, segment)
         if not layout.contrast_batch:
             yield from _walk(layout, stage, micro_batch, segment)
 
 
-def _walk_from_above(layout: Layout, stage: int, micro_batch: int, moment: int) -> Iterator[Instruction]:
-    yield ReceiveCotangents(micro_batch, moment)
-    yield from _walk(layout, stage, micro_batch, moment)
+def _walk_from_above(layout: Layout, stage: int, micro_batch: int, after: int) -> Iterator[Instruction]:
+    yield ReceiveCotangents(micro_batch, after)
+    yield from _walk(layout, stage, micro_batch, after)
 
 
-def _walk(layout: Layout, stage: int, micro_batch: int, moment: int) -> Iterator[Instruction]:
+def _walk(layout: Layout, stage: int, micro_batch: int, after: int) -> Iterator[Instruction]:
     span = layout.placement.span(stage)
-    if any(step.segment in span for step in layout.moments[moment].walk):
-        yield Walk(micro_batch, moment)
-    if stage > 0 and layout.moments[moment].crossing(span.start):
-        yield SendCotangents(micro_batch, moment)
+    if any(step.segment in span for step in layout.programs[after].walk):
+        yield Walk(micro_batch, after)
+    if stage > 0 and layout.programs[after].crossing(span.start):
+        yield SendCotangents(micro_batch, after)
 
 
 def _receive_weights(layout: Layout, stage: int) -> Iterator[Instruction]:

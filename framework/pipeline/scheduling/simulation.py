@@ -71,9 +71,9 @@ def costs_of(layout: Layout, costs: Costs) -> Duration:
         if isinstance(instruction, Forward):
             return costs.forward[instruction.segment]
         if isinstance(instruction, Heads):
-            return sum(costs.heads[call.number] for call in layout.moments[instruction.segment].heads)
+            return sum(costs.heads[call.number] for call in layout.programs[instruction.segment].heads)
         if isinstance(instruction, Walk):
-            return costs.walk(layout.moments[instruction.moment], layout.placement.span(stage))
+            return costs.walk(layout.programs[instruction.after], layout.placement.span(stage))
         return 0.0
 
     return duration
