@@ -14,20 +14,25 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from framework.detection import conversion, weight_files
-from framework.detection.conversion import Match
-from framework.detection.layouts import NETWORKS, layout
+from framework.detection.layouts import NETWORKS, SUFFIXES, layout
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from framework.detection.conversion import Match
 
 
 def main() -> None:
     """Convert."""
     arguments = _arguments()
+
+    from framework.detection import conversion, weight_files
+
     if arguments.timm:
         source = conversion.from_timm(arguments.timm, arguments.pretrained)
     else:
@@ -55,7 +60,7 @@ def _verify(match: Match, output: Path) -> None:
         from framework.detection import verification
     except ModuleNotFoundError as error:
         raise UserError(
-            f"--verify needs Detectron2 ({error}); README, Detection, says how to install it"
+            f"--verify needs Detectron2 ({error}); recipes/detectron2/README.md says how to install it"
         ) from error
     levels = verification.compare(match, output)
     table = Table("level", "shape", "largest feature", "largest difference", title=match.network)
@@ -77,9 +82,7 @@ def _arguments() -> argparse.Namespace:
     source.add_argument("--timm", metavar="ARCH", help=f"random weights of {', '.join(NETWORKS)}")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights instead (downloads them)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
-    parser.add_argument(
-        "--to", choices=list(weight_files.SUFFIXES), default="detectron2", help="whose names and format"
-    )
+    parser.add_argument("--to", choices=list(SUFFIXES), default="detectron2", help="whose names and format")
     parser.add_argument("--verify", action="store_true", help="compare features; needs Detectron2")
     arguments = parser.parse_args()
     if arguments.verify and arguments.to != "detectron2":

@@ -13,18 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from framework.analysis.arguments import only_run, told_apart
 from framework.config import loading
 from framework.config.recipe import Method, Optim, Pipeline, Recipe
-from framework.data.splits import Splits
-from framework.evaluation.run_folder import Run, open_runs
-from framework.local.methods import bp
-from framework.runtime import distributed
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
-from framework.tracking import metrics
-from framework.train import train_all
+
+if TYPE_CHECKING:
+    from framework.evaluation.run_folder import Run
 
 BATCH = 4096
 STEPS_PER_EPOCH = 3  # at least, as 1 % of ImageNet gives
@@ -37,25 +35,34 @@ def main() -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a finished run; after it key=value")
     parser.add_argument(
-        "--labels", type=float, required=True, help="share of the labels, such as 0.01 or 0.1"
+        "--labels", type=float, required=True, help="fraction of the labels, such as 0.01 or 0.1"
     )
     parser.add_argument("--from-scratch", action="store_true", help="without the run's weights, to compare")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
 
+    folders, overrides = told_apart(arguments.runs)
+    if not 0 < arguments.labels <= 1:
+        raise UserError(f"--labels {arguments.labels}: must be above 0 and at most 1")
+
     def read() -> list[Recipe]:
-        folders, overrides = told_apart(arguments.runs)
+        from framework.evaluation.run_folder import open_runs
+
         run = only_run(open_runs(folders))
-        if not 0 < arguments.labels <= 1:
-            raise UserError(f"--labels {arguments.labels}: must be above 0 and at most 1")
-        distributed.start()
         return [_recipe(run, arguments.labels, arguments.from_scratch, overrides)]
+
+    from framework.training.run import train_all
 
     return train_all(read)
 
 
 def _recipe(run: Run, labels: float, from_scratch: bool, overrides: list[str]) -> Recipe:
     """The protocol as a recipe of a new run, written there and read again with the overrides."""
+    from framework.data.splits import Splits
+    from framework.local.methods import bp
+    from framework.runtime import distributed
+    from framework.runtime.files import write_whole
+
     name = f"finetune-{labels:g}{'-from-scratch' if from_scratch else ''}"
     folder = run.folder / name
     data = replace(run.recipe.data, fraction=labels)
@@ -83,7 +90,7 @@ def _recipe(run: Run, labels: float, from_scratch: bool, overrides: list[str]) -
         recipe = replace(recipe, views=replace(recipe.views, kind="supervised"))
     with distributed.same_outcome():
         if distributed.is_main():
-            metrics.write_whole(folder / "recipe.yaml", loading.to_yaml(recipe))
+            write_whole(folder / "recipe.yaml", loading.to_yaml(recipe))
     return loading.load([str(folder / "recipe.yaml"), *overrides])
 
 
@@ -99,6 +106,8 @@ def _arguments(run: Run, from_scratch: bool) -> dict[str, object]:
 
 def _batch_size(images: int) -> int:
     """SimCLR's 4096, or less where that would make fewer than three steps an epoch."""
+    from framework.runtime import distributed
+
     ranks = distributed.world_size()
     return max(1, min(BATCH, images // STEPS_PER_EPOCH) // ranks) * ranks
 

@@ -1,6 +1,7 @@
 """What trains what: a recipe's segments and local units, their cost, and a picture, before anything is trained.
 
     python tools/show_plan.py recipes/quickstart.yaml [key=value ...] [--json PATH] [--png PATH]
+    python tools/show_plan.py --list                    all recipes, one line each
 
 With ``pipeline.stages=N`` also which stage gets what, and how busy each will be if time goes as FLOPs do.
 Parameters, FLOPs and activations are counted with tensors that have no values; nothing is computed or loaded.
@@ -14,18 +15,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from framework.config import loading
 from framework.config.recipe import Recipe
-from framework.cost.counting import PlanCost, likely_classes, plan_cost
-from framework.cost.plan_picture import draw_plan
-from framework.model import recipe_network
-from framework.pipeline.scheduling.balance import StageForecast, stage_forecast
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from framework.cost.counting import PlanCost
+    from framework.pipeline.scheduling.balance import StageForecast
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+FOLDERS = ("", "cifar10", "stl10", "svhn")  # of recipes that can be trained; the others hold what these share
 
 
 def main() -> None:
@@ -33,12 +38,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="a file such as recipes/quickstart.yaml")
+    parser.add_argument("recipe", nargs="?", help="a file such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as method.window=3")
+    parser.add_argument("--list", action="store_true", help="list all recipes")
     parser.add_argument("--json", type=Path, help="write segments, units and the memory saving here")
     parser.add_argument("--png", type=Path, help="draw the plan here")
     arguments = parser.parse_intermixed_args()
+    if arguments.list:
+        list_recipes()
+        return
+    if arguments.recipe is None:
+        parser.error("name a recipe, or --list")
     recipe = loading.load([arguments.recipe, "data.path=unused", *arguments.overrides])
+
+    from framework.cost.counting import likely_classes, plan_cost
+    from framework.cost.plan_picture import draw_plan
+    from framework.model import recipe_network
+    from framework.pipeline.scheduling.balance import stage_forecast
+
     classes = likely_classes(recipe)
     cost = plan_cost(recipe, classes, recipe.train.batch_size // recipe.micro_batches)
     stages = stage_forecast(recipe, recipe_network(recipe, classes), cost) if recipe.pipelined else []
@@ -53,6 +70,13 @@ def main() -> None:
             draw_plan(cost, arguments.png, f"{recipe.name}: {recipe.method.name} on {recipe.network.name}")
     except OSError as error:
         raise UserError(str(error)) from error
+
+
+def list_recipes() -> None:
+    """Print every recipe with the first line of its comment."""
+    paths = [path for folder in FOLDERS for path in sorted((RECIPES / folder).glob("*.yaml"))]
+    comments = [path.read_text().partition("\n")[0].removeprefix("#").strip() for path in paths]
+    print("\n".join(f"{p.relative_to(RECIPES.parent)}: {c}" for p, c in zip(paths, comments, strict=True)))
 
 
 def show(recipe: Recipe, cost: PlanCost) -> None:

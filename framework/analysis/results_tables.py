@@ -25,7 +25,8 @@ from framework.config.schema import Fault, NonNegativeInt, build
 from framework.evaluation.linear_protocols import PLACES, conditions_asked, result_name
 from framework.evaluation.run_folder import flat
 from framework.runtime.errors import UserError
-from framework.tracking.metrics import ROOT, read_log
+from framework.tracking.environment import ROOT
+from framework.tracking.metric_log import read_log
 
 POINTS = 50  # of a curve in a log
 PATHS = {"data.path", "data.cache_dir"}  # not logged if the command line gives them

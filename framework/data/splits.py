@@ -13,9 +13,9 @@ from framework.config.recipe import Data, Recipe
 from framework.data.loading.loader import EvalLoader, TrainLoader
 from framework.data.loading.sample_order import AHEAD, balanced
 from framework.data.packing.digits import prepare_digits
+from framework.data.places import check_path, check_split, place
 from framework.data.shards.index import ShardSet
 from framework.data.shards.labels import are_identifiers
-from framework.data.shards.naming import cut_pattern, is_held_out, series, split_of
 from framework.data.shards.remote import open_remote
 from framework.data.shards.store import Store, is_url
 from framework.runtime import distributed
@@ -49,6 +49,7 @@ class Splits:
                 name their classes differently.
         """
         data = recipe.data
+        check_path(data)
         if data.prepare == "digits" and is_url(data.path):
             raise UserError(f"data.path={data.path}: the digits are packed into a local folder")
         with distributed.same_outcome():
@@ -126,10 +127,10 @@ class Splits:
 
 
 def _open(data: Data, split: str) -> ShardSet:
-    folder, pattern = _place(data, split)
+    folder, pattern = place(data, split)
     if is_url(data.path):
         return open_remote(folder, Path(data.cache_dir), round(data.cache_gb * 1e9), pattern)
-    _check_folder(data, split, Path(folder))
+    check_split(data, split)
     return ShardSet.open(Path(folder), pattern)
 
 
@@ -140,40 +141,8 @@ def _open_test(data: Data) -> ShardSet | None:
 
 
 def _exists(data: Data, split: str) -> bool:
-    folder, _ = _place(data, split)
+    folder, _ = place(data, split)
     return Store(folder).exists() if is_url(data.path) else Path(folder).exists()
-
-
-def _place(data: Data, split: str) -> tuple[str, str | None]:
-    """The folder of a split, and which of its shards; "." is ``data.path`` itself."""
-    split = split.removeprefix("./").rstrip("/")
-    folder, pattern = cut_pattern(f"{data.path.rstrip('/') or '/'}/{split}")
-    return folder.removesuffix("/."), pattern
-
-
-def _check_path(data: Data) -> None:
-    """Refuse a path that names shards rather than the folder of the splits."""
-    folder, pattern = cut_pattern(data.path)
-    if pattern is not None and (is_url(data.path) or not Path(data.path).is_dir()):
-        raise UserError(
-            f"data.path={data.path}: names shards, and must be a folder; set data.path={folder} "
-            f"data.train='{pattern}', and data.test to those that are held out"
-        )
-
-
-def _check_folder(data: Data, split: str, folder: Path) -> None:
-    """Where a split has no folder, say which keys would name the shards that lie in ``data.path`` itself."""
-    if folder.exists() or not (root := Path(data.path)).is_dir():
-        return
-    names = [path.name for path in root.glob("*.tar")]
-    if not names:
-        return
-    found = series(names)
-    train = next((glob for glob in found if split_of(glob).startswith("train")), next(iter(found)))
-    test = next((glob for glob in found if is_held_out(split_of(glob))), None)
-    keys = f"data.train='{train}'" if len(found) > 1 else "data.train=."
-    held_out = f" data.test='{test}'" if len(found) > 1 and test else ""
-    raise UserError(f"{folder}: no such folder; the shards lie in {root} itself, so set {keys}{held_out}")
 
 
 def _check_disjoint(data: Data, train: ShardSet, test: ShardSet) -> None:

@@ -21,7 +21,8 @@ from yaml import YAMLError
 from framework.detection import backbones, datasets, verification
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
-from framework.tracking import metrics
+from framework.tracking.environment import environment
+from framework.tracking.metric_log import write_result
 
 NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")  # sections of MODEL with a key NORM
 BOTTOM_UP = "backbone.bottom_up."
@@ -125,9 +126,9 @@ class Trainer(DefaultTrainer):
                 "train": list(cfg.DATASETS.TRAIN),
                 "test": list(cfg.DATASETS.TEST),
                 "detectron2": detectron2.__version__,
-                **metrics.environment(comm.get_world_size(), torch.device(cfg.MODEL.DEVICE)),
+                **environment(comm.get_world_size(), torch.device(cfg.MODEL.DEVICE)),
             }
-            metrics.write_result(Path(cfg.OUTPUT_DIR) / "result.json", result)
+            write_result(Path(cfg.OUTPUT_DIR) / "result.json", result)
         return scores
 
     def resume_or_load(self, resume: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""BatchNorm over all ranks, and BatchNorm whose running statistics stand still."""
+"""BatchNorm over all ranks; freezing and restoring BatchNorm's running statistics."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
 def synchronize(network: nn.Module) -> nn.Module:
     """Let every BatchNorm of ``network`` use the statistics of all ranks; parameter names are kept.
 
-    GPUs get PyTorch's own SyncBatchNorm (through timm, whose BatchNorm may hold an activation). It refuses CPU
-    tensors, and weights that are no parameters, as those of EMA copies; there ``SyncBatchNorm`` below serves.
+    On GPUs it becomes PyTorch's own SyncBatchNorm (through timm, whose BatchNorm may include an activation). That one
+    refuses CPU tensors, and weights that are buffers as in ``EmaCopy``; for these there is ``SyncBatchNorm`` below.
+
+    Raises:
+        UserError: a kind of BatchNorm that can't be synchronized on the CPU.
     """
-    native = torch.cuda.is_available()  # where the network will be, wherever it is now
+    native = torch.cuda.is_available()  # the network is still on the CPU when this is called
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
@@ -104,7 +107,7 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 
 def synchronize_among(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
-    """Tell PyTorch's own SyncBatchNorms which ranks they see; ours ask ``distributed``."""
+    """Let PyTorch's own SyncBatchNorms communicate in ``group``; ours take the group from ``distributed``."""
     for module in modules:
         if isinstance(module, nn.SyncBatchNorm):
             module.process_group = group
@@ -112,7 +115,7 @@ def synchronize_among(modules: Iterable[nn.Module], group: dist.ProcessGroup) ->
 
 @contextmanager
 def frozen_statistics(network: nn.Module) -> Iterator[None]:
-    """BatchNorms in training mode normalize with the batch, but leave their running statistics alone."""
+    """Within the context, BatchNorms in training mode normalize with the batch and keep their running statistics."""
     moving = [
         m
         for m in network.modules()
@@ -128,17 +131,19 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
 
 
 class RunningStatistics:
-    """A copy of all BatchNorms' running statistics, which a single batch that is not finite would spoil for ever.
+    """A copy of all BatchNorms' running statistics, which one batch with infinite values would make useless for good.
 
     Args:
-        network: whose statistics are meant.
+        network: has the BatchNorms.
     """
 
     def __init__(self, network: nn.Module) -> None:
         norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         statistics = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
         counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
-        self._kinds = [kind for kind in (statistics, counters) if kind]  # one type each, so one kernel each
+        self._kinds = [
+            kind for kind in (statistics, counters) if kind
+        ]  # one data type each, hence one kernel each
         self._copies = [[torch.empty_like(b) for b in kind] for kind in self._kinds]
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,49 +11,67 @@ from rich.console import Console
 from rich.table import Table
 
 from framework.analysis.curves import loss_curves
+from framework.analysis.neighbors import neighbors_picture
 from framework.checkpoints import snapshot
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
 from framework.engines import Engine
 from framework.evaluation.scoring import score
 from framework.runtime import distributed
-from framework.tracking import metrics
+from framework.runtime.files import write_whole
+from framework.tracking.metric_log import read_log, write_result
 
 
-def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate, print the scores and write ``result.json``, ``loss_curves.png`` and ``backbone.safetensors``.
+def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[str, Any]) -> None:
+    """Evaluate, print the scores and write ``result.json``, pictures and ``backbone.safetensors``.
 
     Args:
         recipe: of the run.
         engine: holds the trained network.
         splits: images to score on.
         run: what the training loop measured.
-
-    Returns:
-        What ``result.json`` holds.
     """
     run_dir = Path(recipe.run_dir)
     # Before the scores, which may fail over an image.
     snapshot.export_backbone(engine, run_dir / "backbone.safetensors")
-    scores = score(recipe, engine.whole_net(), splits)
-    result = {
-        "name": recipe.name,
-        "method": recipe.method.name,
-        "network": recipe.network.name,
-        **{key: round(value, 4) for key, value in scores.items()},
-        **run,
-        "train_images": len(splits.train),
-        "peak_memory_bytes": metrics.peak_memory_bytes(distributed.device()),
-        "seed": recipe.seed,
-        **metrics.environment(distributed.world_size(), distributed.device()),
-    }
+    net = engine.whole_net()
+    scores = score(recipe, net, splits)
+    scored = splits.labeled and recipe.evaluate.knn
+    picture = neighbors_picture(recipe, net, splits) if scored else b""
     with distributed.same_outcome():
         if distributed.is_main():
+            result = {
+                "name": recipe.name,
+                "method": recipe.method.name,
+                "network": recipe.network.name,
+                **{key: round(value, 4) for key, value in scores.items()},
+                **_measured(run_dir, run),
+                "train_images": len(splits.train),
+                "seed": recipe.seed,
+                **_environment(run_dir),
+            }
             title = f"{recipe.name}: {recipe.method.name} on {recipe.network.name}"
-            loss_curves(run_dir / "metrics.jsonl", run_dir / "loss_curves.png", title)
-            metrics.write_result(run_dir / "result.json", result)
+            write_whole(run_dir / "loss_curves.png", loss_curves(run_dir / "metrics.jsonl", title))
+            if picture:
+                write_whole(run_dir / "neighbors.png", picture)
+            write_result(run_dir / "result.json", result)
             show(scores, result, run_dir)
-    return result
+
+
+def _measured(run_dir: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the loop measured. Checkpoints of older versions don't tell a start without steps of speed and memory."""
+    path = run_dir / "result.json"
+    if run["images_per_second"] or not path.exists():
+        return dict(run)
+    before = json.loads(path.read_text())
+    kept = {key: before[key] for key in ("images_per_second", "peak_memory_bytes")}
+    return {**run, **kept} if before["steps"] == run["steps"] else dict(run)
+
+
+def _environment(run_dir: Path) -> dict[str, Any]:
+    """That of the last start that made steps."""
+    starts = [entry["environment"] for entry in read_log(run_dir / "metrics.jsonl") if "environment" in entry]
+    return {key: value for key, value in starts[-1].items() if key not in ("started", "job")}
 
 
 def show(scores: dict[str, float], result: dict[str, Any], run_dir: Path) -> None:

@@ -24,7 +24,7 @@ from framework.checkpoints.folder import identity_of, write_files
 from framework.config import loading
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
-from framework.tracking.metrics import MetricLog, read_log, write_result
+from framework.tracking.metric_log import MetricLog, read_log, write_result
 from tests.support.commands import run_tool
 from tests.support.runs import ROOT, losses, starts
 

@@ -106,8 +106,8 @@ def test_without_detectron2_there_is_nothing_to_try_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "detectron2", None)
-    assert run_tool("train_detectron2") == EXIT_USAGE
-    assert "README, Detection, says how to install Detectron2" in capsys.readouterr().err
+    assert run_tool("train_detectron2", "--config", "recipe.yaml") == EXIT_USAGE
+    assert "recipes/detectron2/README.md says how to install Detectron2" in capsys.readouterr().err
 
 
 Damage = Callable[[dict[str, Tensor]], object]

@@ -28,7 +28,7 @@ from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
 
 pytestmark = pytest.mark.detectron2
-pytest.importorskip("detectron2", reason="Detectron2 is not installed; README, Detection, says how")
+pytest.importorskip("detectron2", reason="Detectron2 is not installed; recipes/detectron2/README.md says how")
 
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog  # noqa: E402
@@ -169,7 +169,6 @@ def test_frozen_statistics_can_be_those_of_the_batch() -> None:
     assert not any(p.requires_grad for p in model.backbone.bottom_up.parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "network_name"),
     [("toy_coco", "resnet18"), ("toy_cityscapes", "resnet18"), ("toy_coco", "shufflenetv2_50")],
@@ -314,7 +313,6 @@ def test_missing_sets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             datasets.prepare([name])
 
 
-@pytest.mark.slow
 def test_a_detector_evaluates_resumes_and_draws(toys: Path, tmp_path: Path) -> None:
     """Two iterations, two more from the checkpoint, evaluation of the result, a picture by it."""
     opts = [*SMALL, "OUTPUT_DIR", str(tmp_path / "run"), "TEST.PRECISE_BN.ENABLED", "False"]

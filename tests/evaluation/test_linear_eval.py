@@ -24,7 +24,7 @@ from framework.evaluation.run_folder import Run
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
-from framework.tracking.metrics import read_log
+from framework.tracking.metric_log import read_log
 from tests.support.pool import Pool
 from tests.support.trained import ROOT
 

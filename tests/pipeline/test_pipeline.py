@@ -19,7 +19,7 @@ from framework.pipeline.engine import PipelinedEngine
 from framework.pipeline.scheduling.placement import Placement
 from framework.runtime.distributed import is_main, rank
 from framework.runtime.errors import UserError
-from tests.support import networks
+from tests.support import networks, pipelines
 from tests.support.pipelines import (
     Outcome,
     Run,
@@ -68,9 +68,13 @@ def test_stages_equal_one_process(pool: PoolOf, run: Run) -> None:
     assert worst(pool, run) < 1e-10
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "run", [*METHODS, *(pytest.param(run, marks=pytest.mark.soak) for run in DEEPER)], ids=str
+    "run",
+    [
+        *(pytest.param(run, marks=pytest.mark.slow) for run in METHODS),
+        *(pytest.param(run, marks=pytest.mark.soak) for run in DEEPER),
+    ],
+    ids=str,
 )
 def test_every_method_equals_one_process(pool: PoolOf, run: Run) -> None:
     assert worst(pool, run) < 1e-10
@@ -83,11 +87,10 @@ def test_grids_of_stages_and_replicas_equal_one_process(pool: PoolOf, run: Run) 
     assert worst(pool, run) < 1e-10
 
 
-@pytest.mark.slow
 def seen_by_norms(run: Run) -> list[list[int]]:
     """Ranks that PyTorch's own SyncBatchNorms, which serve GPUs, take their statistics from."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.network", lambda of: nn.SyncBatchNorm.convert_sync_batchnorm(network(of)))
+        patch.setattr(pipelines, "network", lambda of: nn.SyncBatchNorm.convert_sync_batchnorm(network(of)))
         engine = build(run)
     groups = [m.process_group for m in engine.net.modules() if isinstance(m, nn.SyncBatchNorm)]
     found = [dist.get_process_group_ranks(group) for group in groups]

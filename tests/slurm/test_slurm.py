@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from framework.tracking.metrics import read_log
+from framework.tracking.metric_log import read_log
 from tests.support import slurm_cluster
 from tests.support.pool import Pool
 from tests.support.runs import ROOT, assert_same_run, losses, run, starts, toy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,11 +15,17 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from framework.checkpoints.folder import read_files, write_files
 from framework.config import loading
 from framework.data.packing.digits import prepare_digits
 from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet
-from framework.tracking.metrics import read_log
+from framework.data.splits import Splits
+from framework.model import recipe_network
+from framework.tracking.measuring import Throughput
+from framework.tracking.metric_log import read_log
+from framework.train import build_engine
+from framework.training.loop import Loop, Position
 from tests.support.pool import Pool
 from tests.support.runs import run
 
@@ -46,7 +53,8 @@ def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
     assert result["method"] == "loco" and result["steps"] == 3
     assert {"knn_top1", "linear_top1", "images_per_second", "peak_memory_bytes", "versions"} <= set(result)
     assert 98 < result["knn_top1_pixels"] < 99
-    assert (folder / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("loss_curves.png", "neighbors.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     again = loading.load([str(folder / "recipe.yaml")])
     assert again == loading.load(argv)
     backbone = timm.create_model(
@@ -110,6 +118,79 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pool: PoolOf) -
     )
     kept = sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000001", "step-00000002"]
+
+
+def test_repeating_a_finished_command_keeps_what_tells_of_its_steps(tmp_path: Path, pool: PoolOf) -> None:
+    """With the same settings and with others; also for runs of versions whose checkpoints held no times."""
+    argv = arguments(tmp_path, "engine=ddp", "train.max_steps=4")
+    assert pool(1).run(run, argv) == [""]
+    folder = tmp_path / "run"
+    result, recipe, log = (folder / n for n in ("result.json", "recipe.yaml", "metrics.jsonl"))
+    made, settings, numbers = json.loads(result.read_text()), recipe.read_text(), log.read_text()
+    assert made["images_per_second"] > 0
+    scores = ["evaluate.knn=true", "evaluate.linear=false"]
+    for overrides in ([], ["optim.lr=0.125", "train.max_steps=3", *scores]):
+        assert pool(1).run(run, [*argv, *overrides]) == [""]
+        again = json.loads(result.read_text())
+        assert {key: value for key, value in again.items() if "knn" not in key} == made
+        assert ("knn_top1" in again) == bool(overrides)
+        assert (recipe.read_text(), log.read_text()) == (settings, numbers)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        state = json.loads((checkpoint / "state.json").read_text())
+        for key in ("images", "seconds", "peak_memory_bytes"):
+            del state["position"][key]
+        _, model, optimizer = read_files(checkpoint)
+        write_files(checkpoint, model, optimizer, state)
+    assert pool(1).run(run, argv) == [""]
+    assert json.loads(result.read_text()) == made
+    # A run that was killed while it was scored, and one that goes on after all.
+    result.unlink()
+    assert pool(1).run(run, [*argv, "train.max_steps=6", "optim.lr=0.125"]) == [""]
+    result.unlink()
+    assert pool(1).run(run, [*argv, "train.max_steps=6", "optim.lr=0.125"]) == [""]
+    on = json.loads(result.read_text())
+    assert on["steps"] == 6 and on["images_per_second"] > 0 and "lr: 0.125" in recipe.read_text()
+
+
+class Clock:
+    """A second a step; scoring takes a thousand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def speed_and_memory_with_scores(folder: Path) -> tuple[float, int, int]:
+    """What a loop says of both, and the memory that was there before, where each scoring takes 400 MB."""
+    recipe = loading.load(arguments(folder, "engine=ddp", "train.epochs=2", "evaluate.every_epochs=1"))
+    splits = Splits.open(recipe)
+    net = recipe_network(recipe, splits.num_classes)
+    clock = Clock()
+
+    def score() -> dict[str, float]:
+        torch.ones(10**8).sum()
+        clock.now += 1000
+        return {}
+
+    loop = Loop(recipe, build_engine(recipe, net), splits.train_loader(2), Position(), score)
+    loop.speed = Throughput(clock=clock)
+
+    def tick(steps: int) -> None:
+        clock.now += 1
+
+    loop.memory.step()
+    before = loop.memory.bytes
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        loop.run(tick)
+    summary = loop.summary()
+    return summary["images_per_second"], summary["peak_memory_bytes"], before
+
+
+def test_speed_and_memory_are_those_of_training_alone(tmp_path: Path, pool: PoolOf) -> None:
+    ((speed, peak, before),) = pool(1).run(speed_and_memory_with_scores, tmp_path)
+    assert speed == 64  # images of a step
+    assert peak - before < 2 * 10**8
 
 
 def test_images_without_labels_are_trained_on_and_not_scored(tmp_path: Path, pool: PoolOf) -> None:
@@ -200,12 +281,11 @@ def test_the_launcher_prints_an_error_once_and_fails(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "score", "least", "shorter"),
     [
-        ("quickstart", "knn_top1", 91, ["train.epochs=8"]),
-        ("quickstart_mlaan", "test_top1", 95, ["train.epochs=6"]),
+        pytest.param("quickstart", "knn_top1", 91, ["train.epochs=8"], marks=pytest.mark.slow),
+        pytest.param("quickstart_mlaan", "test_top1", 95, ["train.epochs=6"], marks=pytest.mark.slow),
         pytest.param("quickstart", "knn_top1", 95, [], marks=pytest.mark.soak),
         pytest.param("quickstart_mlaan", "test_top1", 97, [], marks=pytest.mark.soak),
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from framework.data.places import check_folder
 from framework.data.shards.folder import Folder, ShardFiles
 from framework.data.shards.naming import check_one_series, is_compressed, matching
 from framework.data.shards.scan import UNLABELED, Sample, ShardScan, scan_shard
@@ -162,8 +163,7 @@ def index_shards(folder: Path, sha256: dict[str, str] | None = None) -> Contents
 
 def _list_shards(folder: Path, pattern: str | None) -> dict[str, int]:
     """Sizes of the shards of a folder by name, sorted."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it must hold the shards (*.tar)")
+    check_folder(folder)
     try:
         there = sorted(name for name in os.listdir(folder) if name[0] != ".")
         names = [name for name in there if name.endswith(".tar")]
