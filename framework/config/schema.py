@@ -100,7 +100,7 @@ def keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def _adapter(cls: type) -> TypeAdapter[list[Any]]:
-    """Checks a list of ``cls``: a list hands its configuration on to the dataclasses in it, which take none directly."""
+    """Checks a list of ``cls``, which hands its configuration on to the dataclasses in it: they take none directly."""
     return TypeAdapter(list[cls], config=_CONFIG)  # type: ignore[valid-type]
 
 
