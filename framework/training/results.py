@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from framework.analysis.curves import loss_curves
-from framework.checkpoints import snapshot
+from framework.checkpoints.snapshot import export_backbone
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
 from framework.engines import Engine
@@ -32,7 +32,10 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[s
     """
     run_dir = Path(recipe.run_dir)
     # Before the scores, which may fail over an image.
-    snapshot.export_backbone(engine, run_dir / "backbone.safetensors")
+    views = json.dumps({"mean": recipe.views.mean, "std": recipe.views.std})
+    export_backbone(
+        engine, run_dir / "backbone.safetensors", {"network": recipe.network.name, "views": views}
+    )
     scores = score(recipe, engine.whole_net(), splits)
     with distributed.same_outcome():
         if distributed.is_main():
