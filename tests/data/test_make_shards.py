@@ -32,29 +32,7 @@ from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
-
-
-def image(number: int, size: tuple[int, int] = (12, 8), form: str = "png", mode: str = "RGB") -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, form)
-    return buffer.getvalue()
-
-
-def tree(root: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    return root
-
-
-def photographs(splits: tuple[str, ...] = ("train/", "val/")) -> dict[str, bytes]:
-    return {
-        f"{split}{name}/{number}.png": image(number)
-        for split in splits
-        for name in ("cat", "dog")
-        for number in range(6)
-    }
+from tests.support.toy_images import image, photographs, tree
 
 
 def packed(source: str | Path, dest: Path, workers: int = 0, **options: object) -> dict[str, ShardSet]:

@@ -86,11 +86,13 @@ def training_needs(dest: Path, splits: Collection[str]) -> str:
             return f"data.path={dest.parent} data.{key}={dest.name}"
         return f"data.path={dest} data.train=."
     needs = [f"data.path={dest}"]
-    if "train" not in splits:
-        needs.append(f"data.train={next((name for name in splits if name.startswith('train')), min(splits))}")
-    if not {"test", "val"} & set(splits) and (held_out := [name for name in splits if is_held_out(name)]):
+    held_out = [split for split in splits if is_held_out(split)]
+    others = sorted(set(splits) - set(held_out), key=lambda split: not split.startswith("train"))
+    if others and others[0] != "train":
+        needs.append(f"data.train={others[0]}")
+    if held_out and not {"test", "val"} & set(held_out):
         needs.append(f"data.test={held_out[0]}")
-    return " ".join(needs)
+    return " ".join(needs) + ("" if others else f", which has {' and '.join(held_out)} and still lacks train")
 
 
 def pack(images: Images, folder: Path, packing: Packing, workers: int) -> Iterator[tuple[int, list[str]]]:

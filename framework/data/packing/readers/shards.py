@@ -15,7 +15,7 @@ from framework.data.packing.images import Images, ShardImages
 from framework.data.packing.place import Place
 from framework.data.packing.readers.folders import split_name
 from framework.data.packing.readers.imagenet import is_download
-from framework.data.packing.reading import Choices, Reader, Reading
+from framework.data.packing.reading import Choices, Incomplete, Reader, Reading
 from framework.data.shards.index import ShardSet
 from framework.data.shards.labels import are_identifiers
 from framework.data.shards.naming import check_one_series, cut_pattern, is_compressed
@@ -92,7 +92,7 @@ def _check_archives(place: Place) -> None:
     """Refuse a folder of nothing but archives."""
     archives = [name for name in place.files if is_compressed(name) or name.endswith(".zip")]
     if archives and not place.images:
-        raise UserError(
+        raise Incomplete(
             f"{place.path}: holds no images but {len(archives)} archives such as {archives[0]}; name one as the source "
             f"if it holds a data set, or unpack them to .tar if they are shards"
         )
