@@ -131,7 +131,12 @@ def test_hidden_folders_are_no_classes(tmp_path, work, litter):
         ({"cifar-10-batches-py/data_batch_1": b"", "train_32x32.mat": b""}, {"cifar10", "svhn"}),
         ({**PHOTOS, "test_32x32.mat": b""}, {"split/class", "svhn"}),
         ({**PHOTOS, "ILSVRC2012_img_train.tar": tar(imagenet_train())}, {"split/class", "imagenet"}),
-        ({"train/n01440764.tar": b"", "train/n01440764/0.png": b""}, {"split/class", "imagenet"}),
+        (
+            {"train/n01440764.tar": tar({"a.JPEG": image(0)}), "train/n01440764/0.png": b""},
+            {"split/class", "imagenet"},
+        ),
+        ({"cat/0.png": image(0), "a-0.tar": shard(0)}, {"class", "shards"}),
+        ({"0.png": image(0), "train/n01440764.tar": tar({"a.JPEG": image(0)})}, {"images", "imagenet"}),
         ({**PHOTOS, "labels.csv": b"file,label\ntrain/cat/0.png,x\n"}, {"split/class", "table"}),
     ],
 )
@@ -518,17 +523,35 @@ def test_a_source_of_several_splits_goes_on_with_those_that_are_not_finished(tmp
 # The registry
 
 
+README = Path(__file__).parents[2] / "framework" / "data" / "README.md"
+
+
+def table() -> list[str]:
+    return [f"| `{reader.name}` | {reader.recognizes} | {reader.becomes} |" for reader in READERS]
+
+
 def test_every_reader_is_in_the_help_and_in_the_readme(capsys):
     assert run_tool("make_shards", "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    readme = (Path(__file__).parents[2] / "framework" / "data" / "README.md").read_text()
-    rows = [f"| `{reader.name}` | {reader.recognizes} | {reader.becomes} |" for reader in READERS]
-    for reader, row in zip(READERS, rows, strict=True):
+    for reader in READERS:
         assert f"{reader.name} {reader.recognizes} -> {reader.becomes}".replace("`", "") in shown
-        assert row in readme
-    assert readme.count("\n| `") >= len(rows)
+    lines = README.read_text().splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("| `--as` |"))
+    assert lines[head + 2 : head + 3 + len(READERS)] == [*table(), ""]
 
 
 def test_names_of_readers_need_no_quotes_but_a_slash():
     assert all(shlex.quote(reader.name) == reader.name for reader in READERS)
     assert len({reader.name for reader in READERS}) == len(READERS)
+
+
+def write_table() -> None:
+    """Write the README's table of readers anew: ``python -m tests.data.test_readers``."""
+    lines = README.read_text().splitlines(keepends=True)
+    head = next(number for number, line in enumerate(lines) if line.startswith("| `--as` |")) + 2
+    end = next(number for number in range(head, len(lines)) if not lines[number].startswith("|"))
+    README.write_text("".join([*lines[:head], *(f"{row}\n" for row in table()), *lines[end:]]))
+
+
+if __name__ == "__main__":
+    write_table()
