@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and what the default run leaves out."""
 
 from __future__ import annotations
 
@@ -8,18 +8,32 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pool import Pool, start_server
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.pool import Pool, start_server  # noqa: E402
 
 # As many as a rank of the pool has: float32 sums of two threads differ, and steps of training blow that up.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Each is selected by its own name, so that no test has two.
+LEFT_OUT = {"slow", "soak", "slurm", "detectron2"}
 
-@pytest.hookimpl(tryfirst=True)
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``-m "not slow"`` takes the place of the default ``-m``, and must not let these in."""
     for item in items:
-        if any(item.get_closest_marker(marker) for marker in ("slurm", "soak", "detectron2")):
-            item.add_marker(pytest.mark.slow)
+        found = LEFT_OUT & {marker.name for marker in item.iter_markers()}
+        if len(found) > 1:
+            raise pytest.UsageError(
+                f"{item.nodeid}: has the markers {sorted(found)}, and may have one of them"
+            )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.option.markexpr.startswith("not slow"):
+        terminalreporter.write_line(
+            "Left out: the long tests (uv run pytest -m slow) and those marked soak, slurm and detectron2; "
+            "tests/README.md says what they need. .ci/run runs all that CI does."
+        )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -26,9 +26,9 @@ import pytest
 import torch
 
 import framework
-from framework.config import loading
+from framework.config import loading, methods
 from framework.data.splits import Splits
-from framework.local import methods
+from framework.local import methods as local_methods
 from framework.model import recipe_network
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +83,7 @@ def commands(path: Path) -> Iterator[list[str]]:
 
 def split(line: str) -> Iterator[list[str]]:
     """The commands of a line, without assignments, ``uv run`` and the brackets and dots of a usage text."""
+    line = re.sub(r"(?<=\S) {3,}.*", "", line)  # what a usage text says about the command
     try:
         lexer = shlex.shlex(
             re.sub(r"(?<!\S)\[([^\[\]]*)\](?!\S)", r"\1", line), posix=True, punctuation_chars=";&"
@@ -129,8 +130,10 @@ def stop_after(parse: Callable[..., object]) -> Callable[..., None]:
 @pytest.fixture
 def triples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The method of one's own, among ours."""
-    (tmp_path / "triples.py").write_text(block(README, "python", "def plan"))
-    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    folder = shutil.copytree(methods.FOLDER, tmp_path / "methods")
+    (folder / "triples.py").write_text(block(README, "python", "def plan"))
+    monkeypatch.setattr(methods, "FOLDER", folder)
+    monkeypatch.setattr(local_methods, "__path__", [*local_methods.__path__, str(folder)])
 
 
 @pytest.mark.parametrize("shown", COMMANDS, ids=list(COMMANDS))

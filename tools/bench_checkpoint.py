@@ -20,12 +20,7 @@ import time
 from pathlib import Path
 
 from framework.config import loading
-from framework.data.splits import Splits
-from framework.model import recipe_network
-from framework.runtime import distributed
 from framework.runtime.launch import LAUNCH_VARIABLES
-from framework.training.engine_choice import build_engine
-from framework.training.loop import Loop, Position
 
 EPOCH = 1_281_167 // 4096  # steps between two saves by default: an epoch of ImageNet in LoCo's batches
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,8 +36,10 @@ TOY = [
 ]
 CHILD = """
 import sys, time
-from framework import train
+from framework import model, train
 from framework.engines import deepspeed
+from framework.pipeline import engine
+from framework.training import run
 from framework.training.loop import Loop
 
 def first(loop, *rest):
@@ -80,6 +77,12 @@ def main() -> None:
 
 def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
     """Median seconds of a step, and of what a save costs; a checkpoint is left."""
+    from framework.data.splits import Splits
+    from framework.model import recipe_network
+    from framework.runtime import distributed
+    from framework.training.engine_choice import build_engine
+    from framework.training.loop import Loop, Position
+
     distributed.start()
     recipe = loading.load(argv)
     splits = Splits.open(recipe)

@@ -14,21 +14,25 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from framework.detection import conversion, weight_files
-from framework.detection.conversion import Match
-from framework.detection.layouts import NETWORKS, layout
-from framework.detection.normalization import Normalization
+from framework.detection.layouts import NETWORKS, SUFFIXES, layout
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from framework.detection.conversion import Match
 
 
 def main() -> None:
     """Convert."""
     arguments = _arguments()
+
+    from framework.detection import conversion, weight_files
+
     if arguments.timm:
         weights = conversion.from_timm(arguments.timm, arguments.pretrained)
     else:
@@ -54,6 +58,8 @@ def _report(where: str, match: Match, output: Path) -> None:
 
 def _report_normalization(match: Match, to: str) -> None:
     """Where images are not to be normalized as every recipe for detectors does it."""
+    from framework.detection.normalization import Normalization
+
     if match.normalization is None:
         print("it is not known how images were normalized: ImageNet's mean and std are assumed")
     elif match.normalization != Normalization():
@@ -91,9 +97,7 @@ def _arguments() -> argparse.Namespace:
     weights.add_argument("--timm", metavar="ARCH", help=f"random weights of {', '.join(NETWORKS)}")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights instead (downloads them)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
-    parser.add_argument(
-        "--to", choices=list(weight_files.SUFFIXES), default="detectron2", help="whose names and format"
-    )
+    parser.add_argument("--to", choices=list(SUFFIXES), default="detectron2", help="whose names and format")
     parser.add_argument("--verify", action="store_true", help="compare features; needs Detectron2")
     arguments = parser.parse_args()
     if arguments.verify and arguments.to != "detectron2":

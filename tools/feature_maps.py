@@ -12,7 +12,6 @@ import sys
 import numpy as np
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.analysis.feature_maps import activation_maps, breadth, draw_maps
 from framework.runtime.command import status
 
 SHOWN = 6
@@ -26,6 +25,9 @@ def main() -> None:
         "--images", type=int, nargs="+", help=f"numbers in the test split; default: {SHOWN} of all"
     )
     arguments = parse(parser)
+
+    from framework.analysis.feature_maps import activation_maps, breadth, draw_maps
+
     runs = arguments.runs
     samples = arguments.images
     if samples is None:

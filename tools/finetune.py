@@ -15,12 +15,8 @@ import sys
 
 from framework.analysis.arguments import only_run, told_apart
 from framework.config.recipe import Recipe
-from framework.evaluation.run_folder import open_runs
-from framework.runtime import distributed
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
-from framework.train import train_all
-from framework.training.fine_tuning import fine_tuning_recipe
 
 
 def main() -> int:
@@ -35,14 +31,18 @@ def main() -> int:
     parser.add_argument("--from-scratch", action="store_true", help="without the run's weights, to compare")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
+    folders, overrides = told_apart(arguments.runs)
+    if not 0 < arguments.labels <= 1:
+        raise UserError(f"--labels {arguments.labels}: must be above 0 and at most 1")
 
     def read() -> list[Recipe]:
-        folders, overrides = told_apart(arguments.runs)
+        from framework.evaluation.run_folder import open_runs
+        from framework.training.fine_tuning import fine_tuning_recipe
+
         run = only_run(open_runs(folders))
-        if not 0 < arguments.labels <= 1:
-            raise UserError(f"--labels {arguments.labels}: must be above 0 and at most 1")
-        distributed.start()
         return [fine_tuning_recipe(run, arguments.labels, arguments.from_scratch, overrides)]
+
+    from framework.training.run import train_all
 
     return train_all(read)
 

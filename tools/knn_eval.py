@@ -13,8 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.evaluation.scoring import knn_scores
-from framework.runtime import distributed
 from framework.runtime.command import status
 
 
@@ -24,6 +22,10 @@ def main() -> None:
     parser.add_argument("--neighbors", type=int, help="that vote; default: evaluate.neighbors of each recipe")
     parser.add_argument("--images", type=int, help="at most so many images of each split; default: all")
     arguments = parse(parser)
+
+    from framework.evaluation.scoring import knn_scores
+    from framework.runtime import distributed
+
     distributed.start()
     scores = {run.label: knn_scores(run, arguments.neighbors, arguments.images) for run in arguments.runs}
     if distributed.is_main():

@@ -14,18 +14,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from framework.analysis.arguments import leave, only_run, parse, run_parser, told_apart
-from framework.checkpoints.folder import identity_of
-from framework.evaluation.linear_classifier import check_batch
-from framework.evaluation.linear_eval import OnEpoch, evaluate_augmented, evaluate_cached
 from framework.evaluation.linear_protocols import add_arguments, conditions, protocol_of, result_name
-from framework.evaluation.run_folder import Run
-from framework.runtime import distributed
 from framework.runtime.command import status
+
+if TYPE_CHECKING:
+    from framework.evaluation.linear_eval import OnEpoch
+    from framework.evaluation.run_folder import Run
 
 
 def main() -> None:
@@ -34,6 +33,11 @@ def main() -> None:
     add_arguments(parser)
     _, overrides = told_apart(parser.parse_intermixed_args().runs)
     arguments = parse(parser)
+
+    from framework.evaluation.linear_classifier import check_batch
+    from framework.evaluation.linear_eval import evaluate_augmented, evaluate_cached
+    from framework.runtime import distributed
+
     run, protocol = only_run(arguments.runs), protocol_of(arguments)
     distributed.start()
     check_batch(protocol)
@@ -55,6 +59,8 @@ def main() -> None:
 @contextmanager
 def _bar(epochs: int, name: str) -> Iterator[OnEpoch]:
     """A bar over the epochs with the loss, on rank 0."""
+    from framework.runtime import distributed
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -74,6 +80,9 @@ def _report(
     random: dict[str, float],
     seconds: float,
 ) -> None:
+    from framework.checkpoints.folder import identity_of
+    from framework.runtime import distributed
+
     text = ", ".join(f"{name.replace('top', 'top-')} {value:.2f} %" for name, value in scores.items())
     print(
         f"{run.label}, {run.checkpoint.name}: {text}; random encoder {random['top1']:.2f} % ({seconds:.0f} s)"

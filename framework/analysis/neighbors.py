@@ -10,6 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from framework.config.recipe import Recipe
+from framework.data.splits import Splits
+from framework.evaluation.features import network_features, pixel_features
+from framework.execution import LocalNetwork
+from framework.runtime import distributed
+
+KNOWN, ASKED = 2_000, 500  # training and test images that are looked at, at most
 TILE = 40  # side of an image in the picture, in pixels
 FRAME = 2  # width of the frames around the neighbors
 RIGHT, WRONG = (0, 158, 115), (213, 94, 0)  # frame of a neighbor of the same class, and of another
@@ -25,6 +32,22 @@ class Neighbors(NamedTuple):
 
     rows: Tensor
     nearest: Tensor
+
+
+def neighbors_picture(recipe: Recipe, net: LocalNetwork, splits: Splits) -> bytes:
+    """A PNG of ``draw_neighbors`` for a trained network and labeled splits, on rank 0; empty elsewhere."""
+    train, test = splits.train.subsample(KNOWN), splits.held_out.subsample(ASKED)
+    (train_x, train_y), (test_x, test_y) = (
+        network_features(net, splits.eval_loader(shards)) for shards in (train, test)
+    )
+    images = [pixel_features(splits.eval_loader(shards))[0] for shards in (train, test)]
+    if not distributed.is_main():
+        return b""
+    size = recipe.data.image_size
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.views.mean, recipe.views.std))
+    train_images, test_images = (x.view(-1, 3, size, size).cpu() * std + mean for x in images)
+    found = neighbors(train_x.cpu(), test_x.cpu(), test_y.cpu())
+    return draw_neighbors(found, (train_images, train_y.cpu()), (test_images, test_y.cpu()))
 
 
 def neighbors(

@@ -27,8 +27,8 @@ from framework.runtime.errors import UserError
 
 COMMAND_LINE = "command line"
 
-# What Hydra's grammar has no place for, but paths hold: ~ ( ) = & é
-_PLAIN = re.compile(r"\+{0,2}([\w.]+)=([^'\"\[\]{},$\s][^'\"\[\]{},$]*)")
+# What Hydra's grammar has no place for, but paths hold: ~ ( ) = & é, and names of shards: a-{000..127}.tar, a-[0-9].tar
+_PLAIN = re.compile(r"\+{0,2}([\w.]+)=([^'\"\[\]{},$\s](?:[^'\"\[\]{},$]|\{[^{}'\"$]*\}|\[[^\[\]'\"$]*\])*)")
 
 
 class Override(NamedTuple):

@@ -68,8 +68,9 @@ class Data:
         path: folder that holds the splits, or its URL (``s3://``, ``gs://``, ``http(s)://``).
         prepare: what happens to ``path`` before its first use. "none": its shards are there (``tools/make_shards.py``
             packs them); "digits": scikit-learn's digits are packed into it.
-        train: folder of the training split, below ``path``.
-        test: folder of the held-out split, below ``path``; for "test", "val" serves where it alone is there.
+        train: folder of the training split, below ``path``; or some of the shards of a folder, by braces and globs:
+            ``imagenet-train-{000..127}.tar``, ``shards/train-*.tar``. "." is ``path`` itself.
+        test: of the held-out split, likewise; for "test", "val" serves where it alone is there.
         image_size: side of a view in pixels.
         num_classes: check against the labels; ``None`` takes the count from the shards.
         fraction: of every class's training images, drawn by the seed, that are used at all: 0.01 and 0.1 in

@@ -1,7 +1,7 @@
 """What a plan costs, counted without running it: parameters, FLOPs and the activations that autograd keeps.
 
-Everything happens with PyTorch's fake tensors, which have shapes and no values: ResNet-152 at the recipe's
-batch takes seconds and no memory.
+Counted on PyTorch's fake tensors, which have shapes and no values: ResNet-152 at the recipe's batch takes
+seconds and no memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from framework.config.recipe import Method, Recipe
+from framework.config.recipe import Execution, Faults, Method, Recipe
 from framework.cost.activations import LiveActivations
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
@@ -67,7 +67,7 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """A whole plan.
+    """A whole plan. Where one module is trained alone, its segment is all there is, and the frozen ones cost nothing.
 
     Attributes:
         segments: in forward order.
@@ -129,9 +129,17 @@ def end_to_end(recipe: Recipe, supervised: bool) -> Recipe:
 
 
 def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetwork]:
+    """The recipe's network and the same trained end-to-end, without what costs the same but needs values or a GPU."""
     recipe = replace(
-        recipe, network=replace(recipe.network, sync_bn=False)
-    )  # costs the same, and needs no GPU
+        recipe,
+        network=replace(recipe.network, sync_bn=False),
+        execution=Execution(),
+        faults=Faults(),
+        train=replace(
+            recipe.train,
+            precision="bf16" if recipe.train.precision == "fp16" else recipe.train.precision,
+        ),
+    )
     net = recipe_network(recipe, num_classes)
     return net, recipe_network(end_to_end(recipe, net.plan.supervised), num_classes)
 
@@ -165,7 +173,7 @@ def _peak(net: LocalNetwork, batch: Batch) -> int:
 
 
 def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
-    x = batch.images
+    x = net.run_frozen(batch.images)
     for segment in net.segments:
         flops, saved, x = _forward(segment, x, net)
         yield SegmentCost(segment.name, sum(p.numel() for p in segment.parameters()), flops, saved)
@@ -173,7 +181,7 @@ def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
 
 def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
     for unit in net.plan.units:
-        x = batch.images
+        x = net.run_frozen(batch.images)
         with torch.no_grad():
             for segment in net.segments[: unit.first]:
                 x = segment(x)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from framework.detection.layouts import SUFFIXES
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
-
-SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "mmdet": ".pth"}
 
 #: all that a pickle of numpy arrays calls
 _ARRAY_PARTS = {

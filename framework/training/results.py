@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from framework.analysis.curves import loss_curves
+from framework.analysis.neighbors import neighbors_picture
 from framework.checkpoints.snapshot import export_backbone
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
@@ -22,7 +23,7 @@ from framework.tracking.metric_log import read_log, write_result
 
 
 def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[str, Any]) -> None:
-    """Evaluate, print the scores and write ``result.json``, ``loss_curves.png`` and ``backbone.safetensors``.
+    """Evaluate, print the scores and write ``result.json``, pictures and ``backbone.safetensors``.
 
     Args:
         recipe: of the run.
@@ -36,7 +37,10 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[s
     export_backbone(
         engine, run_dir / "backbone.safetensors", {"network": recipe.network.name, "views": views}
     )
-    scores = score(recipe, engine.whole_net(), splits)
+    net = engine.whole_net()
+    scores = score(recipe, net, splits)
+    scored = splits.labeled and recipe.evaluate.knn
+    picture = neighbors_picture(recipe, net, splits) if scored else b""
     with distributed.same_outcome():
         if distributed.is_main():
             result = {
@@ -51,6 +55,8 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[s
             }
             title = f"{recipe.name}: {recipe.method.name} on {recipe.network.name}"
             write_whole(run_dir / "loss_curves.png", loss_curves(run_dir / "metrics.jsonl", title))
+            if picture:
+                write_whole(run_dir / "neighbors.png", picture)
             write_result(run_dir / "result.json", result)
             show(scores, result, run_dir)
 

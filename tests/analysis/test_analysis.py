@@ -99,7 +99,7 @@ def test_layer_probes_are_probes_of_the_encoder_up_to_there(both_runs: tuple[Pat
     assert len(set(found.values())) > 1
     net = run.encoder()
     splits = run.splits
-    features = []
+    rows = []
     for shards in (splits.train.subsample(200), splits.test.subsample(200)):
         x = torch.cat(
             [
@@ -107,8 +107,8 @@ def test_layer_probes_are_probes_of_the_encoder_up_to_there(both_runs: tuple[Pat
                 for _, images, _ in splits.eval_loader(shards)
             ]
         )
-        features += [x, torch.from_numpy(shards.labels)]
-    assert found["layer1"] == linear_top1(*features)
+        rows += [x, torch.from_numpy(shards.labels)]
+    assert found["layer1"] == linear_top1(*rows)
 
 
 def stem(net: torch.nn.Module, images: Tensor) -> Tensor:

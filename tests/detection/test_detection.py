@@ -108,7 +108,7 @@ def test_without_detectron2_there_is_nothing_to_try_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "detectron2", None)
-    assert run_tool("train_detectron2") == EXIT_USAGE
+    assert run_tool("train_detectron2", "--config", "recipe.yaml") == EXIT_USAGE
     assert "recipes/detectron2/README.md says how to install Detectron2" in capsys.readouterr().err
 
 

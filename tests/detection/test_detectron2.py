@@ -172,7 +172,6 @@ def test_frozen_statistics_can_be_those_of_the_batch() -> None:
     assert not any(p.requires_grad for p in model.backbone.bottom_up.parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "network_name"),
     [("toy_coco", "resnet18"), ("toy_cityscapes", "resnet18"), ("toy_coco", "shufflenetv2_50")],
@@ -317,7 +316,6 @@ def test_missing_sets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             datasets.prepare([name])
 
 
-@pytest.mark.slow
 def test_a_detector_evaluates_resumes_and_draws(toys: Path, tmp_path: Path) -> None:
     """Two iterations, two more from the checkpoint, evaluation of the result, a picture by it."""
     opts = [*SMALL, "OUTPUT_DIR", str(tmp_path / "run"), "TEST.PRECISE_BN.ENABLED", "False"]

@@ -14,10 +14,12 @@ import torch
 from framework.runtime.distributed import rank, world_size
 from framework.runtime.errors import UserError
 from tests.support import training
+from tests.support.marks import slow, soak
+from tests.support.pairwise import pairwise_cover
 from tests.support.training import Case, differences, plain, train
 
 PoolOf = Callable[[int], Any]
-OPTIMIZERS = ("lars", "sgd", "adamw")
+OPTIMIZERS, RANKS = ("lars", "sgd", "adamw"), (1, 2, 4)
 
 
 def zero(**options: Any) -> dict[str, Any]:
@@ -56,33 +58,34 @@ def expected(case: Case) -> training.Run:
     return reference(case.method, case.optimizer, case.accumulation, case.clip, case.dtype)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("case", ENGINES, ids=str)
-def test_every_engine_is_the_plain_loop_to_the_last_bit(pool: PoolOf, case: Case, ranks: int) -> None:
-    """Dyadic gradients leave nothing to rounding; ranks, accumulation and optimizer are paired off."""
-    number = ENGINES.index(case) + ranks.bit_length()
-    case = replace(case, optimizer=OPTIMIZERS[number % 3], accumulation=1 + number % 2)
+# An engine with its settings, a number of ranks, an optimizer, and micro-batches of a step.
+OPTIONS = (ENGINES + LAYOUTS, RANKS, OPTIMIZERS, (1, 2, 4))
+
+
+@pytest.mark.parametrize(("case", "ranks", "optimizer", "accumulation"), pairwise_cover(*OPTIONS), ids=str)
+def test_every_engine_is_the_plain_loop_to_the_last_bit(
+    pool: PoolOf, case: Case, ranks: int, optimizer: str, accumulation: int
+) -> None:
+    """Dyadic gradients leave nothing to rounding. Every two values of the options meet."""
+    case = replace(case, optimizer=optimizer, accumulation=accumulation)
     assert differences(pool(ranks).run(train, case)[0], expected(case)) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.parametrize(("case", "ranks"), product(*OPTIONS[:2]), ids=str)
+def test_every_engine_with_every_combination_of_options(pool: PoolOf, case: Case, ranks: int) -> None:
+    for optimizer, accumulation in product(*OPTIONS[2:]):
+        one = replace(case, optimizer=optimizer, accumulation=accumulation)
+        assert differences(pool(ranks).run(train, one)[0], expected(one)) == {}, one
+
+
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_lars_finds_its_parameters_in_every_layout_of_zero(pool: PoolOf, case: Case) -> None:
     case = replace(case, accumulation=2)
     assert differences(pool(4).run(train, case)[0], expected(case)) == {}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("case", ENGINES + LAYOUTS, ids=str)
-def test_full_grid(pool: PoolOf, case: Case, ranks: int) -> None:
-    for optimizer, accumulation in product(OPTIMIZERS, (1, 2, 4)):
-        one = replace(case, optimizer=optimizer, accumulation=accumulation)
-        assert differences(pool(ranks).run(train, one)[0], expected(one)) == {}, one
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [*ENGINES[:2], *ENGINES[3:4], *ENGINES[5:]], ids=str)
+@pytest.mark.parametrize("case", [*ENGINES[1:2], *slow([ENGINES[0], ENGINES[3], *ENGINES[5:]])], ids=str)
 def test_clipping_is_by_the_global_norm(pool: PoolOf, case: Case) -> None:
     case = replace(case, clip=0.05, optimizer="sgd")
     run = pool(4).run(train, case)[0]
@@ -91,16 +94,32 @@ def test_clipping_is_by_the_global_norm(pool: PoolOf, case: Case) -> None:
     assert any(error > 0.1 for name, error in differences(run, unclipped).items() if "momentum" in name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "engine", "ranks"),
-    [("loco", "ddp", 2), ("loco", "fsdp", 4), ("mlaan", "fsdp", 2), ("bp", "ddp", 4)],
+    [("loco", "ddp", 2), ("mlaan", "fsdp", 2), *slow([("loco", "fsdp", 4), ("bp", "ddp", 4)])],
 )
 def test_local_networks_equal_one_process(pool: PoolOf, method: str, engine: str, ranks: int) -> None:
     """SyncBatchNorm, InfoNCE over all ranks and routing, in float64 so that nothing hides behind rounding."""
     case = Case(method=method, engine=engine, accumulation=2, dtype="float64")
     errors = differences(pool(ranks).run(train, case)[0], expected(case))
     assert max(errors.values()) < 1e-11
+
+
+METHODS = ("loco", "simclr", "gim", "dgl", "mlaan", "bp")
+LOCAL = (METHODS, RANKS, ("ddp", "fsdp"), OPTIMIZERS, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks", "engine", "optimizer", "accumulation"),
+    [*slow(pairwise_cover(*LOCAL)), *soak(product(*LOCAL))],
+)
+def test_local_networks_with_other_options(
+    pool: PoolOf, method: str, ranks: int, engine: str, optimizer: str, accumulation: int
+) -> None:
+    """Every two values of the options meet; ``-m soak`` has all combinations."""
+    case = Case(method, engine=engine, optimizer=optimizer, accumulation=accumulation, dtype="float64")
+    errors = differences(pool(ranks).run(train, case)[0], expected(case))
+    assert max(errors.values(), default=0) < 1e-9
 
 
 READERS = {
@@ -113,9 +132,10 @@ READERS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("head", READERS)
+@pytest.mark.parametrize(
+    ("head", "engine"),
+    [("penalty", "fsdp"), *slow([("penalty", "ddp"), *product(["pulled copies"], ["ddp", "fsdp"])])],
+)
 def test_heads_that_read_weights_equal_one_process(pool: PoolOf, head: str, engine: str) -> None:
     """A penalty on weights alone, whose gradient is the same on every rank; copies that follow."""
     method, cut, options = READERS[head]
@@ -124,9 +144,10 @@ def test_heads_that_read_weights_equal_one_process(pool: PoolOf, head: str, engi
     assert max(errors.values(), default=0) < 1e-10
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [1, 2])
-@pytest.mark.parametrize("head", READERS)
+@pytest.mark.parametrize(
+    ("head", "zero_stage"),
+    [("pulled copies", 2), *slow([("pulled copies", 1), ("penalty", 1), ("penalty", 2)])],
+)
 def test_heads_that_read_weights_under_zero_equal_ddp(pool: PoolOf, head: str, zero_stage: int) -> None:
     method, cut, options = READERS[head]
     ddp = Case(method, cut, engine="ddp", options=options)
@@ -134,33 +155,12 @@ def test_heads_that_read_weights_under_zero_equal_ddp(pool: PoolOf, head: str, z
     assert differences(run, pool(2).run(train, ddp)[0]) == {}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ENGINES[:5], ids=str)
+@pytest.mark.parametrize("case", [*slow(ENGINES[:3]), ENGINES[3], *slow(ENGINES[4:5])], ids=str)
 def test_local_networks_under_zero_equal_ddp(pool: PoolOf, case: Case) -> None:
     """DeepSpeed is float32 only; two addends have one sum, so two ranks agree with DDP to the last bit."""
     case = replace(case, method="loco")
     ddp = pool(2).run(train, Case(method="loco", engine="ddp"))[0]
     assert differences(pool(2).run(train, case)[0], ddp) == {}
-
-
-METHODS = ["loco", "simclr", "gim", "dgl", "mlaan", "bp"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "ranks"),
-    [
-        *product(METHODS, [1, 2]),
-        *(pytest.param(method, 4, marks=pytest.mark.soak) for method in METHODS),
-    ],
-)
-def test_local_networks_full_grid(pool: PoolOf, method: str, ranks: int) -> None:
-    for engine, optimizer, accumulation in product(("ddp", "fsdp"), OPTIMIZERS, (1, 2)):
-        case = Case(
-            method=method, engine=engine, optimizer=optimizer, accumulation=accumulation, dtype="float64"
-        )
-        errors = differences(pool(ranks).run(train, case)[0], expected(case))
-        assert max(errors.values(), default=0) < 1e-9, case
 
 
 def overflow_in_the_middle(case: Case) -> tuple[list[bool], training.Run]:
@@ -180,9 +180,16 @@ def overflow_in_the_middle(case: Case) -> tuple[list[bool], training.Run]:
     return [skipped, same], run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("case", [*ENGINES[:2], *ENGINES[4:]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "accumulation"),
+    [
+        (ENGINES[4], 2),
+        *slow(product(ENGINES[:2], (1, 2))),
+        *slow([(ENGINES[4], 1)]),
+        *slow(product(ENGINES[5:], (1, 2))),
+    ],
+    ids=str,
+)
 def test_an_overflow_skips_the_step_on_every_rank(pool: PoolOf, case: Case, accumulation: int) -> None:
     """As if the step had not been: gradients of its other micro-batches are dropped too."""
     case = replace(case, accumulation=accumulation, optimizer="adamw" if accumulation == 1 else "lars")
@@ -226,8 +233,7 @@ def moved(first: Case, state: training.Run | None, steps: range) -> training.Run
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["lars", *slow(["sgd", "adamw"])])
 def test_states_move_between_engines_and_numbers_of_ranks(pool: PoolOf, optimizer: str) -> None:
     """Every step of one training under another engine equals the plain loop that never stopped."""
     journey = [

@@ -27,7 +27,7 @@ from framework.model import local_network, parts
 from framework.pipeline.scheduling.balance import place
 from framework.runtime.errors import UserError
 from framework.tracking.metric_log import read_log
-from framework.train import train as train_recipe
+from framework.training.run import train as train_recipe
 from tests.support import networks
 from tests.support.networks import CLASSES
 from tests.support.pool import Pool

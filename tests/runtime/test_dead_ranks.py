@@ -55,8 +55,9 @@ def finish(folder: Path) -> None:
         assert ranks.statuses() == [0] * STAGES, ranks.printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "victim", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.soak)]
+)
 def test_all_name_the_stage_that_died_and_the_run_goes_on(
     tmp_path: Path, undisturbed: Path, victim: int
 ) -> None:

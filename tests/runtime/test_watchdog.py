@@ -2,54 +2,88 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
+import signal
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pytest
+
+from framework.runtime import watchdog
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
+from tests.support.pool import CONTEXT
+from tests.support.waiting import until
 
-SCORES_THEN_HANGS = """
-import sys, time
-from pathlib import Path
-from framework.hangs import Watchdog
+pytestmark = pytest.mark.usefixtures("pool")  # its server forks the processes
 
-with Watchdog(Path(sys.argv[1]), 0.5) as watchdog:
-    watchdog.step(7)
-    with watchdog.asleep():
-        time.sleep(2)
-    print("scored", flush=True)
-    time.sleep(60)
-"""
+LIMIT = 1.0  # seconds
 
-IS_SUSPENDED = """
-import os, signal, sys, time
-from pathlib import Path
-from framework.hangs import Watchdog
 
-with Watchdog(Path(sys.argv[1]), 2.0) as watchdog:
-    if not os.fork():
-        os.kill(os.getppid(), signal.SIGSTOP)
-        time.sleep(4)
-        os.kill(os.getppid(), signal.SIGCONT)
-        os._exit(0)
-    for step in range(10):
-        watchdog.step(step)
-        time.sleep(0.1)
-"""
+def scores_then_hangs(folder: Path, connection: Connection) -> None:
+    with watchdog.Watchdog(folder, LIMIT) as dog:
+        dog.step(7)
+        with dog.asleep():
+            time.sleep(3 * LIMIT)
+        connection.send("scored")
+        time.sleep(600)
+
+
+def steps_until_told_to_stop(folder: Path, connection: Connection) -> None:
+    with watchdog.Watchdog(folder, LIMIT) as dog:
+        connection.send("started")
+        step = 0
+        while not connection.poll(LIMIT / 20):
+            step += 1
+            dog.step(step)
+
+
+class Started:
+    """A process that runs ``function(folder, connection)``; ``printed`` is its standard error."""
+
+    def __init__(self, function: Callable[[Path, Connection], None], folder: Path) -> None:
+        self.printed = folder / "stderr"
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(
+            target=_run, args=(function, folder, theirs, self.printed), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def status(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+
+def _run(
+    function: Callable[[Path, Connection], None], folder: Path, connection: Connection, printed: Path
+) -> None:
+    os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    watchdog.OTHER_RANKS = 0.0  # there are none
+    function(folder, connection)
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def test_who_is_suspended_does_not_hang(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", IS_SUSPENDED, str(tmp_path)]
-    before = time.monotonic()
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert (found.returncode, found.stderr) == (0, "")
-    assert time.monotonic() - before > 4
+    started = Started(steps_until_told_to_stop, tmp_path)
+    assert started.connection.recv() == "started"
+    pid = started.process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: is_stopped(pid))
+    time.sleep(3 * LIMIT)
+    os.kill(pid, signal.SIGCONT)
+    started.connection.send("stop")
+    assert (started.status(), started.printed.read_text()) == (0, "")
 
 
 def test_a_score_may_take_longer_than_a_step(tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, "-c", SCORES_THEN_HANGS, str(tmp_path)], capture_output=True, text=True
-    )
-    assert (found.returncode, found.stdout) == (EXIT_TRY_AGAIN, "scored\n")
-    assert "no step for 0.5 s after step 7" in found.stderr
+    started = Started(scores_then_hangs, tmp_path)
+    assert started.connection.recv() == "scored"
+    assert started.status() == EXIT_TRY_AGAIN
+    assert f"no step for {LIMIT:g} s after step 7" in started.printed.read_text()

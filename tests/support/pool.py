@@ -15,7 +15,19 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 CONTEXT = mp.get_context("forkserver")
-PRELOAD = ["framework.engines.ddp", "framework.engines.deepspeed", "framework.engines.fsdp"]
+# What ranks import: once for all of them, since each is a fork of the server.
+PRELOAD = [
+    "framework.train",
+    "framework.engines.ddp",
+    "framework.engines.deepspeed",
+    "framework.engines.fsdp",
+    "framework.pipeline.engine",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO imports it, and with it torch's compiler
+    "tests.support.networks",
+    "tests.support.training",
+    "pytest",
+]
+PATIENCE = 600.0  # seconds; far more than any function takes, however busy the machine
 
 
 def start_server() -> None:
@@ -48,7 +60,7 @@ class Pool:
             self._connections.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = PATIENCE) -> list[Any]:
         """Results of ``function(*args)`` on every rank, in rank order. The function is pickled by its name.
 
         Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 from framework.config import loading
 from framework.runtime.errors import UserError
 from framework.tracking.metric_log import read_log
-from framework.train import train
+from framework.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of any recipe for ImageNet.

@@ -11,9 +11,9 @@ import secrets
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from tests.support.waiting import until
 
 PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "srun")
 NODES = ("n1", "n2")
@@ -192,18 +192,6 @@ class Cluster:
         daemon = self._daemons.pop(name)
         daemon.kill() if name.startswith("slurmd") else daemon.terminate()
         daemon.wait()
-
-
-def until(condition: Callable[[], bool], seconds: float, otherwise: str) -> None:
-    """Wait until something is so.
-
-    Raises:
-        AssertionError: it did not become so in time.
-    """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{otherwise} in {seconds:g} s"
-        time.sleep(0.2)
 
 
 def _kill(pid: int) -> None:

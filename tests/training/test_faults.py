@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_checkpoint import FILES, MANIFEST
 
+from framework.checkpoints.folder import FILES, MANIFEST
 from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
 from tests.support.pool import Pool
@@ -152,9 +152,12 @@ def leave(folder: Path, number: int, rank: int) -> None:
         assert set(ranks.statuses()) <= {EXIT_TRY_AGAIN, 0}, ranks.printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "rank"), [(signal.SIGTERM, 1), pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.soak)]
+    ("number", "rank"),
+    [
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.soak),
+    ],
 )
 def test_a_signal_to_any_rank_saves_and_ends_all(
     tmp_path: Path, undisturbed: Path, number: int, rank: int
@@ -254,8 +257,9 @@ def test_too_much_poison_stops_the_run_with_a_line(tmp_path: Path) -> None:
     assert "is the 2th with a loss or gradient that is not finite" in ranks.printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("sleep", marks=pytest.mark.soak), "lock"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("sleep", marks=pytest.mark.soak), pytest.param("lock", marks=pytest.mark.slow)]
+)
 def test_a_rank_that_hangs_is_told_from_those_that_wait(tmp_path: Path, kind: str) -> None:
     lock = tmp_path / "lock"
     lock.touch()
@@ -266,7 +270,7 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait(tmp_path: Path, kind: st
     first = hanging.splitlines()[0]
     assert "no step for 15 s after step 3" in first and first in ranks.printed
     if kind == "sleep":
-        assert "in recorded_batch" not in waiting and "in <lambda> (tests/ranks.py" in first
+        assert "in recorded_batch" not in waiting and "in <lambda> (support/ranks.py" in first
     else:
         assert f"waits for the lock {lock} of an extension's build" in first
     assert "loop.py" in waiting and "loop.py" in hanging, "the stacks"

@@ -2,7 +2,7 @@
 
 A change that is not meant to alter numbers must not alter these. After one that is:
 
-    uv run python -m tests.test_golden
+    uv run python -m tests.training.test_golden
 """
 
 from __future__ import annotations

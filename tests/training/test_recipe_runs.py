@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from framework.config import loading
 from framework.tracking.metric_log import read_log
-from framework.train import train
+from framework.training.run import train
 from tests.support.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]

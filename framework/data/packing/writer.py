@@ -15,7 +15,7 @@ from typing import TextIO
 from webdataset import TarWriter
 
 from framework.data.shards.image_types import IMAGE_EXTENSIONS
-from framework.data.shards.index import save_contents
+from framework.data.shards.index import index_shards
 from framework.runtime.errors import UserError
 from framework.runtime.files import new_file
 
@@ -50,7 +50,7 @@ def write_shards(
                 write_shard(partial / shard_name(number), chain([first], islice(rest, samples_per_shard - 1)))
                 number += 1
             write_classes(partial, classes)
-            save_contents(partial)
+            index_shards(partial).save(partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

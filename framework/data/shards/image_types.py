@@ -10,38 +10,20 @@ from PIL import Image
 #: What a shard holds by convention; members with these extensions are not looked into.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "webp")
 
-#: File suffixes of the formats below, as Pillow registers them, in lower case.
-SUFFIXES = frozenset(
-    [
-        ".apng",
-        ".avif",
-        ".avifs",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".j2c",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpc",
-        ".jpe",
-        ".jpeg",
-        ".jpf",
-        ".jpg",
-        ".jpx",
-        ".mpo",
-        ".pbm",
-        ".pfm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
+#: Pillow's names of the formats that are packed, and the suffixes of their files in lower case.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+}
+SUFFIXES = frozenset(name for names in FORMATS.values() for name in names)
 
 HEAD_BYTES = 1 << 18  # of a file, enough for Pillow to tell its format; metadata comes first and may be long
 
@@ -55,7 +37,7 @@ def suffix(name: str) -> str:
 def begins_like_an_image(head: bytes) -> bool:
     """Whether Pillow takes the first ``HEAD_BYTES`` of a file for an image of one of ``FORMATS``."""
     try:
-        with Image.open(io.BytesIO(head), formats=FORMATS):
+        with Image.open(io.BytesIO(head), formats=list(FORMATS)):
             return True
     except Exception:  # Pillow's readers raise nearly everything
         return False

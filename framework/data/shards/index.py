@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from framework.data.places import check_folder
 from framework.data.shards.folder import Folder, ShardFiles
 from framework.data.shards.naming import check_one_series, is_compressed, matching
 from framework.data.shards.scan import UNLABELED, Sample, ShardScan, scan_shard
@@ -145,26 +146,24 @@ def read_classes(folder: Path) -> list[str] | None:
     return None
 
 
-def save_contents(folder: Path, sha256: dict[str, str] | None = None) -> None:
-    """Index a folder of shards that was just written.
+def index_shards(folder: Path, sha256: dict[str, str] | None = None) -> Contents:
+    """The contents of a folder of shards that was just written; nothing is saved yet.
 
     Args:
         folder: of the shards.
         sha256: their checksums; computed unless given.
 
     Raises:
-        UserError: as ``ShardSet.open``; the index can't be written.
+        UserError: as ``ShardSet.open``.
     """
     shards = _list_shards(folder, None)
     contents = _scan(folder, shards, read_classes(folder))
-    sha256 = sha256 or {name: sha256_of(folder / name) for name in shards}
-    contents._replace(sha256=sha256).save(folder)
+    return contents._replace(sha256=sha256 or {name: sha256_of(folder / name) for name in shards})
 
 
 def _list_shards(folder: Path, pattern: str | None) -> dict[str, int]:
     """Sizes of the shards of a folder by name, sorted."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it must hold the shards (*.tar)")
+    check_folder(folder)
     try:
         there = sorted(name for name in os.listdir(folder) if name[0] != ".")
         names = [name for name in there if name.endswith(".tar")]

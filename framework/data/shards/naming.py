@@ -11,18 +11,25 @@ from braceexpand import braceexpand
 from framework.runtime.errors import UserError
 
 # Words that name a split: train, Validation, val_images, test-data, train2017.
-_SPLIT = re.compile(
-    r"(train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed|extra)"
-    r"([-_ ]?(images|imgs|set|data))?[-_ ]?\d*",
-    re.IGNORECASE,
-)
+SPLIT_WORDS = r"(?:train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed|extra)"
+_SPLIT = re.compile(SPLIT_WORDS + r"([-_ ]?(images|imgs|set|data))?[-_ ]?\d*", re.IGNORECASE)
 _SEPARATORS = re.compile(r"([-_.]+)")
-_COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tar\.\w+)", re.IGNORECASE)
+_COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))", re.IGNORECASE)
 
 
 def is_split(name: str) -> bool:
     """Whether a folder of that name is a split of a data set rather than a class."""
     return _SPLIT.fullmatch(name) is not None
+
+
+def split_of(name: str) -> str:
+    """The word in the name of shards that names their split, or ""."""
+    return next((word for word in re.split(r"[-_.*]+", name) if is_split(word)), "")
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a split of that name is one to measure on."""
+    return is_split(name) and not name.lower().startswith(("train", "unlabel", "extra"))
 
 
 def is_compressed(name: str) -> bool:

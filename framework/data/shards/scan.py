@@ -91,9 +91,8 @@ def scan_shard(path: Path) -> ShardScan:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except PARSE_ERRORS as error:
         raise UserError(f"{path}: not a whole tar file ({error}); copy or write it again") from error
-    labeled = any(found[1].label != UNLABELED for found in certain) or any(
-        found[1].label != UNLABELED for found in likely
-    )
+    found = [sample for _, sample in certain] + [sample for _, sample, _ in likely]
+    labeled = any(sample.label != UNLABELED for sample in found)
     for place, sample, extension in likely:
         if labeled and sample.label == UNLABELED:
             passed_over[extension] += 1

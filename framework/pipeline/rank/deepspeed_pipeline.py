@@ -18,7 +18,7 @@ from framework.pipeline.scheduling.schedule import Instruction
 from framework.pipeline.scheduling.simulation import Event
 
 
-class Program(PipeSchedule):
+class BoundarySchedule(PipeSchedule):
     """Instructions in the form that DeepSpeed's engine runs, one a step.
 
     Args:
@@ -63,7 +63,7 @@ class BoundaryEngine(PipelineEngine):
 
     def run(self, instructions: Iterable[Instruction], events: list[Event] | None = None) -> None:
         """Carry out instructions."""
-        self._exec_schedule(Program(instructions, events))
+        self._exec_schedule(BoundarySchedule(instructions, events))
 
     def _exec_reduce(self) -> None:
         parameters = list(self.module.parameters())

@@ -13,6 +13,7 @@ from torch import nn
 from framework.execution import LocalNetwork
 from framework.local.units import LocalUnit
 from framework.network import Segment
+from framework.optim.groups import exempt_parameters
 from framework.pipeline.scheduling.placement import Placement
 
 
@@ -41,6 +42,7 @@ class Stage(PipelineModule):
 
     def __init__(self, net: LocalNetwork, placement: Placement, replicas: int) -> None:
         self.bounds = placement.bounds
+        self._exempt = exempt_parameters(net)
         layers = [
             _Layer(segment, [unit for unit in net.plan.units if unit.last == s])
             for s, segment in enumerate(net.segments)
@@ -52,6 +54,10 @@ class Stage(PipelineModule):
             parameter.model_parallel = (
                 True  # DeepSpeed then counts it in the norm of the whole network's gradient
             )
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the whole network exempts, by their names here, where the backbone is not to be asked."""
+        return {name for name, parameter in self.named_parameters() if parameter in self._exempt}
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         """Those that DeepSpeed made for the grid and that this rank is in."""

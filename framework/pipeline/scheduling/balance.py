@@ -29,21 +29,21 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class StageForecast:
-    """What a stage has, and how it fares if time goes as FLOPs do and messages are free.
+    """What a stage has, and how busy it is if time is proportional to FLOPs and messages take none.
 
     Attributes:
         segments: their names.
         parameters: of segments and heads.
         flops: of a micro-batch's training.
-        follows: stages whose weights heads here follow.
+        reads: stages whose weights heads here read.
         utilization: share of the time at work.
-        speedup: throughput of the pipeline, in that of end-to-end 1F1B on the same stages.
+        speedup: throughput of the pipeline / that of end-to-end 1F1B on the same stages.
     """
 
     segments: tuple[str, ...]
     parameters: int
     flops: float
-    follows: tuple[int, ...]
+    reads: tuple[int, ...]
     utilization: float
     speedup: float
 

@@ -169,7 +169,7 @@ def drain_instructions(layout: Layout, stage: int, steps: int) -> Iterator[Instr
         yield from _receive_weights(layout, stage)
 
 
-def program(layout: Layout, stage: int, steps: int) -> Iterator[Instruction]:
+def all_instructions(layout: Layout, stage: int, steps: int) -> Iterator[Instruction]:
     """Everything from one drain to the next."""
     for step in range(steps):
         yield from step_instructions(layout, stage, step)

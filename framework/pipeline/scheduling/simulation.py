@@ -20,7 +20,7 @@ from framework.pipeline.scheduling.schedule import (
     SendCotangents,
     SendWeights,
     Walk,
-    program,
+    all_instructions,
 )
 
 AHEAD = 2  # activations that may be under way on an edge before its sender waits
@@ -87,7 +87,7 @@ def simulate(layout: Layout, duration: Duration, steps: int | None = None, ahead
     """
     stages = layout.placement.stages
     steps = steps or 4 * (2 + layout.lam_lag + -(-2 * stages // layout.micro_batches))
-    clocks = [_Stage(stage, program(layout, stage, steps)) for stage in range(stages)]
+    clocks = [_Stage(stage, all_instructions(layout, stage, steps)) for stage in range(stages)]
     channels: dict[tuple[str, int, int], _Channel] = defaultdict(_Channel)
     while any(clock.instruction is not None for clock in clocks):
         if not sum(clock.run(duration, channels, ahead) for clock in clocks):
