@@ -24,9 +24,11 @@ from framework.data.splits import Splits
 from framework.model import recipe_network
 from framework.tracking.measuring import Throughput
 from framework.tracking.metric_log import read_log
-from framework.train import build_engine
+from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop, Position
+from tests.support.marks import slow, soak
 from tests.support.pool import Pool
+from tests.support.ports import free_port
 from tests.support.runs import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -283,9 +285,10 @@ def test_resume_never_does_not_mix_two_runs(tmp_path: Path, pool: PoolOf) -> Non
 def launch(*argv: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """The command line as users have it."""
     program = Path(sys.executable).with_name("deepspeed")
-    command = [str(program), "--num_gpus", str(ranks), "framework/train.py", *argv]
+    places = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command = [str(program), *places, "framework/train.py", *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -302,10 +305,9 @@ def test_the_launcher_prints_an_error_once_and_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "score", "least", "shorter"),
     [
-        pytest.param("quickstart", "knn_top1", 91, ["train.epochs=8"], marks=pytest.mark.slow),
-        pytest.param("quickstart_mlaan", "test_top1", 95, ["train.epochs=6"], marks=pytest.mark.slow),
-        pytest.param("quickstart", "knn_top1", 95, [], marks=pytest.mark.soak),
-        pytest.param("quickstart_mlaan", "test_top1", 97, [], marks=pytest.mark.soak),
+        *slow([("quickstart", "knn_top1", 91, ["train.epochs=8"])]),
+        *slow([("quickstart_mlaan", "test_top1", 95, ["train.epochs=6"])]),
+        *soak([("quickstart", "knn_top1", 95, []), ("quickstart_mlaan", "test_top1", 97, [])]),
     ],
 )
 def test_the_quick_starts_learn(
