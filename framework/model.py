@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -14,15 +13,16 @@ from torch import nn
 from framework import network as networks
 from framework.config.recipe import Recipe
 from framework.execution import LocalNetwork
-from framework.local import Task, methods
-from framework.network import Cut, Segment, Shape
+from framework.local import MethodOptions, NetworkInfo, methods
+from framework.network import Cut, Segment
 from framework.network.norm import synchronize
+from framework.runtime.errors import UserError
 
 
 def local_network(
     network: str | nn.Module,
     method: str,
-    options: Any = None,
+    options: MethodOptions | None = None,
     *,
     image_size: int,
     num_classes: int = 0,
@@ -43,25 +43,28 @@ def local_network(
         options: the method's ``Options``; ``None`` means as published.
         image_size: side of the square images in pixels.
         num_classes: classes, for supervised methods.
-        cut: where, and ``stem_as_module`` how the stem counts: see ``framework.network.cut``.
-        mean: of the channels, subtracted from the images; for heads that reconstruct them.
-        std: of the channels, the images were divided by it.
+        cut: where to cut the network into segments; see ``framework.network.cut``.
+        stem_as_module: whether the stem is a segment of its own; see there.
+        mean: subtracted from the images' channels; for heads that reconstruct the images.
+        std: what the images' channels were divided by.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         sync_bn: BatchNorm over all ranks.
         channels_last: keep images and activations in channels-last order.
-        skip_nonfinite: let a step pass whose losses or gradients are infinite or NaN.
+        skip_nonfinite: report losses and gradients that are infinite or NaN as an overflow, so that engines skip the
+            step.
 
     Raises:
         UserError: a name is unknown, or the network can't be cut or planned that way.
     """
-    module = methods.load(method)
+    chosen = methods.load(method)
+    options = chosen.Options() if options is None else options
     backbone = networks.create(network) if isinstance(network, str) else network
     segments = networks.cut(backbone, cut, stem_as_module)
-    shapes = networks.output_shapes(segments, image_size)
-    task = Task(tuple(segments), shapes, Shape(3, image_size, image_size), mean, std, num_classes)
-    plan = module.plan(task, options or module.Options())
+    plan = chosen.plan(NetworkInfo.of(segments, image_size, num_classes, mean, std), options)
+    if plan.execution != options.execution:
+        raise UserError(f"method.name={method}: its plan must be made with execution=options.execution")
     frozen: list[Segment] = []
-    if (alone := plan.asynchronous.module) is not None:
+    if (alone := plan.execution.module) is not None:
         plan, frozen, segments = plan.only(alone), segments[:alone], segments[alone : alone + 1]
         trained = set(segments[0].parameters())
         for parameter in backbone.parameters():
@@ -105,7 +108,8 @@ def parts(recipe: Recipe) -> Iterator[Recipe]:
     Such a run has its own folder ``module-00`` ... and begins with the backbone that the previous one left.
     """
     options = recipe.method.options
-    if getattr(options, "async_mode", "none") != "sequential" or options.module is not None:
+    execution = options.execution
+    if execution.kind != "one module at a time" or execution.module is not None:
         yield recipe
         return
     network = recipe.network

@@ -3,138 +3,34 @@
     deepspeed framework/train.py recipes/quickstart.yaml [key=value ...]
 
 Shards become views, views go through the network's segments, heads give losses, the network routes their
-gradients, an engine averages them over ranks and steps the optimizer. What is left is in ``results.py``.
+gradients, an engine averages them over ranks and steps the optimizer: see ``training/run.py``.
+
+PyTorch, timm and DeepSpeed take ten seconds to import. The recipe is read before that, so that what is wrong in it is
+told at once.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 
-from framework import engines
 from framework.config import loading
-from framework.config.recipe import Recipe
-from framework.data.splits import Splits
-from framework.engines import Engine
-from framework.execution import LocalNetwork
-from framework.model import parts, recipe_network
-from framework.optim import build_optimizer
-from framework.pipeline.scheduling.balance import place
-from framework.pipeline.scheduling.placement import Placement
-from framework.runtime import distributed, requests
+from framework.data.places import check_train_folder
 from framework.runtime.command import status
-from framework.runtime.dead_ranks import dead_ranks_named
-from framework.runtime.errors import UserError
-from framework.runtime.requests import Request
-from framework.runtime.watchdog import Watchdog
-from framework.training.loop import Loop
-from framework.training.results import check, leave_results, score_now
-from framework.training.resume import restore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe; returns the exit status: 0, or ``EXIT_USAGE`` or ``EXIT_TRY_AGAIN`` of ``control``."""
+    """Read a recipe and train it; returns the exit status: 0, ``EXIT_USAGE`` or ``EXIT_TRY_AGAIN``."""
 
-    def read() -> Iterable[Recipe]:
+    def work() -> int:
         recipe = loading.load(sys.argv[1:] if argv is None else argv)
-        distributed.start()
-        return parts(recipe)
+        check_train_folder(recipe.data)
+        from framework.model import parts
+        from framework.training.run import train_all
 
-    return status(lambda: train_all(read))
+        return train_all(lambda: parts(recipe))
 
-
-def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
-    """Train recipes one after the other until somebody asks for an end; the exit status of the command.
-
-    Args:
-        read: joins the other ranks, and says what to train.
-
-    Raises:
-        UserError: whatever the person who started it can mend.
-    """
-    for number in requests.SIGNALS:
-        signal.signal(number, requests.leave_at_once)
-    recipes, request = read(), Request.NOTHING
-    with dead_ranks_named():
-        for recipe in recipes:
-            request = train(recipe)
-            if request >= Request.STOP:
-                break
-    distributed.stop()
-    return requests.EXIT_TRY_AGAIN if request is Request.LEAVE else 0
-
-
-def train(recipe: Recipe) -> Request:
-    """Train from the newest checkpoint on; at the end leave the results.
-
-    Returns:
-        ``STOP`` or ``LEAVE`` if somebody asked for it before the end.
-
-    Raises:
-        UserError: whatever the person who started it can mend.
-    """
-    stages = recipe.pipeline.stages
-    if distributed.world_size() % stages:
-        raise UserError(
-            f"pipeline.stages={stages}: must divide the number of ranks, {distributed.world_size()}"
-        )
-    splits = Splits.open(recipe)
-    with distributed.same_outcome():
-        net = recipe_network(recipe, splits.num_classes)
-        loader = splits.train_loader(net.plan.views)
-        if net.plan.supervised and not splits.train.labeled:
-            raise UserError(
-                f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
-            )
-        check(recipe, net, splits)
-    with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
-        placement = place(recipe, net, splits.num_classes) if recipe.pipelined else None
-        engine = build_engine(recipe, net, placement)
-        position = restore(recipe, engine, loader.steps_per_epoch)
-
-        def score() -> dict[str, float]:
-            with watchdog.asleep():
-                return score_now(recipe, engine.whole_net(), splits)
-
-        loop = Loop(recipe, engine, loader, position, score)
-        request = loop.run(watchdog.step)
-    if request >= Request.STOP:
-        if distributed.is_main():
-            print(f"stopped after step {loop.position.step}; the same command goes on from there", flush=True)
-    else:
-        leave_results(recipe, engine, splits, loop.summary())
-    engine.close()
-    return request
-
-
-def build_engine(recipe: Recipe, net: LocalNetwork, placement: Placement | None = None) -> Engine:
-    """The network under the recipe's engine and optimizer, in pipeline stages where they have a placement."""
-    optim = recipe.optim
-    make_optimizer = partial(
-        build_optimizer,
-        name=optim.name,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov,
-        weight_decay=optim.weight_decay,
-        decay=optim.decay,
-        trust=optim.trust,
-    )
-    return engines.build(
-        recipe.engine,
-        net,
-        make_optimizer,
-        batch_size=recipe.train.batch_size,
-        accumulation=recipe.micro_batches,
-        clip=optim.clip,
-        zero_stage=recipe.zero_stage,
-        deepspeed=recipe.deepspeed,
-        pipeline=recipe.pipeline,
-        placement=placement,
-        cuda_graph=recipe.execution.cuda_graph,
-    )
+    return status(work)
 
 
 if __name__ == "__main__":

@@ -95,19 +95,3 @@ until_done() {
   fi
   patiently scontrol requeue "$SLURM_JOB_ID"
 }
-
-# Train a recipe.
-train() {
-  local recipe=$1 name run_dir="" argument
-  shift
-  name=$(basename "$recipe" .yaml)
-  for argument in "$@"; do
-    case $argument in
-      name=*) name=${argument#name=} ;;
-      run_dir=*) run_dir=${argument#run_dir=} ;;
-    esac
-  done
-  run_dir=${run_dir:-${RUNS:-runs}/$name}
-  until_done "$run_dir" '*/checkpoints/step-*/state.json' \
-    framework/train.py "$recipe" run_dir="$run_dir" ${DATA:+data.path="$DATA"} "$@"
-}

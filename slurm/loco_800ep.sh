@@ -1,8 +1,5 @@
 #!/bin/bash
-# LoCo, ResNet-50, 800 epochs of ImageNet: batch 4096 over 32 GPUs.
-#SBATCH --job-name=loco_800ep
-#SBATCH --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8
+#SBATCH --job-name=loco_800ep --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8
 #SBATCH --time=24:00:00 --signal=USR1@180 --requeue --open-mode=append --output=%x-%j.log
-
-source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
-train recipes/loco_r50_800ep.yaml faults.nonfinite=skip "$@"
+# LoCo, ResNet-50, 800 epochs of ImageNet: batch 4096 over 32 GPUs.
+source "${SLURM_SUBMIT_DIR:-.}/slurm/train.sh" recipes/loco_r50_800ep.yaml "$@"

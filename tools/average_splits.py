@@ -20,7 +20,6 @@ from rich.table import Table
 
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
-from framework.tracking.metrics import write_result
 
 COLUMNS = [(task, key) for task in ("bbox", "segm") for key in ("AP", "AP50", "AP75")]
 LABELS = {"bbox": "box", "segm": "mask"}
@@ -33,6 +32,9 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of the runs, with split1, split2 ... in it")
     run = parser.parse_args().run
+
+    from framework.tracking.metric_log import write_result
+
     results = read(run)
     average = summarize(results)
     write_result(run / "average.json", average)

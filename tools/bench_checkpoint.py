@@ -20,17 +20,12 @@ import time
 from pathlib import Path
 
 from framework.config import loading
-from framework.data.splits import Splits
-from framework.model import recipe_network
-from framework.runtime import distributed
 from framework.runtime.launch import LAUNCH_VARIABLES
-from framework.train import build_engine
-from framework.training.loop import Loop, Position
 
 EPOCH = 1_281_167 // 4096  # steps between two saves by default: an epoch of ImageNet in LoCo's batches
 ROOT = Path(__file__).resolve().parents[1]
 TOY = [
-    "data.source=digits",
+    "data.prepare=digits",
     "data.num_classes=10",
     "data.workers=0",
     "train.precision=fp32",
@@ -41,9 +36,11 @@ TOY = [
 ]
 CHILD = """
 import sys, time
-from framework import train
-from framework.engines import deepspeed, pipeline
-from framework.loop import Loop
+from framework import model, train
+from framework.engines import deepspeed
+from framework.pipeline import engine
+from framework.training import run
+from framework.training.loop import Loop
 
 def first(loop, *rest):
     print("first step", time.time(), flush=True)
@@ -80,13 +77,19 @@ def main() -> None:
 
 def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
     """Median seconds of a step, and of what a save costs; a checkpoint is left."""
+    from framework.data.splits import Splits
+    from framework.model import recipe_network
+    from framework.runtime import distributed
+    from framework.training.engine_choice import build_engine
+    from framework.training.loop import Loop, Position
+
     distributed.start()
     recipe = loading.load(argv)
     splits = Splits.open(recipe)
     net = recipe_network(recipe, splits.num_classes)
     loader = splits.train_loader(net.plan.views)
     batches = loader.steps(0, sys.maxsize)
-    loop = Loop(recipe, build_engine(recipe, net), loader, Position(), score=dict)
+    loop = Loop(recipe, build_engine(recipe, net, splits.num_classes), loader, Position(), score=dict)
 
     def timed_step() -> float:
         start = time.perf_counter()

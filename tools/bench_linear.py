@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
-import torch
+from framework.evaluation.linear_protocols import PROTOCOLS
 
-from framework.evaluation.linear_eval import PROTOCOLS, Rows, evaluate_rows
+if TYPE_CHECKING:
+    from framework.evaluation.linear_classifier import Rows
 
 
 def main() -> None:
@@ -25,6 +27,11 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--preset", choices=PROTOCOLS, default="loco")
     arguments = parser.parse_args()
+
+    import torch
+
+    from framework.evaluation.linear_classifier import evaluate_rows
+
     protocol = PROTOCOLS[arguments.preset]
     for classes in arguments.classes:
         train, test = _rows(arguments.images, arguments.features, classes)
@@ -39,6 +46,10 @@ def main() -> None:
 
 
 def _rows(images: int, features: int, classes: int) -> tuple[Rows, Rows]:
+    import torch
+
+    from framework.evaluation.linear_classifier import Rows
+
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(classes, features, generator=generator)
     count = images + images // 10

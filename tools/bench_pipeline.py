@@ -21,16 +21,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from simulated_pipeline import Row, Stages, numbers, simulated
 
-from framework.pipeline.scheduling.schedule import Instruction, Layout
-from framework.pipeline.scheduling.simulation import AHEAD, Duration, Event, simulate
-from framework.pipeline.timeline import draw_timelines, idle_fraction, window, write_trace
+if TYPE_CHECKING:
+    from simulated_pipeline import Row, Stages
+
+    from framework.pipeline.scheduling.schedule import Instruction, Layout
+    from framework.pipeline.scheduling.simulation import Duration, Event
 
 
 def main() -> int:
@@ -56,6 +57,11 @@ def main() -> int:
     parser.add_argument("--png", type=Path, help="draw the timelines of the last row here")
     parser.add_argument("--trace", type=Path, help="write the last row's trace here, for ui.perfetto.dev")
     arguments = parser.parse_args()
+
+    from simulated_pipeline import simulated
+
+    from framework.pipeline.timeline import draw_timelines, write_trace
+
     rows, timelines = simulated(arguments) if arguments.simulate else measured(arguments)
     show(rows)
     if arguments.json and arguments.simulate:
@@ -95,6 +101,8 @@ def show(rows: list[Row]) -> None:
 
 def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages]]:
     """Start one process a stage, let both engines take turns, and put the ranks' events together."""
+    from simulated_pipeline import numbers
+
     (stages,) = numbers(arguments.stages)
     methods = (arguments.methods or "gim,dgl,loco").split(",")
     cases = list(product(methods, numbers(arguments.micro_batches)))
@@ -121,6 +129,9 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages
 
 def _row(method: str, micro_batches: int, layout: Layout, answers: list[dict[str, list[list[Event]]]]) -> Row:
     """Medians over the rounds, once the pipeline is full; a period is that of the slowest rank."""
+    from framework.pipeline.scheduling.simulation import simulate
+    from framework.pipeline.timeline import idle_fraction
+
     rounds, fill = range(len(answers[0]["ours"])), _fill(layout.placement.stages, micro_batches)
 
     def periods(kind: str) -> list[float]:
@@ -151,10 +162,14 @@ def _row(method: str, micro_batches: int, layout: Layout, answers: list[dict[str
 
 def _fill(stages: int, micro_batches: int) -> int:
     """Steps until the slowest stage holds back all others: before that they run ahead, and would look busy."""
+    from framework.pipeline.scheduling.simulation import AHEAD
+
     return 1 + -(-(stages - 1) * (1 + AHEAD) // micro_batches)
 
 
 def _period(events: Sequence[Event], fill: int) -> float:
+    from framework.pipeline.timeline import window
+
     begin, end, steps = window(events, fill)
     return (end - begin) / steps
 
@@ -176,7 +191,7 @@ def _measured_costs(ranks: list[list[list[Event]]]) -> Duration:
 
 def _kind(instruction: Instruction) -> tuple[type[Instruction], int | None]:
     fields = instruction.kwargs
-    return type(instruction), fields.get("segment", fields.get("moment"))
+    return type(instruction), fields.get("segment", fields.get("after"))
 
 
 class _Ranks:
@@ -239,6 +254,7 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
     from stock_pipeline import OneForwardOneBackward, batches_of, network, placement
 
     from framework.config.recipe import Pipeline
+    from framework.engines import EngineSettings
     from framework.optim import build_optimizer
     from framework.pipeline.engine import PipelinedEngine
 
@@ -247,17 +263,8 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
     end_to_end = network("bp" if net.plan.supervised else "simclr", arguments)
     batches = batches_of(net, micro_batches, arguments)
     spread = placement(end_to_end, batches[0], stages)
-    ours = PipelinedEngine(
-        net,
-        optimizer,
-        spread,
-        batch_size=micro_batches * arguments.images // net.plan.views,
-        micro_batches=micro_batches,
-        clip=0.0,
-        zero_stage=0,
-        section={},
-        options=Pipeline(stages=stages),
-    )
+    settings = EngineSettings(micro_batches * arguments.images // net.plan.views, micro_batches, zero_stage=0)
+    ours = PipelinedEngine(net, optimizer, settings, spread, Pipeline(stages=stages))
     theirs = OneForwardOneBackward(end_to_end, optimizer, spread, batches)
     steps = _fill(stages, micro_batches) + 1 + -(-4 // micro_batches)
     found: dict[str, Any] = {"ours": [], "theirs": [], "layout": ours.layout}

@@ -26,34 +26,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from benched_steps import (
-    CLASSES,
-    CONTRASTIVE,
-    build,
-    check,
-    graphed_step,
-    head_times,
-    measure,
-    naive_step,
-    peak_activations,
-    routed_step,
-)
 from rich.console import Console
 from rich.table import Table
 
-from framework.analysis.gpu import allocator_peak, busy_seconds
-from framework.data.batch import Batch
-from framework.local.trunks import TRUNKS
-from framework.network import create
-from framework.network.cifar import CifarResNet
 from framework.runtime.command import status
 from framework.runtime.files import write_whole
-from framework.tracking.metrics import commit, environment
 
 
 def conditions(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What tells a row of the CSV from the others."""
+    import torch
+
+    from framework.network import create
+    from framework.network.cifar import CifarResNet
+    from framework.tracking.environment import environment
+
     cifar = isinstance(create(arguments.network), CifarResNet)
     here = environment(1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return {
@@ -79,6 +66,23 @@ def conditions(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
+    import torch
+    from benched_steps import (
+        CLASSES,
+        CONTRASTIVE,
+        build,
+        graphed_step,
+        head_times,
+        measure,
+        naive_step,
+        peak_activations,
+        routed_step,
+    )
+
+    from framework.analysis.gpu import allocator_peak, busy_seconds
+    from framework.data.batch import Batch
+    from framework.tracking.environment import commit
+
     setting = conditions(method, arguments)
     size, cut = setting["image_size"], arguments.modules or setting["cut"]
     views = 2 if method in CONTRASTIVE else 1
@@ -236,9 +240,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2, help="segments in a window (loco, mlm, mlaan)")
     parser.add_argument(
         "--head",
-        choices=("gap", "paper", *TRUNKS),
         default="paper",
-        help="the method's own head; simclr, gim, loco: or GAP + linear; dgl, infopro: or a kind of classifier",
+        help="the method's own head (paper); simclr, gim, loco: or gap, pooling and a linear layer; dgl, infopro: or a "
+        "kind of classifier, such as 1c2f",
     )
     parser.add_argument(
         "--cut", choices=("stage", "block"), help="default: blocks for CIFAR networks, stages for others"
@@ -257,6 +261,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--csv", type=Path, help="add them here, without what --breakdown adds")
     arguments = parser.parse_args()
+
+    import torch
+    from benched_steps import check
+
     if arguments.cuda_graph and (arguments.compile or not torch.cuda.is_available()):
         parser.error("--cuda-graph needs a GPU, and can't be combined with --compile")
     methods = arguments.method.split(",")

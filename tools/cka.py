@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.analysis.cka import draw_cka, run_cka
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
 
@@ -20,6 +19,9 @@ def main() -> None:
     parser = run_parser(__doc__)
     parser.add_argument("--images", type=int, help="at most so many test images; default: all")
     arguments = parse(parser)
+
+    from framework.analysis.cka import draw_cka, run_cka
+
     reference, *runs = arguments.runs
     if not runs:
         raise UserError("name two run folders at least: the reference and what is compared with it")

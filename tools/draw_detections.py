@@ -9,19 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from matplotlib import colormaps
-from matplotlib.font_manager import findfont
-from PIL import Image, UnidentifiedImageError
 from rich.progress import track
-from torch import Tensor
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def main() -> None:
@@ -37,6 +33,9 @@ def main() -> None:
     parser.add_argument("--score", type=float, default=0.5, help="least score of what is drawn")
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE ..., MODEL.WEIGHTS at least")
     arguments = parser.parse_args()
+
+    from PIL import Image
+
     try:
         detector = load(arguments.config, arguments.score, arguments.opts)
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -57,7 +56,7 @@ def load(config: Path, score: float, opts: list[str]) -> Any:
     try:
         from framework.detection.detector import Detector
     except ModuleNotFoundError as error:
-        raise UserError(f"{error}: README, Detection, says how to install Detectron2") from error
+        raise UserError(f"{error}: recipes/detectron2/README.md says how to install Detectron2") from error
     return Detector(config, [*opts, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(score)])
 
 
@@ -74,6 +73,10 @@ def draw(image: Tensor, boxes: Tensor, masks: Tensor, names: list[str], scores: 
     Returns:
         (3, H, W) uint8.
     """
+    from matplotlib import colormaps
+    from matplotlib.font_manager import findfont
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
     if not len(boxes):
         return image
     wheel = colormaps["tab10"]
@@ -96,6 +99,10 @@ def draw(image: Tensor, boxes: Tensor, masks: Tensor, names: list[str], scores: 
 
 def _read(path: Path) -> Tensor:
     """(3, H, W) uint8, RGB."""
+    import numpy as np
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
     try:
         return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
     except (UnidentifiedImageError, OSError) as error:

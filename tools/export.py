@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 
-from framework.analysis import export
 from framework.analysis.arguments import only_run, parse, run_parser
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
@@ -21,6 +20,9 @@ from framework.runtime.files import write_whole
 def main() -> None:
     """Export into every format that is possible, and say what was left out and why."""
     arguments = parse(run_parser(__doc__), "export")
+
+    from framework.analysis import export
+
     run, folder = only_run(arguments.runs), arguments.out
     backbone = run.backbone()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Where networks look: the activation of a segment over images, one row a run (MLAAN Figure 4).
 
-    python tools/feature_maps.py RUN [RUN ...] [--segment layer1] [--images 3 14 15] [key=value ...]
+    python tools/feature_maps.py RUN [RUN ...] [key=value ...] [--segment layer1] [--images 3 14 15]
 
 The absolute activation is averaged over channels; all runs share one color scale.
 """
@@ -12,7 +12,6 @@ import sys
 import numpy as np
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.analysis.feature_maps import activation_maps, breadth, draw_maps
 from framework.runtime.command import status
 
 SHOWN = 6
@@ -26,6 +25,9 @@ def main() -> None:
         "--images", type=int, nargs="+", help=f"numbers in the test split; default: {SHOWN} of all"
     )
     arguments = parse(parser)
+
+    from framework.analysis.feature_maps import activation_maps, breadth, draw_maps
+
     runs = arguments.runs
     samples = arguments.images
     if samples is None:

@@ -8,16 +8,11 @@ Weighted votes of the most similar training images by cosine (Wu et al. 2018), c
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.evaluation import features
-from framework.evaluation.run_folder import Run
-from framework.execution import LocalNetwork
-from framework.runtime import distributed
 from framework.runtime.command import status
 
 
@@ -27,32 +22,16 @@ def main() -> None:
     parser.add_argument("--neighbors", type=int, help="that vote; default: evaluate.neighbors of each recipe")
     parser.add_argument("--images", type=int, help="at most so many images of each split; default: all")
     arguments = parse(parser)
+
+    from framework.evaluation.scoring import knn_scores
+    from framework.runtime import distributed
+
     distributed.start()
-    scores = {run.label: knn(run, arguments.neighbors, arguments.images) for run in arguments.runs}
+    scores = {run.label: knn_scores(run, arguments.neighbors, arguments.images) for run in arguments.runs}
     if distributed.is_main():
         _show(scores)
         leave(arguments.out, "knn_eval", scores)
     distributed.stop()
-
-
-def knn(run: Run, neighbors: int | None, images: int | None) -> dict[str, float]:
-    """Per cent by kind of features, on rank 0."""
-    splits = run.splits
-    some = replace(splits, train=splits.train.subsample(images), test=splits.held_out.subsample(images))
-    k = neighbors or run.recipe.evaluate.neighbors
-    scores: dict[str, float] = {"neighbors": k}
-    encoders: dict[str, LocalNetwork | None] = {
-        "trained": run.encoder(),
-        "untrained": run.encoder(trained=False),
-        "raw pixels": None,
-    }
-    for name, net in encoders.items():
-        loaders = (some.eval_loader(shards) for shards in (some.train, some.held_out))
-        train, test = (features.features(net, x) if net else features.pixels(x) for x in loaders)
-        with distributed.same_outcome():
-            if distributed.is_main():
-                scores[name] = features.knn_top1(*train, *test, k)
-    return scores
 
 
 def _show(scores: dict[str, dict[str, float]]) -> None:

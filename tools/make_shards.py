@@ -2,59 +2,91 @@
 
     python tools/make_shards.py SRC DEST [--shorter-side 256] [--encode jpg] [--workers 8]
 
-SRC is a folder of images (split/class/image, split/image, class/image or image), a tar or tar.gz of one, the
-root folder of CIFAR-10, CIFAR-100, STL-10, SVHN or ImageNet as torchvision keeps them, or shards (a folder,
-one folder per split, or a URL). Every split becomes a folder below DEST. Stopped, the same command goes on
-where it was.
+Every split becomes a folder below DEST; a source without splits becomes DEST itself. What SRC was taken for, and what
+is left out of it, is printed; nothing is written there. Stopped, the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from framework.data.packing.packer import Packing, pack
-from framework.data.packing.sources import open_sources
+from framework.data.packing.place import kinds_text
+from framework.data.packing.readers import READERS, read
+from framework.data.packing.reading import Choices, Reading, check_apart
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
+from framework.runtime.text import printable
 
 
 def main() -> None:
     """Pack."""
     arguments = _arguments()
-    packing = Packing(
-        arguments.samples_per_shard, arguments.shorter_side, arguments.encode, arguments.quality
-    )
-    parent = arguments.dest.absolute().parent
+    dest: Path = arguments.dest
+    for source in arguments.src:
+        check_apart(source, dest)
+    parent = dest.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{parent}: cannot be written: {error.strerror}") from error
-    cache = parent / f".{arguments.dest.name}.cache"
-    sources = open_sources(arguments.src, parent, cache, round(arguments.cache_gb * 1e9))
+    choices = Choices(arguments.reader, arguments.skip, arguments.file_column, arguments.label_column)
+    cache = parent / f".{dest.name}.cache"
+    reading = read(arguments.src, choices, parent, cache, round(arguments.cache_gb * 1e9))
+    _pack(reading, arguments)
+
+
+def _pack(reading: Reading, arguments: argparse.Namespace) -> None:
+    from framework.data.packing.packer import Packing, pack_splits, training_needs  # with PyTorch
+
+    source = " ".join(arguments.src[:1] + ["..."] * (len(arguments.src) > 1))
+    splits = reading.open()
+    classes = next((images.classes for images in splits.values() if images.classes), None)
+    counts = ", ".join(f"{split} {len(images)} images".strip() for split, images in splits.items())
+    names = (
+        f"{len(classes)} classes, {', '.join(classes[:5])}{' ...' * (len(classes) > 5)}" if classes else ""
+    )
+    _say(f"{source}: read as '{reading.reader}': {counts}; {names or 'no names of classes'}")
+    if reading.unpacked:
+        _say(f"{source}: not packed: {kinds_text(reading.unpacked)}")
+    packing = Packing(
+        arguments.samples_per_shard, arguments.shorter_side, arguments.encode, arguments.quality
+    )
+    left_out = dict.fromkeys(splits, 0)
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*bar, console=Console(stderr=True)) as progress:
-        for split, source in sources.items():
-            task = progress.add_task(split or arguments.dest.name, total=len(source))
-            left_out = 0
-            for samples, broken in pack(source, arguments.dest / split, packing, arguments.workers):
-                progress.advance(task, samples)
-                for line in broken:
-                    progress.console.print(f"left out: {line}", markup=False)
-                left_out += len(broken)
-            print(f"{arguments.dest / split}: {len(source) - left_out} images, {left_out} left out")
+        tasks = {
+            split: progress.add_task(printable(split or arguments.dest.name), total=len(images))
+            for split, images in splits.items()
+        }
+        for split, samples, broken in pack_splits(splits, arguments.dest, packing, arguments.workers):
+            progress.advance(tasks[split], samples)
+            for line in broken:
+                progress.console.print(f"left out: {line}", markup=False)
+            left_out[split] += len(broken)
+    for split, images in splits.items():
+        whole = len(images) - left_out[split]
+        _say(f"{arguments.dest / split}: {whole} images, {left_out[split]} left out")
+    _say(f"to train on them: {training_needs(arguments.dest, splits)}")
+
+
+def _say(line: str) -> None:
+    print(printable(line), flush=True)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        description=__doc__, epilog=_readers(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("src", help="where the images are")
+    parser.add_argument("src", nargs="+", help="where the images are (several: shards of one folder)")
     parser.add_argument("dest", type=Path, help="folder to make")
     parser.add_argument("--samples-per-shard", type=_positive, default=1000, help="default: 1000")
     parser.add_argument("--shorter-side", type=_positive, help="shrink larger images to this many pixels")
@@ -64,16 +96,70 @@ def _arguments() -> argparse.Namespace:
         default="keep",
         help="keep (default): the bytes as they are where a shard may hold them, else PNG",
     )
-    parser.add_argument("--quality", type=_positive, default=90, help="of JPEG and WebP; default: 90")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="default: one per core")
-    parser.add_argument("--cache-gb", type=float, default=10.0, help="for shards of a URL; default: 10")
+    parser.add_argument(
+        "--quality", type=_percent, default=90, help="of JPEG and WebP, up to 100; default: 90"
+    )
+    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="default: one per core")
+    parser.add_argument("--cache-gb", type=_size, default=10.0, help="for shards of a URL; default: 10")
+    parser.add_argument(
+        "--as", dest="reader", choices=[reader.name for reader in READERS], help="how to read SRC; see below"
+    )
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="folders or files below SRC to leave out; may repeat",
+    )
+    parser.add_argument(
+        "--file-column", metavar="NAME", help="column of a table of labels that names the image"
+    )
+    parser.add_argument(
+        "--label-column", metavar="NAME", help="column of its labels, or key of shards' .json"
+    )
     return parser.parse_args()
 
 
+def _readers() -> str:
+    """What SRC may be, from the registry."""
+    lines = ["what SRC may be, and the splits that come of it:"]
+    for reader in READERS:
+        text = f"{reader.recognizes} -> {reader.becomes}".replace("`", "")
+        lines += textwrap.wrap(
+            f"{reader.name:12} {text}", 100, initial_indent="  ", subsequent_indent=" " * 15
+        )
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake is one line and exit status 64, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the arguments")
+
+
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    return _number(text, int, 1)
+
+
+def _count(text: str) -> int:
+    return _number(text, int, 0)
+
+
+def _percent(text: str) -> int:
+    return _number(text, int, 1, 100)
+
+
+def _size(text: str) -> float:
+    return _number(text, float, 1e-9)
+
+
+def _number(text: str, kind: type, low: float, high: float = math.inf) -> Any:
+    number = kind(text)
+    if not low <= number <= high or number == math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text} must be at least {low:g}" + f" and at most {high:g}" * (high < math.inf)
+        )
     return number
 
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
@@ -79,6 +78,8 @@ def make_coco(dest: Path, images: int) -> Path:
     Raises:
         UserError: there is something already, or it can't be written.
     """
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
     names = MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
     categories = [
         {"id": number, "name": name, "supercategory": "toy"}

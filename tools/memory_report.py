@@ -14,31 +14,20 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from framework.analysis.arguments import leave
-from framework.analysis.memory_tables import (
-    PUBLISHED,
-    STAGES,
-    Memory,
-    Published,
-    draw_savings,
-    measure,
-    published_recipe,
-    stage_shares,
-)
 from framework.config import loading
-from framework.config.recipe import Recipe
-from framework.cost.counting import likely_classes
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
-from framework.tracking.metrics import environment
+
+if TYPE_CHECKING:
+    from framework.analysis.memory_tables import Memory, Published
 
 GIB = 2**30
 COLUMNS = (
@@ -70,20 +59,25 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.images is not None and arguments.images < 2:
         raise UserError(f"--images {arguments.images}: must be at least 2, for BatchNorm")
+    from framework.analysis import memory_tables
+
     if arguments.plans:
         rows = [_own(Path(plan), arguments.images) for plan in track(arguments.plans, "counting")]
         stages: list[dict[str, Any]] = []
     else:
-        rows = [_published(row, arguments.images) for row in track(PUBLISHED, "counting")]
-        stages = [row for network in track(STAGES, "Table 6") for row in _stages(network)]
+        rows = [_published(row, arguments.images) for row in track(memory_tables.PUBLISHED, "counting")]
+        stages = [row for network in track(memory_tables.STAGES, "Table 6") for row in _stages(network)]
     _show(rows, stages)
     if arguments.csv:
         write_whole(arguments.csv, _csv(rows))
     bars = [(str(row["label"]), float(row["saving"]), row["paper_saving"]) for row in rows]
-    leave(arguments.out, "memory", {"rows": rows, "stages": stages}, draw_savings(bars))
+    leave(arguments.out, "memory", {"rows": rows, "stages": stages}, memory_tables.draw_savings(bars))
 
 
 def _published(row: Published, images: int | None) -> dict[str, Any]:
+    from framework.analysis.memory_tables import measure, published_recipe
+    from framework.cost.counting import likely_classes
+
     recipe = published_recipe(row.recipe)
     found = measure(recipe, likely_classes(recipe), images or row.images)
     label = f"{row.network}, {row.method} ({row.table})"
@@ -92,7 +86,10 @@ def _published(row: Published, images: int | None) -> dict[str, Any]:
 
 def _own(plan: Path, images: int | None) -> dict[str, Any]:
     path = plan / "recipe.yaml" if plan.is_dir() else plan
-    recipe: Recipe = loading.load([str(path), *(["data.path=unused"] if path == plan else [])])
+    recipe = loading.load([str(path), *(["data.path=unused"] if path == plan else [])])
+    from framework.analysis.memory_tables import measure
+    from framework.cost.counting import likely_classes
+
     images = images or recipe.train.batch_size // recipe.micro_batches
     found = measure(recipe, likely_classes(recipe), images)
     return _row(f"{recipe.name}: {recipe.method.name}", images, found, None, None)
@@ -116,6 +113,8 @@ def _row(
 
 def _stages(network: str) -> list[dict[str, Any]]:
     """LoCo Table 6, row by row."""
+    from framework.analysis.memory_tables import STAGES, published_recipe, stage_shares
+
     recipe, *printed = STAGES[network]
     columns = zip(*stage_shares(published_recipe(recipe)), *printed, strict=True)
     keys = ("memory", "flops", "paper_memory", "paper_flops")
@@ -149,6 +148,10 @@ def _show(rows: list[dict[str, Any]], stages: list[dict[str, Any]]) -> None:
 
 def _csv(rows: list[dict[str, Any]]) -> str:
     """The counted rows; what the papers don't print is empty."""
+    import torch
+
+    from framework.tracking.environment import environment
+
     here = environment(1, torch.device("cpu"))  # where they are counted
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -17,7 +17,7 @@ from torchvision import transforms as v1
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from framework.data.augment.views import Views
+from framework.config.views import Views
 from framework.data.shards.index import ShardSet
 
 Pass = Callable[[], int]  # loads every image once, returns their number

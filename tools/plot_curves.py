@@ -10,13 +10,15 @@ from __future__ import annotations
 import sys
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.analysis.curves import compare_curves, read_losses, read_scores, score_curves
 from framework.runtime.command import status
 
 
 def main() -> None:
     """Draw, leave ``curves.json`` and ``curves.png``, and ``scores.png`` where there are scores."""
     arguments = parse(run_parser(__doc__))
+
+    from framework.analysis.curves import compare_curves, read_losses, read_scores, score_curves
+
     logs = {run.label: run.folder / "metrics.jsonl" for run in arguments.runs}
     losses = {label: read_losses(log) for label, log in logs.items()}
     leave(

@@ -12,8 +12,6 @@ import sys
 from rich.progress import Progress
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.analysis.probes import draw_layers, probe_layers
-from framework.evaluation.run_folder import comparable
 from framework.runtime.command import status
 
 
@@ -23,6 +21,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="at most so many images of each split; default: all")
     parser.add_argument("--flatten", action="store_true", help="probe whole maps instead of their averages")
     arguments = parse(parser)
+
+    from framework.analysis.probes import draw_layers, probe_layers
+    from framework.evaluation.run_folder import comparable
+
     runs = arguments.runs
     comparable(runs)
     top1 = {}

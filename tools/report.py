@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from framework.analysis.arguments import parse, run_parser
-from framework.analysis.report import write_report
 from framework.runtime.command import status
 from framework.runtime.files import write_whole
 
@@ -22,6 +21,9 @@ def main() -> None:
     parser = run_parser(__doc__)
     parser.add_argument("-o", "--output", type=Path, help="the page; default: report.html in the first run")
     arguments = parse(parser)
+
+    from framework.analysis.report import write_report
+
     path: Path = arguments.output or arguments.runs[0].folder / "report.html"
     write_whole(path, write_report(arguments.runs))
     print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")

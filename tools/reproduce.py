@@ -27,16 +27,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as Printed
 
-from framework.analysis.results_tables import EvidenceTable, RowRun
 from framework.runtime.errors import UserError
+from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE, exit_status
 from framework.runtime.files import write_whole
-from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE, exit_status
+
+if TYPE_CHECKING:
+    from framework.analysis.results_tables import EvidenceTable, RowRun
 
 GRACE = 45.0  # seconds that a run may take to finish its step and save
 SHORTEST = 20.0  # seconds below which no command is started
@@ -175,6 +176,8 @@ def merged(written: Path, table: EvidenceTable, runs: list[RowRun]) -> list[dict
 
 def draw(path: Path, table: EvidenceTable, lines: list[dict[str, Any]]) -> None:
     """Loss of the last unit, and the error where it was measured during training; a color a row. From the logs."""
+    from matplotlib.figure import Figure
+
     logs = [
         [json.loads(text) for text in (path.parent / line["log"]).read_text().splitlines()] for line in lines
     ]
@@ -246,6 +249,9 @@ def main() -> int:
         The exit status: 0, 75 if there is more to do, 64 if something must be mended.
     """
     arguments = parse()
+
+    from framework.analysis.results_tables import EvidenceTable
+
     deadline = time.monotonic() + 60 * arguments.minutes - GRACE
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

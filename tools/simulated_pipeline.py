@@ -8,11 +8,9 @@ import statistics
 from itertools import product
 from typing import Any
 
-from torch import nn
-
-from framework.execution.program import moments
-from framework.local import LocalUnit, Plan
-from framework.local.units import sliding_windows
+from framework.execution.program import segment_programs
+from framework.local import LocalUnit, Plan, sliding_windows
+from framework.local.head import Head
 from framework.pipeline.scheduling.placement import Costs, balanced
 from framework.pipeline.scheduling.schedule import Layout
 from framework.pipeline.scheduling.simulation import Event, Simulation, costs_of, simulate
@@ -57,13 +55,15 @@ def _all_events(ran: Simulation) -> Stages:
 
 def _simulation(method: str, stages: int, micro_batches: int, arguments: argparse.Namespace) -> Simulation:
     length = {"bp": stages, "loco": min(2, stages)}.get(method, 1)
-    units = [
-        LocalUnit(str(last), first, last, nn.Identity()) for first, last in sliding_windows(stages, length)
-    ]
+    units = [LocalUnit(str(last), first, last, Head()) for first, last in sliding_windows(stages, length)]
     plan = Plan(tuple(units), stages)
     reads = frozenset((stage, stages - 1) for stage in range(stages - 1) if method == "lam")
     layout = Layout(
-        moments(plan), balanced([1.0] * stages, stages), micro_batches, reads, lam_lag=arguments.lam_lag
+        segment_programs(plan),
+        balanced([1.0] * stages, stages),
+        micro_batches,
+        reads,
+        lam_lag=arguments.lam_lag,
     )
     draw = random.Random(0)
     factors = [draw.uniform(1 - arguments.spread, 1 + arguments.spread) for _ in range(stages)]

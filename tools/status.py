@@ -1,8 +1,8 @@
-"""Runs at a glance: epoch, speed, time to go, losses of the units, restarts, what was skipped, the last checkpoint.
+"""How runs are doing: epoch, speed, time to go, losses of the units, the last checkpoint, restarts, what was skipped.
 
     python tools/status.py RUN_DIR... [--every 2]
 
-In a terminal the table is drawn anew until Ctrl-C; elsewhere it is printed once.
+In a terminal the lines are drawn anew until Ctrl-C; elsewhere they are printed once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.live import Live
 
 from framework.runtime.command import status
-from framework.tracking.status import RunStatus, table
+from framework.tracking.status import RunStatus, overview
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a few lines for each run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,15 +31,15 @@ def main() -> None:
     console = Console()
     runs = [RunStatus(run_dir) for run_dir in arguments.run_dir]
     if not console.is_terminal:
-        console.print(table(runs))
+        console.print(overview(runs))
         return
     with (
         contextlib.suppress(KeyboardInterrupt),
-        Live(table(runs), console=console, auto_refresh=False) as live,
+        Live(overview(runs), console=console, auto_refresh=False) as live,
     ):
         while True:
             time.sleep(arguments.every)
-            live.update(table(runs), refresh=True)
+            live.update(overview(runs), refresh=True)
 
 
 if __name__ == "__main__":

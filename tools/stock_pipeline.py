@@ -79,7 +79,7 @@ def batches_of(net: LocalNetwork, count: int, arguments: argparse.Namespace) -> 
 
 def placement(end_to_end: LocalNetwork, batch: Batch, stages: int) -> Placement:
     """Stages of equal measured cost, for end-to-end training; rank 0's on all ranks."""
-    costs = measured_costs(end_to_end, batch).per_segment(end_to_end.moments)
+    costs = measured_costs(end_to_end, batch).per_segment(end_to_end.program.segment_programs)
     return balanced(distributed.from_main(costs), stages)
 
 

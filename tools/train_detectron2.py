@@ -8,27 +8,27 @@ the predictions and result.json; --resume goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import argparse
 import sys
-
-from torch.multiprocessing import ProcessExitedException
 
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
 
 
 def main() -> int:
-    """Launch; returns the exit status."""
+    """Launch; returns the exit status.
+
+    Raises:
+        UserError: Detectron2 is missing, or a mistake in what it was given.
+    """
+    arguments = _arguments()
     try:
-        from detectron2.engine import default_argument_parser, launch
+        from detectron2.engine import launch
+        from torch.multiprocessing import ProcessExitedException
 
         from framework.detection import trainer
     except ModuleNotFoundError as error:
-        raise UserError(f"{error}: README, Detection, says how to install Detectron2") from error
-    parser = default_argument_parser(epilog=__doc__)
-    parser.add_argument("--split", type=int, help="train on this subset of COCO, into OUTPUT_DIR/splitN")
-    arguments = parser.parse_args()
-    if not arguments.config_file:
-        parser.error("--config is needed, such as recipes/detectron2/coco_1x_frozen.yaml")
+        raise UserError(f"{error}: recipes/detectron2/README.md says how to install Detectron2") from error
     trainer.prepare(arguments)
     try:
         launch(
@@ -44,6 +44,23 @@ def main() -> int:
             raise
         return error.exit_code
     return 0
+
+
+def _arguments() -> argparse.Namespace:
+    """Detectron2's own options under its own names, read without it, and ``--split``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", "--config-file", dest="config_file", required=True, metavar="FILE")
+    parser.add_argument("--split", type=int, help="train on this subset of COCO, into OUTPUT_DIR/splitN")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, train nothing")
+    parser.add_argument("--num-gpus", type=int, default=1, help="on this machine; default: 1")
+    parser.add_argument("--num-machines", type=int, default=1, help="default: 1")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine; default: 0")
+    parser.add_argument("--dist-url", default="auto", help="where several machines meet, as tcp://HOST:PORT")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="over the file's values")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.analysis.embedding import draw_points, embed
 from framework.runtime.command import status
 
 
@@ -23,6 +22,9 @@ def main() -> None:
     parser.add_argument("--umap", action="store_true", help="UMAP instead of t-SNE (stagewise[umap])")
     parser.add_argument("--seed", type=int, default=0, help="of the layout; default: 0")
     arguments = parse(parser)
+
+    from framework.analysis.embedding import draw_points, embed
+
     runs = {
         run.label: embed(
             run,

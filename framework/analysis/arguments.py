@@ -1,19 +1,23 @@
-"""What the analyses among the commands in ``tools`` share: arguments, where numbers and pictures go."""
+"""What the analyses among the commands in ``tools`` share: arguments, where numbers and pictures go.
+
+Runs are opened, which takes PyTorch, once the arguments are known to be right.
+"""
 
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-
-from framework.evaluation.run_folder import Run, open_runs
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
-from framework.tracking import metrics
+from framework.tracking.metric_log import write_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from framework.evaluation.run_folder import Run
 
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:
@@ -36,6 +40,8 @@ def parse(parser: argparse.ArgumentParser, out: str = "analysis") -> argparse.Na
     """
     arguments = parser.parse_intermixed_args()
     folders, overrides = told_apart(arguments.runs)
+    from framework.evaluation.run_folder import open_runs
+
     arguments.runs = open_runs(folders, overrides)
     arguments.out = arguments.out or arguments.runs[0].folder / out
     return arguments
@@ -71,11 +77,11 @@ def leave(folder: Path, name: str, numbers: Mapping[str, Any], figure: Figure | 
     Raises:
         UserError: the folder can't be written.
     """
-    metrics.write_result(folder / f"{name}.json", numbers)
+    write_result(folder / f"{name}.json", numbers)
     written = f"{folder / name}.json"
     if figure is not None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        write_whole(folder / f"{name}.png", buffer.getvalue())
+        from framework.analysis.pictures import png
+
+        write_whole(folder / f"{name}.png", png(figure))
         written += f", {name}.png"
     print(f"written: {written}", flush=True)

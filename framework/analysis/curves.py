@@ -15,9 +15,9 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
-from framework.analysis.pictures import dress, run_colors
+from framework.analysis.pictures import dress, png, run_colors
 from framework.runtime.errors import UserError
-from framework.tracking.metrics import read_log
+from framework.tracking.metric_log import read_log
 
 LEGEND_LIMIT = 12  # more units than that get a color bar over depth instead of a legend
 
@@ -86,12 +86,11 @@ def read_scores(log: Path) -> dict[str, tuple[list[float], list[float]]]:
     return curves
 
 
-def loss_curves(log: Path, picture: Path, title: str = "") -> None:
-    """Draw every unit's loss over the steps of a ``MetricLog``: low units dark, high ones light.
+def loss_curves(log: Path, title: str = "") -> bytes:
+    """A PNG of every unit's loss over the steps of a ``MetricLog``: low units dark, high ones light.
 
     Args:
         log: the JSONL file.
-        picture: the PNG to write.
         title: above the picture.
 
     Raises:
@@ -100,7 +99,7 @@ def loss_curves(log: Path, picture: Path, title: str = "") -> None:
     losses = read_losses(log)
     figure = Figure(figsize=(7.5, 4.2), dpi=160, layout="constrained")
     draw_units(figure, figure.add_subplot(), losses, title)
-    figure.savefig(picture)
+    return png(figure)
 
 
 def compare_curves(runs: Mapping[str, Losses]) -> Figure:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from framework.evaluation import features
+from framework.evaluation.features import network_features
 from framework.evaluation.run_folder import Run
 from framework.runtime.errors import UserError
 
@@ -59,7 +59,7 @@ def embed(
             f"{count} images are too few for a perplexity of {perplexity:g}: more than three times as many"
         )
     loader = run.splits.eval_loader(shards.take(np.sort(np.concatenate(chosen))))
-    x, y = (t.cpu().numpy() for t in features.features(run.encoder(), loader))
+    x, y = (t.cpu().numpy() for t in network_features(run.encoder(), loader))
     xy = (
         _umap(x, seed)
         if umap

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from framework import network
-from framework.data.augment.views import Views
+from framework.config.views import Views
 from framework.evaluation.run_folder import Run, comparable, maps
 from framework.network import Segment
 from framework.runtime.errors import UserError

@@ -17,7 +17,7 @@ from framework.config.recipe import Recipe
 from framework.cost import counting
 from framework.data.batch import Batch
 from framework.model import recipe_network
-from framework.tracking.metrics import ROOT
+from framework.tracking.environment import ROOT
 
 
 class Published(NamedTuple):

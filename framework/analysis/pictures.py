@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 # Okabe and Ito's colors, told apart with any color vision.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -11,6 +14,13 @@ _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 def run_colors(count: int) -> list[str]:
     """A color for each of ``count`` runs."""
     return [_COLORS[i % len(_COLORS)] for i in range(count)]
+
+
+def png(figure: Figure, dpi: float | str = "figure") -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 def dress(axes: Axes, title: str, x: str, y: str) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from framework.analysis.pictures import dress, run_colors, segment_ticks
 from framework.data.shards.index import ShardSet
-from framework.evaluation.features import linear_top1
+from framework.evaluation.features import extract
+from framework.evaluation.linear_probe import linear_top1
 from framework.evaluation.run_folder import Run, maps
 from framework.execution import LocalNetwork
 from framework.network import Segment
@@ -67,13 +68,14 @@ def draw_layers(top1: dict[str, dict[str, float]]) -> Figure:
 
 def _outputs(
     run: Run, net: LocalNetwork, segments: Sequence[Segment], shards: ShardSet, flatten: bool
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[Sequence[Tensor], Tensor]:
     """Of every segment (N, C), and the labels (N,); on the CPU, where the probes are fitted."""
-    labels = torch.from_numpy(shards.labels)
-    rows: list[list[Tensor]] = [[] for _ in segments]
-    indices = []
-    for index, images, _ in run.splits.eval_loader(shards):
-        indices.append(index)
-        for place, x in zip(rows, maps(net, segments, images), strict=True):
-            place.append((x.flatten(1) if flatten else x.float().mean((2, 3))).float().cpu())
-    return [torch.cat(parts) for parts in rows], labels[torch.cat(indices)]
+    widths: list[int] = []
+
+    def encode(images: Tensor) -> Tensor:
+        outputs = [x.flatten(1) if flatten else x.float().mean((2, 3)) for x in maps(net, segments, images)]
+        widths[:] = [x.shape[1] for x in outputs]
+        return torch.cat([x.float() for x in outputs], dim=1).cpu()
+
+    _, rows, labels = extract(encode, run.splits.eval_loader(shards))
+    return rows.split(widths, dim=1), labels.cpu()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from framework.analysis.curves import Losses, draw_units, read_losses, read_scores, score_curves
-from framework.analysis.pictures import dress, run_colors
+from framework.analysis.pictures import dress, png, run_colors
 from framework.config import loading
 from framework.cost.counting import PlanCost, likely_classes, plan_cost
 from framework.cost.plan_picture import plan_figure
 from framework.evaluation.run_folder import Run, flat
-from framework.tracking.metrics import read_log
+from framework.tracking.metric_log import read_log
 
 _SIZE = (5.4, 3.5)  # inches: the text of a picture stays legible at the width of a phone
 #: file of ``analysis`` -> caption
@@ -190,10 +189,8 @@ def _axes() -> Any:
 
 
 def _picture(figure: Figure, caption: str) -> Picture:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
     width = figure.get_size_inches()[0]
-    return Picture(_uri(buffer.getvalue()), caption, min(700, int(62 * width)))
+    return Picture(_uri(png(figure, dpi=160)), caption, min(700, int(62 * width)))
 
 
 def _uri(png: bytes) -> str:

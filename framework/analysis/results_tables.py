@@ -17,14 +17,16 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from framework.analysis.curves import read_losses, read_scores
-from framework.checkpoints import snapshot
+from framework.checkpoints.folder import identity_of
+from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.config.schema import Fault, NonNegativeInt, build
-from framework.evaluation.linear_eval_conditions import PLACES, conditions_asked, of_checkpoint, result_name
+from framework.evaluation.linear_protocols import PLACES, conditions_asked, result_name
 from framework.evaluation.run_folder import flat
 from framework.runtime.errors import UserError
-from framework.tracking.metrics import ROOT, read_log
+from framework.tracking.environment import ROOT
+from framework.tracking.metric_log import read_log
 
 POINTS = 50  # of a curve in a log
 PATHS = {"data.path", "data.cache_dir"}  # not logged if the command line gives them
@@ -183,8 +185,8 @@ class RowRun:
     def _checkpoint(self) -> dict[str, str]:
         """What a linear evaluation says of the newest checkpoint; nothing where that is gone or damaged."""
         with suppress(UserError):
-            if folder := snapshot.newest(self.folder):
-                return of_checkpoint(folder)
+            if folder := newest_checkpoint(self.folder):
+                return identity_of(folder)
         return {}
 
     @property

@@ -1,8 +1,17 @@
-"""The files of one checkpoint: written whole or not at all, and compared with their checksums when read."""
+"""The files of one checkpoint, from which any engine on any number of ranks can go on.
+
+A folder holds
+
+* ``model.safetensors``: parameters and buffers by name;
+* ``optimizer.safetensors``: full tensors named ``<parameter>/<key>``;
+* ``state.json``: step, optimizer and whatever the training loop adds (recipe, position in the data);
+* ``manifest.json``: SHA-256 of the other three, with which they are compared when they are read.
+
+It gets its name only when it is whole and on the disk, so a crash at any moment leaves the earlier ones.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +25,7 @@ from torch import Tensor
 
 from framework.engines.base import OptimizerState
 from framework.runtime.errors import UserError, is_transient
+from framework.runtime.files import new_file, sha256_of
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
@@ -37,11 +47,11 @@ def write_files(
         partial.mkdir(parents=True)
         flat = {f"{name}/{key}": value for name, values in optimizer.items() for key, value in values.items()}
         manifest = {
-            "model.safetensors": put(partial / "model.safetensors", to_bytes(model)),
-            "optimizer.safetensors": put(partial / "optimizer.safetensors", to_bytes(flat)),
-            "state.json": put(partial / "state.json", json.dumps(state, indent=1).encode()),
+            "model.safetensors": _write(partial / "model.safetensors", to_bytes(model)),
+            "optimizer.safetensors": _write(partial / "optimizer.safetensors", to_bytes(flat)),
+            "state.json": _write(partial / "state.json", json.dumps(state, indent=1).encode()),
         }
-        put(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         _flush(partial)
         _put_in_place(partial, folder)
         _flush(folder.parent)
@@ -59,19 +69,11 @@ def _put_in_place(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def put(path: Path, content: bytes) -> str:
-    """Write a file and wait until it is on the disk; the SHA-256 of what was meant to be written.
-
-    File servers may tell only here, and only to who wrote, that there was no room.
-
-    Raises:
-        OSError: it isn't there, or not whole.
-    """
-    with path.open("wb") as file:
+def _write(path: Path, content: bytes) -> str:
+    """Write a file; the SHA-256 of what was meant to be written, which the file is compared with when it is read."""
+    with new_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
+    return sha256_of(content)
 
 
 def _flush(folder: Path) -> None:
@@ -83,9 +85,10 @@ def _flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def identity_of(folder: Path) -> dict[str, str]:
+    """Name of a checkpoint, and SHA-256 of its weights: of a run that is trained again, names alone are the same."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    return {"checkpoint": folder.name, "weights": manifest["model.safetensors"]}
 
 
 def damage_of(folder: Path) -> str | None:
@@ -104,7 +107,7 @@ def damage_of(folder: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     for name in FILES:
         try:
-            if _sha256(folder / name) != manifest[name]:
+            if sha256_of(folder / name) != manifest[name]:
                 return f"{name} is damaged: its SHA-256 is not that of {MANIFEST}"
         except OSError as error:
             return _unread(folder / name, error)

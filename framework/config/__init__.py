@@ -1,1 +1,1 @@
-"""Recipes: their schema, how they are composed, and how they are checked."""
+"""Recipes: their schema, how files and overrides compose to one, and how it is checked."""

@@ -1,11 +1,11 @@
-"""Recipe files and command-line overrides into one tree, and who set which key.
+"""Recipe files and overrides into one tree, and who set which key.
 
-Hydra reads ``defaults:`` lists and overrides, OmegaConf interpolations; no global state stays behind.
+Hydra reads ``defaults:`` lists, OmegaConf resolves interpolations; no global state stays behind.
 """
 
 from __future__ import annotations
 
-import re
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,29 +16,30 @@ from typing import Any, NamedTuple
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
+from framework.config.renamed import up_to_date
 from framework.config.schema import Fault
+from framework.config.tree import Tree, over
 from framework.runtime.errors import UserError
 
-# What Hydra's grammar has no place for, but paths hold: ~ ( ) = & é
-_PLAIN = re.compile(r"([\w.]+)=([^'\"\[\]{},$\s][^'\"\[\]{},$]*)")
+#: Every run writes its recipe, resolved, into its folder under this name. Keys of earlier versions are read in it.
+RUN_RECIPE = "recipe.yaml"
 
 
 class Source(NamedTuple):
     """A file or an override: ``where`` names it in messages, ``tree`` is what it sets."""
 
     where: str
-    tree: dict[str, Any]
+    tree: Tree
 
 
 def recipe_files(path: Path) -> list[Source]:
-    """The recipe at ``path`` and those that its ``defaults:`` list names, from the same folder or below it.
+    """The recipe at ``path`` and those that its ``defaults:`` list names, by their paths from the recipe's folder.
 
     A recipe in a subfolder sets the same keys as any other, unlike a group of Hydra's. Hydra finds them and says
     in which order they go over each other, the first one undermost.
@@ -53,33 +54,24 @@ def recipe_files(path: Path) -> list[Source]:
     with _hydra(path):
         loader = GlobalHydra.instance().config_loader()
         for entry in loader.compute_defaults_list(path.stem, [], RunMode.RUN).defaults:
-            file = path.parent / f"{entry.config_path}.yaml"
+            file = Path(os.path.normpath(path.parent / f"{entry.config_path}.yaml"))
             if file.is_file():  # the others are Hydra's own
                 tree: Any = OmegaConf.to_container(OmegaConf.load(file))
                 if not isinstance(tree, dict):
                     raise UserError(f"{file}: must hold key: value lines")
                 tree.pop("defaults", None)
-                sources.append(Source(str(file), tree))
+                sources.append(Source(str(file), up_to_date(tree) if file.name == RUN_RECIPE else tree))
     return sources
 
 
-def parse_overrides(texts: Sequence[str]) -> list[Source]:
-    """Overrides ``a.b=value`` in Hydra's grammar, so that lists, sections and quotes work; else ``value`` is a text.
-
-    Raises:
-        UserError: not of that form.
-    """
-    return [Source("command line", _nested(*_parse_override(text))) for text in texts]
-
-
-def merge(*trees: dict[str, Any]) -> dict[str, Any]:
+def merge(*trees: Tree) -> Tree:
     """Later trees over earlier ones, interpolations such as ``${name}`` resolved.
 
     Raises:
         Fault: an interpolation that leads nowhere.
     """
     try:
-        tree = OmegaConf.to_container(OmegaConf.create(reduce(_over, trees)), resolve=True)
+        tree = OmegaConf.to_container(OmegaConf.create(reduce(over, trees)), resolve=True)
     except OmegaConfBaseException as error:
         raise Fault(str(error.full_key), "${...}", str(error.msg or error).splitlines()[0]) from error
     return tree  # type: ignore[return-value]
@@ -91,33 +83,6 @@ def origin(key: str, sources: Sequence[Source]) -> str | None:
         if _sets(source.tree, key.split(".")):
             return source.where
     return None
-
-
-def _over(lower: Any, upper: Any) -> Any:
-    if not isinstance(lower, dict) or not isinstance(upper, dict):
-        return upper
-    return lower | {key: _over(lower.get(key), value) for key, value in upper.items()}
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        if plain := _PLAIN.fullmatch(text):
-            return plain[1], plain[2]
-        hint = (
-            "quote the value, and that from the shell: \"key='value'\"" if "=" in text else "write key=value"
-        )
-        raise UserError(f"command line: {text}: {hint} ({str(error).splitlines()[0]})") from error
-    if override.is_delete() or override.is_sweep_override() or override.package or not override.key_or_group:
-        raise UserError(f"command line: {text}: write key=value with one value; a list is key=[a,b]")
-    return override.key_or_group, override.value()
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
 
 
 def _sets(tree: Any, parts: list[str]) -> bool:
@@ -141,17 +106,22 @@ def _hydra(path: Path) -> Iterator[None]:
             yield
     except MarkedYAMLError as error:
         mark = error.problem_mark
-        where = f"{folder / Path(mark.name).name}, line {mark.line + 1}" if mark else str(path)
+        where = f"{_shown(Path(mark.name), folder)}, line {mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: broken YAML: {error.problem}") from error
     except MissingConfigException as error:
-        missing = f"{error.missing_cfg_file}.yaml"
-        there = _nearest(missing, folder)
+        missing = Path(os.path.normpath(folder / f"{error.missing_cfg_file}.yaml"))
+        there = _nearest(missing.name, missing.parent)
         raise UserError(f"{path}: defaults name {missing}, which does not exist; {there}") from error
     except RecursionError as error:
         raise UserError(f"{path}: the defaults lead back to the recipe that names them") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         text = str(error).partition("\n    full_key")[0]
         raise UserError(f"{path}: {' '.join(text.split())}") from error
+
+
+def _shown(file: Path, folder: Path) -> str:
+    """The path of a file as the recipe's folder was given, not from the root."""
+    return os.path.normpath(folder / os.path.relpath(file, folder.resolve()))
 
 
 def _nearest(name: str, folder: Path) -> str:

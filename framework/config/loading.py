@@ -2,30 +2,46 @@
 
     recipe = load(["recipes/quickstart.yaml", "seed=1", "optim.lr=0.1"])
 
-``composition`` merges the files and the overrides, ``schema`` checks every key and value.
+``composition`` reads the files, ``overrides`` the command line, ``selection`` drops what was set for another method,
+``schema`` checks every key and value, ``checks`` what keys have to do with each other. Nothing here imports PyTorch, so
+that a mistake is told at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from framework.config.composition import merge, origin, parse_overrides, recipe_files
-from framework.config.recipe import Method, Recipe
+from framework.config import methods, overrides, selection
+from framework.config.checks import check
+from framework.config.composition import Source, merge, origin, recipe_files
+from framework.config.method_options import MethodOptions
+from framework.config.recipe import Method, Network, Recipe
+from framework.config.renamed import renamed
 from framework.config.schema import Fault, build, keys
-from framework.local import methods
+from framework.config.tree import Tree
 from framework.runtime.errors import UserError
+from framework.runtime.launch import launched_rank
+
+_SELECTORS = (
+    selection.Selector("method", Method.name),
+    selection.Selector("network", Network.name, others=("args",)),
+)
 
 
 def load(argv: Sequence[str]) -> Recipe:
-    """The recipe of a command line: a path, then overrides ``a.b=c``.
+    """The recipe of a command line: a path, then overrides as ``overrides`` lists them.
+
+    What a recipe sets for another method or network than is selected in the end is dropped, and rank 0 prints a line
+    about it.
 
     Raises:
         UserError: the file, key or value at fault, with the nearest known name or what would be right.
@@ -35,19 +51,22 @@ def load(argv: Sequence[str]) -> Recipe:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=0.1")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     arguments = parser.parse_intermixed_args(argv)
-    path, overrides = arguments.recipe, parse_overrides(arguments.overrides)
-    sources = [*recipe_files(path), *overrides]
-    layers = [{"name": path.stem}, *(source.tree for source in sources)]
+    path: Path = arguments.recipe
+    parsed = [overrides.parse(text) for text in arguments.overrides]
+    sources, idle = overrides.apply(recipe_files(path), parsed)
+    for source in sources:
+        _refuse_old_names(source)
+    for selector in _SELECTORS:
+        sources, lines = selection.drop(sources, selector)
+        for line in lines if launched_rank() == 0 else ():
+            print(line, file=sys.stderr)
     known = [key for key in keys(Recipe) if key != "method.options"]
     try:
-        options = _options_class(merge(_defaults(), *layers)["method"])
-        known += keys(options, "method")
-        recipe = _build(merge(_defaults(), {"method": asdict(options())}, *layers), options)
-        _check(recipe)
+        return _recipe(path.stem, [source.tree for source in sources], known, idle)
     except Fault as fault:
         where = origin(fault.key.split("[")[0], sources) or path
+        where = overrides.COMMAND_LINE if fault.key.startswith("~") else where
         raise UserError(f"{where}: {_explain(fault, known)}") from fault
-    return recipe
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -57,87 +76,63 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
-def _defaults() -> dict[str, Any]:
-    tree = asdict(Recipe())
-    del tree["method"]["options"]
-    return tree
+def _recipe(
+    name: str, layers: Sequence[Tree], known: list[str], idle: Sequence[overrides.Override]
+) -> Recipe:
+    """The recipe of these layers over the schema's defaults; ``known`` gets the keys of the method's options, too.
+
+    Raises:
+        Fault: a key or value that does not fit.
+    """
+    defaults = asdict(Recipe())
+    del defaults["method"]["options"]
+    layers = [{"name": name}, *layers]
+    options = _options_class(merge(defaults, *layers)["method"])
+    known += keys(options, "method")
+    for override in idle:
+        if override.key not in known:
+            raise Fault(
+                f"~{override.key}", {}, "nothing sets it" if _in_a_dictionary(override.key, known) else ""
+            )
+    tree = merge(defaults, {"method": asdict(options())}, *layers)  # type: ignore[call-overload]
+    recipe = _build(tree, options)
+    check(recipe)
+    return recipe
 
 
-def _options_class(node: Any) -> type:
+def _options_class(node: Any) -> type[MethodOptions]:
     """The ``Options`` of the method that the ``method:`` section names."""
     if not isinstance(node, dict):
         raise Fault("method", node, "must be a section with the key name and the method's options")
     if node["name"] not in methods.names():
         raise Fault("method.name", node["name"], f"must be one of {', '.join(methods.names())}")
-    options: type = methods.load(node["name"]).Options
-    return options
+    return methods.load(node["name"]).Options
 
 
-def _build(tree: dict[str, Any], options: type) -> Recipe:
+def _build(tree: Tree, options: type[MethodOptions]) -> Recipe:
     name = tree["method"].pop("name")
     method = Method(name, build(options, tree.pop("method"), "method"))
     recipe = build(Recipe, tree)
-    recipe.method = method
-    recipe.run_dir = os.path.expanduser(recipe.run_dir)  # a shell leaves the ~ of key=~/folder alone
-    recipe.data.path = os.path.expanduser(recipe.data.path)
-    return recipe
+    return replace(
+        recipe,
+        method=method,
+        run_dir=os.path.expanduser(recipe.run_dir),  # a shell leaves the ~ of key=~/folder alone
+        data=replace(recipe.data, path=os.path.expanduser(recipe.data.path)),
+    )
 
 
-def _check(recipe: Recipe) -> None:
-    """What no single key can show."""
-    warmup, epochs = recipe.optim.warmup_epochs, recipe.train.epochs
-    if warmup > epochs:
-        raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}")
-    options = recipe.method.options
-    if getattr(options, "module", None) is not None and options.async_mode != "sequential":
-        raise Fault("method.module", options.module, "goes with method.async_mode=sequential")
-    _check_pipeline(recipe)
-    _check_execution(recipe)
-
-
-def _check_pipeline(recipe: Recipe) -> None:
-    pipeline, train = recipe.pipeline, recipe.train
-    if pipeline.micro_batches is not None and train.accumulation not in (1, pipeline.micro_batches):
-        raise Fault(
-            "pipeline.micro_batches",
-            pipeline.micro_batches,
-            f"train.accumulation={train.accumulation} says otherwise",
-        )
-    if recipe.micro_batches > 1 and train.batch_size % recipe.micro_batches:
-        key = "train.accumulation" if pipeline.micro_batches is None else "pipeline.micro_batches"
-        raise Fault(key, recipe.micro_batches, f"must divide train.batch_size={train.batch_size}")
-    if recipe.pipelined and recipe.engine != "deepspeed":
-        raise Fault("engine", recipe.engine, "pipeline stages need engine=deepspeed")
-    if recipe.pipelined and recipe.zero_stage > 1:
-        raise Fault("zero_stage", recipe.zero_stage, "must be 0 or 1 with pipeline stages")
-    if recipe.pipelined and recipe.faults.nonfinite == "skip":
-        raise Fault(
-            "faults.nonfinite", "skip", "must be stop with pipeline stages, which do not wait for each other"
+def _refuse_old_names(source: Source) -> None:
+    for old in renamed(source.tree):
+        raise UserError(
+            f"{source.where}: {old.key}={old.value}: has another name now: {old.new_key}={old.new_value}"
         )
 
 
-def _check_execution(recipe: Recipe) -> None:
-    execution = recipe.execution
-    asynchronous = getattr(recipe.method.options, "async_mode", "none") == "buffer"
-    hindrances = {
-        "compile": {
-            "engine=fsdp, which swaps the weights around every step": recipe.engine == "fsdp",
-            "pipeline stages": recipe.pipelined,
-        },
-        "cuda_graph": {
-            "execution.compile=true": execution.compile,
-            "pipeline stages": recipe.pipelined,
-            "train.accumulation above 1": recipe.train.accumulation > 1,
-            "train.precision=fp16, whose loss scales the host reads": recipe.train.precision == "fp16",
-            "faults.nonfinite=skip, where the host looks at every step": recipe.faults.nonfinite == "skip",
-            "method.async_mode=buffer, where the host draws the batches": asynchronous,
-            "keys of deepspeed:, in whose place it steps": bool(recipe.deepspeed),
-        },
-    }
-    for key, found in hindrances.items():
-        for hindrance, present in found.items():
-            if getattr(execution, key) and present:
-                raise Fault(f"execution.{key}", "true", f"can't be combined with {hindrance}")
+def _in_a_dictionary(key: str, known: Sequence[str]) -> bool:
+    """Whether a key lies in a dictionary such as ``deepspeed``, of which the schema knows no keys."""
+    above = key.rpartition(".")[0]
+    sections = {name.rpartition(".")[0] for name in known}
+    return bool(above) and ((above in known and above not in sections) or _in_a_dictionary(above, known))
 
 
 def _explain(fault: Fault, known: Sequence[str]) -> str:
@@ -148,7 +143,7 @@ def _explain(fault: Fault, known: Sequence[str]) -> str:
     else:
         scope = " for the method chosen" if fault.key.startswith("method.") else ""
         allowed = [key for key in known if key.startswith("method.")] if scope else known
-        problem = f"unknown key{scope}; the nearest is {_nearest(fault.key, allowed)}"
+        problem = f"unknown key{scope}; the nearest is {_nearest(fault.key.lstrip('~'), allowed)}"
     if isinstance(fault.value, dict):
         return f"{fault.key}: {problem}"
     return f"{fault.key}={'null' if fault.value is None else fault.value}: {problem}"

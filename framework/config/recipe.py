@@ -1,17 +1,31 @@
-"""The typed schema of a recipe: every section, every key, its default and its range."""
+"""The schema of a recipe: every section, every key, its default and its range.
+
+Plain frozen dataclasses; ``schema.build`` makes them from a recipe's values. A method's options are declared in the
+method's own file.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import MISSING
 
-from framework.config.schema import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
-from framework.data.augment.views import Views
+from framework.config.schema import (
+    Fraction,
+    NoFlag,
+    NonNegative,
+    NonNegativeInt,
+    Portion,
+    Positive,
+    PositiveInt,
+)
+from framework.config.views import Views
+
+EngineName = Literal["deepspeed", "ddp", "fsdp"]  # files of ``framework/engines``
 
 
-@dataclass
+@dataclass(frozen=True)
 class Network:
     """The encoder.
 
@@ -33,26 +47,33 @@ class Network:
     args: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Method:
-    """A file of ``framework/local/methods``; in YAML its options stand beside ``name``."""
+    """How the network learns.
+
+    Attributes:
+        name: a file of ``framework/local/methods``.
+        options: its ``Options``, whose keys stand beside ``name`` in YAML.
+    """
 
     name: str = "loco"
-    options: Any = None
+    options: Any = None  # ``load`` always gives it ``MethodOptions``
 
 
-@dataclass
+@dataclass(frozen=True)
 class Data:
     """Where the images are.
 
     Attributes:
         path: folder that holds the splits, or its URL (``s3://``, ``gs://``, ``http(s)://``).
-        source: "shards": WebDataset shards that exist; "digits": scikit-learn's digits, packed on first use.
-        train: folder of the training split, below ``path``.
-        test: folder of the held-out split, below ``path``; for "test", "val" serves where it alone is there.
+        prepare: what happens to ``path`` before its first use. "none": its shards are there (``tools/make_shards.py``
+            packs them); "digits": scikit-learn's digits are packed into it.
+        train: folder of the training split, below ``path``; or some of the shards of a folder, by braces and globs:
+            ``imagenet-train-{000..127}.tar``, ``shards/train-*.tar``. "." is ``path`` itself.
+        test: of the held-out split, likewise; for "test", "val" serves where it alone is there.
         image_size: side of a view in pixels.
         num_classes: check against the labels; ``None`` takes the count from the shards.
-        share: of every class's training images, drawn by the seed, that are used at all: 0.01 and 0.1 in
+        fraction: of every class's training images, drawn by the seed, that are used at all: 0.01 and 0.1 in
             SimCLR's semi-supervised protocol.
         workers: processes per rank that decode; 0 decodes in the training process.
         window: samples among which the order is mixed, so that only the shards of about so many are in use at
@@ -63,12 +84,12 @@ class Data:
     """
 
     path: str = MISSING
-    source: Literal["shards", "digits"] = "shards"
+    prepare: Literal["none", "digits"] = "none"
     train: str = "train"
     test: str = "test"
     image_size: PositiveInt = 224
     num_classes: PositiveInt | None = None
-    share: Share = 1.0
+    fraction: Portion = 1.0
     workers: NonNegativeInt = 8
     window: NonNegativeInt = 0
     cache: Literal["none", "memory"] = "none"
@@ -76,7 +97,7 @@ class Data:
     cache_gb: Positive = 100.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Optim:
     """Optimizer and its schedule: linear warm-up, then cosine to 0. The defaults are LoCo's (section 5.1), or SimCLR's.
 
@@ -103,7 +124,7 @@ class Optim:
     clip: NonNegative = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Train:
     """Length and size of the training.
 
@@ -124,7 +145,7 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Execution:
     """How a training step is executed, which changes its speed and not its numbers.
 
@@ -139,7 +160,7 @@ class Execution:
     cuda_graph: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pipeline:
     """Segments spread over ranks, on ``engine=deepspeed``.
 
@@ -163,7 +184,7 @@ class Pipeline:
     timeout: Positive = 300.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluate:
     """What is measured at the end, and during training.
 
@@ -185,7 +206,7 @@ class Evaluate:
     images: PositiveInt | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checkpoint:
     """When to save, besides at the end.
 
@@ -204,7 +225,7 @@ class Checkpoint:
     keep_best: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Faults:
     """What a run does when something goes wrong.
 
@@ -221,7 +242,7 @@ class Faults:
     hang_seconds: Positive = 600.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Logging:
     """Where the numbers of a run go, besides ``metrics.jsonl``.
 
@@ -238,7 +259,7 @@ class Logging:
     project: str = "stagewise"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
     """One run.
 
@@ -256,7 +277,7 @@ class Recipe:
     name: str = MISSING
     run_dir: str = "runs/${name}"
     seed: NonNegativeInt = 0
-    engine: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
+    engine: EngineName = "deepspeed"
     resume: str = "auto"
     network: Network = field(default_factory=Network)
     method: Method = field(default_factory=Method)
@@ -266,7 +287,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     execution: Execution = field(default_factory=Execution)
     pipeline: Pipeline = field(default_factory=Pipeline)
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Annotated[Literal[0, 1, 2], NoFlag] = 1
     deepspeed: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

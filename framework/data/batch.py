@@ -1,4 +1,4 @@
-"""What goes into a network and what comes out."""
+"""What goes into a network."""
 
 from __future__ import annotations
 
@@ -21,17 +21,3 @@ class Batch(NamedTuple):
     labels: Tensor | None = None
     views: int = 1
     last: bool = True
-
-
-class StepOutput(NamedTuple):
-    """The result of a forward; a named tuple, so that FSDP2 finds the loss in it.
-
-    Attributes:
-        loss: weighted sum of the unit losses; its ``backward()`` hands over the finished gradients.
-        unit_losses: (U,) detached, unweighted, in the order of the plan's units.
-        overflow: bool scalar, the same on every rank: skip this step; ``None`` where nobody looks.
-    """
-
-    loss: Tensor
-    unit_losses: Tensor
-    overflow: Tensor | None = None

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
+
 from framework.config.recipe import Data, Recipe
 from framework.data.loading.loader import EvalLoader, TrainLoader
 from framework.data.loading.sample_order import AHEAD, balanced
 from framework.data.packing.digits import prepare_digits
+from framework.data.places import check_path, check_split, place
 from framework.data.shards.index import ShardSet
+from framework.data.shards.labels import are_identifiers
 from framework.data.shards.remote import open_remote
 from framework.data.shards.store import Store, is_url
 from framework.runtime import distributed
@@ -38,32 +42,35 @@ class Splits:
 
     @classmethod
     def open(cls, recipe: Recipe) -> Splits:
-        """Open the shards, after packing them where ``data.source`` says how.
+        """Open the shards, after packing them where ``data.prepare`` says how.
 
         Raises:
             UserError: shards missing or broken, ``data.num_classes`` does not fit the labels, or the splits
                 name their classes differently.
         """
         data = recipe.data
-        if data.source == "digits" and is_url(data.path):
+        check_path(data)
+        if data.prepare == "digits" and is_url(data.path):
             raise UserError(f"data.path={data.path}: the digits are packed into a local folder")
         with distributed.same_outcome():
             if distributed.is_main():  # packs and indexes; the others find that done
-                if data.source == "digits":
+                if data.prepare == "digits":
                     prepare_digits(Path(data.path))
-                _open(data, data.train)
-                if _open_test(data) is None:
+                train, test = _open(data, data.train), _open_test(data)
+                if test is None:
                     missing = f"{data.path}/{data.test}"
                     logger.warning("%s: no such folder, so nothing will be scored (data.test)", missing)
+                _say_unlabeled(train if test is None or not train.labeled else test)
         with distributed.same_outcome():
             train, test = _open(data, data.train), _open_test(data)
             if is_url(data.path):
                 _check_window(train, data)
             if test is not None:
                 _check_names(train, test)
+                _check_disjoint(data, train, test)
             classes = _classes(data.num_classes, train, test)
-            if data.share < 1:
-                train = train.take(balanced(train.labels, data.share, recipe.seed))
+            if data.fraction < 1:
+                train = train.take(balanced(train.labels, data.fraction, recipe.seed))
             return cls(recipe, train, test, classes)
 
     @property
@@ -87,7 +94,7 @@ class Splits:
         return self.test
 
     def train_loader(self, views_per_image: int) -> TrainLoader:
-        """This rank's share of the training batches: in a pipeline that of its replica, which the first stage reads."""
+        """This rank's part of the training batches; in a pipeline its replica's part, which the first stage reads."""
         replicas = distributed.world_size() // self.recipe.pipeline.stages
         return TrainLoader(
             self.train,
@@ -106,7 +113,7 @@ class Splits:
         )
 
     def eval_loader(self, shards: ShardSet) -> EvalLoader:
-        """This rank's share of a split, every sample once."""
+        """This rank's part of a split; over all ranks every sample comes once."""
         return EvalLoader(
             shards,
             self.recipe.views,
@@ -120,9 +127,11 @@ class Splits:
 
 
 def _open(data: Data, split: str) -> ShardSet:
+    folder, pattern = place(data, split)
     if is_url(data.path):
-        return open_remote(_url(data, split), Path(data.cache_dir), round(data.cache_gb * 1e9))
-    return ShardSet.open(Path(data.path) / split)
+        return open_remote(folder, Path(data.cache_dir), round(data.cache_gb * 1e9), pattern)
+    check_split(data, split)
+    return ShardSet.open(Path(folder), pattern)
 
 
 def _open_test(data: Data) -> ShardSet | None:
@@ -132,20 +141,39 @@ def _open_test(data: Data) -> ShardSet | None:
 
 
 def _exists(data: Data, split: str) -> bool:
-    if is_url(data.path):
-        return Store(_url(data, split)).exists()
-    return (Path(data.path) / split).exists()
+    folder, _ = place(data, split)
+    return Store(folder).exists() if is_url(data.path) else Path(folder).exists()
 
 
-def _url(data: Data, split: str) -> str:
-    return f"{data.path.rstrip('/')}/{split}"
+def _check_disjoint(data: Data, train: ShardSet, test: ShardSet) -> None:
+    """Refuse patterns by which some shards are both trained on and measured on."""
+    both = train.shards.keys() & test.shards.keys() if train.folder == test.folder else set()
+    if both and both != train.shards.keys():
+        raise UserError(
+            f"{train.folder}/{min(both)}: is one of {len(both)} shards that data.train='{data.train}' and "
+            f"data.test='{data.test}' both name"
+        )
+
+
+def _say_unlabeled(shards: ShardSet) -> None:
+    """Why features will not be scored."""
+    if shards.labeled:
+        return
+    if count := shards.passed_over.get("json"):
+        logger.warning(
+            "%s: has no labels (.cls), so nothing will be scored; labels in its %d .json are taken over by "
+            "tools/make_shards.py %s DEST",
+            *(shards.folder, count, shards.folder),
+        )
+    else:
+        logger.warning("%s: has no labels (.cls), so nothing will be scored", shards.folder)
 
 
 def _check_window(train: ShardSet, data: Data) -> None:
     """Refuse a cache that would have to fetch shards again and again."""
     total, largest = sum(train.shards.values()), max(train.shards.values())
-    share = min(1.0, data.window / len(train)) if data.window else 1.0
-    needed = min(total, share * total + (AHEAD + 1) * largest) / 1e9
+    fraction = min(1.0, data.window / len(train)) if data.window else 1.0
+    needed = min(total, fraction * total + (AHEAD + 1) * largest) / 1e9
     if needed > data.cache_gb:
         raise UserError(
             f"data.cache_gb={data.cache_gb:g}: data.window={data.window} needs {needed:.2g} GB of "
@@ -173,6 +201,12 @@ def _classes(wanted: int | None, train: ShardSet, test: ShardSet | None) -> int:
             raise UserError(
                 f"data.num_classes={wanted}: {shards.folder} has labels up to {highest}, "
                 f"so at least {highest + 1}"
+            )
+        if wanted is None and shards.classes is None and are_identifiers(shards.labels):
+            count = len(np.unique(shards.labels))
+            raise UserError(
+                f"{shards.folder}: its {count} different labels go up to {highest}, as identifiers do; "
+                f"tools/make_shards.py numbers them, or set data.num_classes={highest + 1} if they are right"
             )
     names = max((len(shards.classes) for shards in splits if shards.classes), default=0)
     found = max(names, *(int(shards.labels.max()) + 1 for shards in splits))

@@ -11,6 +11,8 @@ from collections.abc import Callable
 RESNETS = {f"resnet{depth}": depth for depth in (18, 34, 50, 101, 152)}
 OWN = ("presnet50", "shufflenetv2_50")
 NETWORKS = (*RESNETS, *OWN)
+#: library -> suffix of the weight files that it reads
+SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "mmdet": ".pth"}
 
 Layout = Callable[[str], str]
 

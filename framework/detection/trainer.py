@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import detectron2
+import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer, default_setup
@@ -19,9 +20,11 @@ from torch import nn
 from yaml import YAMLError
 
 from framework.detection import backbones, datasets, verification
+from framework.detection.normalization import pixels_of
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
-from framework.tracking import metrics
+from framework.tracking.environment import environment
+from framework.tracking.metric_log import write_result
 
 NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")  # sections of MODEL with a key NORM
 BOTTOM_UP = "backbone.bottom_up."
@@ -55,6 +58,7 @@ def configuration(file: Path, overrides: list[str], split: int | None = None) ->
         ) from error
     if split is not None:
         _choose_split(cfg, split)
+    _use_normalization(cfg, overrides)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
@@ -125,9 +129,9 @@ class Trainer(DefaultTrainer):
                 "train": list(cfg.DATASETS.TRAIN),
                 "test": list(cfg.DATASETS.TEST),
                 "detectron2": detectron2.__version__,
-                **metrics.environment(comm.get_world_size(), torch.device(cfg.MODEL.DEVICE)),
+                **environment(comm.get_world_size(), torch.device(cfg.MODEL.DEVICE)),
             }
-            metrics.write_result(Path(cfg.OUTPUT_DIR) / "result.json", result)
+            write_result(Path(cfg.OUTPUT_DIR) / "result.json", result)
         return scores
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -155,6 +159,18 @@ def _check_weights(cfg: CfgNode, arguments: Namespace) -> None:
             f"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT={cfg.MODEL.BACKBONE.FREEZE_AT} freezes random "
             "layers: add MODEL.WEIGHTS backbone.pkl"
         )
+
+
+def _use_normalization(cfg: CfgNode, overrides: list[str]) -> None:
+    """Normalize images as in pretraining, unless the command line says how."""
+    weights = Path(cfg.MODEL.WEIGHTS)
+    if not cfg.MODEL.WEIGHTS or not weights.exists():  # which is said where they are read
+        return
+    for key, in_rgb in pixels_of(weights).items():
+        values = in_rgb[::-1] if cfg.INPUT.FORMAT == "BGR" else in_rgb
+        if f"MODEL.{key}" not in overrides and not np.allclose(cfg.MODEL[key], values, atol=0.01):
+            print(f"MODEL.{key} is {values}, as {weights} was trained, and not {cfg.MODEL[key]}", flush=True)
+            cfg.MODEL[key] = values
 
 
 def _choose_split(cfg: CfgNode, split: int) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from framework.detection.layouts import SUFFIXES
 from framework.runtime.errors import UserError
-
-SUFFIXES = {"detectron2": ".pkl", "torchvision": ".pth", "mmdet": ".pth"}
+from framework.runtime.files import write_whole
 
 #: all that a pickle of numpy arrays calls
 _ARRAY_PARTS = {
@@ -25,31 +25,33 @@ _ARRAY_PARTS = {
 }
 
 
-def write(path: Path, to: str, network: str, tensors: Mapping[str, Tensor]) -> None:
+def write(
+    path: Path, to: str, network: str, tensors: Mapping[str, Tensor], more: Mapping[str, Any] | None = None
+) -> None:
     """Write tensors for the library ``to``, whole or not at all.
 
     Detectron2 takes arrays in a pickle; a pickle without ``__author__`` it would read as one of Caffe2.
+
+    Args:
+        path: the file.
+        to: one of ``SUFFIXES``.
+        network: whose tensors they are.
+        tensors: by that library's names.
+        more: what else a file for Detectron2 is to say, as lists of numbers.
 
     Raises:
         UserError: the suffix is not the one by which the library knows the format, or it can't be written.
     """
     if path.suffix != SUFFIXES[to]:
         raise UserError(f"-o {path}: must end with {SUFFIXES[to]}, by which {to} knows the format")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            if to == "detectron2":
-                arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
-                content = {"model": arrays, "__author__": "stagewise", "matching_heuristics": True}
-                pickle.dump({**content, "network": network}, file, protocol=4)
-            else:
-                torch.save({"state_dict": dict(tensors)} if to == "mmdet" else dict(tensors), file)
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: can't be written: {error.strerror}") from error
+    if to == "detectron2":
+        arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
+        head = {"__author__": "stagewise", "matching_heuristics": True, "network": network}
+        write_whole(path, pickle.dumps({**(more or {}), **head, "model": arrays}, protocol=4))
+        return
+    buffer = io.BytesIO()
+    torch.save({"state_dict": dict(tensors)} if to == "mmdet" else dict(tensors), buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def read_pickle(path: Path) -> dict[str, Any]:

@@ -1,27 +1,48 @@
-"""What every engine does around its own way of averaging gradients."""
+"""The interface of engines, and what they share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from framework.data.batch import Batch, StepOutput
-from framework.execution import LocalNetwork
+from framework.data.batch import Batch
+from framework.execution import LocalNetwork, StepOutput
 from framework.optim import SkippableOptimizer
-from framework.runtime.distributed import mean_over_ranks
+from framework.runtime.distributed import broadcast_weights, device, mean_over_ranks, world_size
+from framework.runtime.errors import UserError
 
 OptimizerFactory = Callable[[nn.Module], SkippableOptimizer]
 OptimizerState = dict[str, dict[str, Tensor]]
 
 
-class Arrival(Protocol):
-    """Something on its way, such as the work of a collective."""
+@dataclass(frozen=True)
+class EngineSettings:
+    """What a recipe says about an engine's steps.
+
+    Attributes:
+        batch_size: images per optimizer step over all ranks and micro-batches.
+        micro_batches: per optimizer step; their gradients are averaged.
+        clip: largest norm of the whole averaged gradient; 0 for no clipping.
+        zero_stage: deepspeed only: 0, 1 or 2.
+        deepspeed: deepspeed only: further keys of DeepSpeed's configuration.
+    """
+
+    batch_size: int
+    micro_batches: int = 1
+    clip: float = 0.0
+    zero_stage: int = 1
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Pending(Protocol):
+    """An operation that has been started, such as a collective's ``Work``."""
 
     def wait(self) -> object:
-        """Until it is there."""
+        """Return when it is complete."""
 
 
 class StepResult(NamedTuple):
@@ -30,26 +51,26 @@ class StepResult(NamedTuple):
     Attributes:
         unit_losses: (U,) averaged over micro-batches and ranks; still on the device.
         skipped: overflow in some micro-batch on some rank: weights and optimizer are as before.
-        arrival: what to wait for before ``unit_losses`` is read, if anything; ``losses`` does.
+        pending: must complete before ``unit_losses`` is read; ``losses`` waits for it.
     """
 
     unit_losses: Tensor
     skipped: bool
-    arrival: Arrival | None = None
+    pending: Pending | None = None
 
     def losses(self) -> list[float]:
         """The unit losses as numbers; waits for the device, and for pipeline stages that are behind."""
-        if self.arrival is not None:
-            self.arrival.wait()
+        if self.pending is not None:
+            self.pending.wait()
         return self.unit_losses.tolist()
 
 
 class Engine(Protocol):
     """Runs a network on every rank as if one process saw the whole batch.
 
-    States are canonical: full CPU tensors by parameter name, on rank 0 and empty elsewhere when read, given
-    to every rank when loaded. So they move between engines, ZeRO stages and numbers of ranks. Reading and
-    loading are collective.
+    States are full CPU tensors by parameter name, whatever the engine shards, so they can be loaded by another engine,
+    ZeRO stage or number of ranks. Reading gives them on rank 0 and empty dictionaries elsewhere; loading takes them on
+    every rank. Both are collective.
     """
 
     net: LocalNetwork
@@ -81,14 +102,39 @@ class Engine(Protocol):
         """Free what the engine holds; the network must not be trained with it any more."""
 
 
+def prepare(net: nn.Module, settings: EngineSettings, stages: int = 1) -> None:
+    """Move ``net`` to this rank's device, make its weights contiguous and rank 0's on all ranks; collective.
+
+    A network still computes in channels-last order if its images come in it.
+
+    Args:
+        net: the network.
+        settings: of the engine to come.
+        stages: pipeline stages; the ranks of one pipeline share a part of the batch.
+
+    Raises:
+        UserError: the batch can't be divided into equal micro-batches for all replicas.
+    """
+    parts = settings.micro_batches * world_size() // stages
+    if settings.batch_size % parts:
+        replicas = f"{world_size() // stages} {'ranks' if stages == 1 else 'replicas'}"
+        raise UserError(
+            f"train.batch_size={settings.batch_size}: must be a multiple of {parts} "
+            f"(train.accumulation={settings.micro_batches} x {replicas})"
+        )
+    net.to(device())
+    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepSpeed and FSDP2 take no other
+    broadcast_weights(net)
+
+
 def marked(micro_batches: list[Batch]) -> Iterator[Batch]:
     """The micro-batches of a step, the last one marked as such."""
     for number, batch in enumerate(micro_batches, start=1):
         yield batch._replace(last=number == len(micro_batches))
 
 
-class Tally:
-    """Collects the outputs of a step's micro-batches."""
+class Outputs:
+    """Losses and overflow flags of a step's micro-batches."""
 
     def __init__(self) -> None:
         self._unit_losses: list[Tensor] = []
@@ -107,7 +153,7 @@ class Tally:
 
 
 def update(optimizer: SkippableOptimizer, net: nn.Module, result: StepResult, lr: float, clip: float) -> None:
-    """Step an optimizer whose parameters hold averaged gradients, then drop the gradients."""
+    """Clip the averaged gradients, step the optimizer unless the step is skipped, and drop the gradients."""
     set_learning_rate(optimizer, lr)
     if not result.skipped:
         if clip > 0:

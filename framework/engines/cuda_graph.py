@@ -6,69 +6,77 @@ import torch
 from torch import Tensor
 
 from framework.data.batch import Batch
-from framework.engines.base import OptimizerFactory, StepResult, update
-from framework.engines.state import HoldsState
+from framework.engines.base import Engine, EngineSettings, OptimizerFactory, StepResult
+from framework.engines.plain import PlainEngine
 from framework.execution import LocalNetwork
 from framework.execution.graph import RecordedStep, Recorder, record_graph
+from framework.runtime.distributed import device, world_size
+from framework.runtime.errors import UserError
 
 
-class GraphedEngine(HoldsState):
-    """See ``Engine``. There is nothing to average, so it serves in place of any other engine.
+def build(
+    net: LocalNetwork,
+    make_optimizer: OptimizerFactory,
+    settings: EngineSettings,
+    record: Recorder = record_graph,
+) -> Engine:
+    """An engine that stands in for the recipe's: on one GPU there is nothing to average.
 
-    Losses arrive a step late (``lag``): the host prepares the optimizer's step while the graph runs.
+    Losses can be read a step later (``lag``): the host prepares the optimizer's step while the graph runs.
 
     Args:
-        net: the network.
+        net: the network, on its device.
         make_optimizer: as for every engine.
-        clip: largest norm of the gradient; 0 for no clipping.
+        settings: of its steps.
         record: what records a step.
     """
+    return PlainEngine(net, make_optimizer(net), settings.clip, _Replayed(net, record), lag=1)
 
-    loads, lag = True, 1
 
-    def __init__(
-        self,
-        net: LocalNetwork,
-        make_optimizer: OptimizerFactory,
-        *,
-        clip: float,
-        record: Recorder = record_graph,
-    ) -> None:
-        self.net = net
-        self.optimizer = make_optimizer(net)
-        self._clip, self._record = clip, record
+def check_one_gpu() -> None:
+    """Refuse machines on which a CUDA graph can't stand in for the recipe's engine.
+
+    Raises:
+        UserError: no GPU, or several ranks.
+    """
+    if device().type != "cuda":
+        raise UserError("execution.cuda_graph=true: needs a GPU, and there is none")
+    if world_size() > 1:
+        raise UserError(f"execution.cuda_graph=true: is for one GPU, and there are {world_size()} ranks")
+
+
+class _Replayed:
+    """``PlainEngine``'s ``backward``. The first step records, when weights have been loaded."""
+
+    def __init__(self, net: LocalNetwork, record: Recorder) -> None:
+        self._net, self._record = net, record
         self._recorded: RecordedStep | None = None
 
-    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+    def __call__(self, micro_batches: list[Batch]) -> StepResult:
         (batch,) = micro_batches
-        if self._recorded is None:  # weights are loaded by now
-            self._recorded = RecordedStep(self.net, batch, self._record)
+        if self._recorded is None:
+            self._recorded = RecordedStep(self._net, batch, self._record)
         self._recorded.run(batch)
         for parameter, gradient in self._recorded.gradients.items():
             parameter.grad = gradient
-        result = _on_its_way(self._recorded.unit_losses)
-        update(self.optimizer, self.net, result, lr, self._clip)
-        return result
-
-    def close(self) -> None:
-        self._recorded = None
+        return _copied_to_host(self._recorded.unit_losses)
 
 
-class _Copied:
-    """An ``Arrival``: numbers that the device is still to copy to the host."""
+class _CopyToHost:
+    """``Pending``: waits for a copy, not until the device is idle."""
 
     def __init__(self) -> None:
         self._event = torch.cuda.Event()
         self._event.record()
 
     def wait(self) -> None:
-        """Until they are there, not until the device is idle."""
+        """Return when the copy is complete."""
         self._event.synchronize()
 
 
-def _on_its_way(unit_losses: Tensor) -> StepResult:
+def _copied_to_host(unit_losses: Tensor) -> StepResult:
     if not unit_losses.is_cuda:
         return StepResult(unit_losses.clone(), False)
     host = torch.empty(unit_losses.shape, dtype=unit_losses.dtype, pin_memory=True)
     host.copy_(unit_losses, non_blocking=True)
-    return StepResult(host, False, _Copied())
+    return StepResult(host, False, _CopyToHost())

@@ -1,4 +1,4 @@
-"""PyTorch's DistributedDataParallel: everything whole on every rank."""
+"""PyTorch's DistributedDataParallel: parameters, gradients and optimizer whole on every rank."""
 
 from __future__ import annotations
 
@@ -8,41 +8,30 @@ from contextlib import nullcontext
 from torch.nn.parallel import DistributedDataParallel
 
 from framework.data.batch import Batch
-from framework.engines.base import OptimizerFactory, StepResult, Tally, marked, update
-from framework.engines.state import HoldsState
-from framework.execution import LocalNetwork
+from framework.engines.base import Engine, EngineSettings, OptimizerFactory
+from framework.engines.plain import PlainEngine, averaged
+from framework.execution import LocalNetwork, StepOutput
 from framework.runtime.distributed import device
 
 
-class DDPEngine(HoldsState):
-    """See ``Engine``."""
+def build(net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineSettings) -> Engine:
+    """``net`` under DDP."""
+    optimizer = make_optimizer(net)
+    with warnings.catch_warnings():
+        # PyTorch 2.13 renames broadcast_buffers; 2.11 knows no other name.
+        warnings.simplefilter("ignore", FutureWarning)
+        ddp = DistributedDataParallel(
+            net,
+            device_ids=[device()] if device().type == "cuda" else None,
+            broadcast_buffers=False,  # SyncBatchNorm and the loss scales keep them equal
+            gradient_as_bucket_view=True,
+        )
 
-    loads, lag = True, 0
+    def forward(batch: Batch) -> StepOutput:
+        with (
+            nullcontext() if batch.last else ddp.no_sync()
+        ):  # read by the forward pass, for its backward pass
+            output: StepOutput = ddp(batch)
+        return output
 
-    def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, *, clip: float) -> None:
-        self.net = net
-        self.optimizer = make_optimizer(net)
-        self._clip = clip
-        with warnings.catch_warnings():
-            # PyTorch 2.13 renames broadcast_buffers; 2.11 knows no other name.
-            warnings.simplefilter("ignore", FutureWarning)
-            self._ddp = DistributedDataParallel(
-                net,
-                device_ids=[device()] if device().type == "cuda" else None,
-                broadcast_buffers=False,  # SyncBatchNorm and the loss scales keep them equal
-                gradient_as_bucket_view=True,
-            )
-
-    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
-        tally = Tally()
-        for batch in marked(micro_batches):
-            with nullcontext() if batch.last else self._ddp.no_sync():
-                output = self._ddp(batch)
-                (output.loss / len(micro_batches)).backward()
-            tally.add(output)
-        result = tally.result()
-        update(self.optimizer, self.net, result, lr, self._clip)
-        return result
-
-    def close(self) -> None:
-        self._ddp.zero_grad()
+    return PlainEngine(net, optimizer, settings.clip, averaged(forward))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -17,50 +16,37 @@ from torch import Tensor
 from framework.data.batch import Batch
 from framework.engines import partition, state
 from framework.engines.base import (
+    Engine,
+    EngineSettings,
     OptimizerFactory,
     OptimizerState,
+    Outputs,
     StepResult,
-    Tally,
     marked,
     set_learning_rate,
 )
 from framework.engines.deepspeed_config import merged_config
 from framework.execution import LocalNetwork
-from framework.runtime.distributed import device
+from framework.runtime.distributed import device, world_size
 from framework.runtime.errors import UserError
 
 
-class DeepSpeedEngine:
-    """See ``Engine``.
-
-    DeepSpeed runs as fp32: precision and loss scales are the network's own business.
+def build(net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineSettings) -> Engine:
+    """``net`` under DeepSpeed.
 
     Raises:
         UserError: the ``deepspeed:`` section contradicts the recipe, or DeepSpeed refuses it.
     """
+    return DeepSpeedEngine(net, make_optimizer, settings)
+
+
+class DeepSpeedEngine:
+    """See ``Engine``. DeepSpeed runs in float32: autocast and loss scales belong to the network."""
 
     loads, lag = True, 0
 
-    def __init__(
-        self,
-        net: LocalNetwork,
-        make_optimizer: OptimizerFactory,
-        *,
-        batch_size: int,
-        accumulation: int,
-        clip: float,
-        zero_stage: int,
-        section: Mapping[str, Any],
-    ) -> None:
-        parameters = sum(p.numel() for p in net.parameters())
-        config = merged_config(
-            section,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            clip=clip,
-            zero_stage=zero_stage,
-            parameters=parameters,
-        )
+    def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineSettings) -> None:
+        config = merged_config(settings, sum(p.numel() for p in net.parameters()), world_size())
         join_ranks()
         checked_config(config)
         self.net = net
@@ -73,14 +59,14 @@ class DeepSpeedEngine:
             group["shard"] = partitioned.shard()
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
-        tally = Tally()
+        outputs = Outputs()
         for batch in marked(micro_batches):
             output = self._engine(batch)
             self._engine.backward(output.loss)  # divides by the number of micro-batches
-            tally.add(output)
+            outputs.add(output)
             if not batch.last:
                 self._engine.step()  # only counts
-        result = tally.result()
+        result = outputs.result()
         set_learning_rate(self.optimizer, lr)
         self.optimizer.skip = result.skipped
         self._engine.step()
@@ -117,11 +103,11 @@ class DeepSpeedEngine:
 def join_ranks() -> None:
     """Have DeepSpeed use the process group that exists."""
     deepspeed.utils.logger.addFilter(_not_about_untested_optimizers)
-    # Calls that DeepSpeed makes and nobody who reads the log can change.
+    # DeepSpeed's own calls.
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)
     if device().type == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce: needs a compiler, and a killed build leaves a
-        # lock in the cache on which every later run waits for ever.
+        # DeepSpeed would compile a shared-memory all-reduce, which needs a compiler; and a build that is killed
+        # leaves a lock file for which every later run waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from framework.runtime.distributed import world_size
+from framework.engines.base import EngineSettings
 from framework.runtime.errors import UserError
 
 # DeepSpeed key -> the recipe key that decides it.
@@ -27,7 +27,7 @@ DECIDED = {
     "zero_optimization.stage": "zero_stage",
 }
 
-# DeepSpeed key -> why it can't be had here.
+# DeepSpeed key -> why it is refused.
 REFUSED = {
     "pipeline": "its stages are the recipe's section pipeline",
     "tensor_parallel": "convolutions are not split over ranks",
@@ -44,30 +44,18 @@ REFUSED = {
 }
 
 
-def merged_config(
-    section: Mapping[str, Any],
-    *,
-    batch_size: int,
-    accumulation: int,
-    clip: float,
-    zero_stage: int,
-    parameters: int,
-    replicas: int | None = None,
-) -> dict[str, Any]:
+def merged_config(settings: EngineSettings, parameters: int, replicas: int) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
     Args:
-        section: the recipe's ``deepspeed:`` section.
-        batch_size: images per step over all ranks and micro-batches.
-        accumulation: micro-batches per step.
-        clip: largest norm of the whole gradient; 0 for no clipping.
-        zero_stage: 0, 1 or 2.
+        settings: of the engine's steps.
         parameters: number of trained scalars.
-        replicas: ranks among which a batch is split; all unless they form a pipeline.
+        replicas: ranks among which a batch is split: all, unless they form pipelines.
 
     Raises:
-        UserError: ``section`` contradicts the recipe or asks for what can't be had; another ZeRO stage.
+        UserError: the ``deepspeed:`` section contradicts the recipe or asks for what can't be had; another ZeRO stage.
     """
+    section, zero_stage = settings.deepspeed, settings.zero_stage
     _check(section, zero_stage)
     zero: dict[str, Any] = {
         "stage": zero_stage,
@@ -75,15 +63,15 @@ def merged_config(
         "reduce_bucket_size": min(parameters, 500_000_000),
     }
     if zero_stage:
-        zero["compute_grad_norm"] = clip > 0
+        zero["compute_grad_norm"] = settings.clip > 0
     return {
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at every micro-batch
         "zero_allow_untested_optimizer": True,
         **section,
-        "train_batch_size": batch_size,
-        "train_micro_batch_size_per_gpu": batch_size // (accumulation * (replicas or world_size())),
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,  # DeepSpeed clips at 1.0 if left alone
+        "train_batch_size": settings.batch_size,
+        "train_micro_batch_size_per_gpu": settings.batch_size // (settings.micro_batches * replicas),
+        "gradient_accumulation_steps": settings.micro_batches,
+        "gradient_clipping": settings.clip,  # DeepSpeed clips at 1.0 if left alone
         "zero_optimization": {**zero, **section.get("zero_optimization", {})},
     }
 

@@ -7,34 +7,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from framework.engines.base import OptimizerState
-from framework.execution import LocalNetwork
 from framework.optim import SkippableOptimizer
 from framework.runtime.distributed import is_main
 
 # AdamW counts steps per parameter in a scalar that stays on the CPU and is never sharded.
 COUNTERS = frozenset({"step"})
-
-
-class HoldsState:
-    """The states of an engine that keeps them in the network's parameters and in its optimizer; see ``Engine``."""
-
-    net: LocalNetwork
-    optimizer: SkippableOptimizer
-
-    def whole_net(self) -> LocalNetwork:
-        return self.net
-
-    def model_state(self) -> dict[str, Tensor]:
-        return read_model(self.net)
-
-    def load_model_state(self, full: dict[str, Tensor]) -> None:
-        write_model(self.net, full)
-
-    def optimizer_state(self) -> OptimizerState:
-        return read_optimizer(self.optimizer, self.net)
-
-    def load_optimizer_state(self, full: OptimizerState) -> None:
-        write_optimizer(self.optimizer, self.net, full)
 
 
 def read_model(net: nn.Module) -> dict[str, Tensor]:
@@ -86,7 +63,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor, full: Tensor) -> Tensor:
-    """A copy of ``full`` on the device of ``tensor``, cut up like it. Every rank has ``full``: nothing is sent."""
+    """A copy of ``full``, which every rank has, on the device of ``tensor`` and sharded like it; sends nothing."""
     full = torch.empty_like(full, device=tensor.device).copy_(full)
     if isinstance(tensor, DTensor):
         return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)

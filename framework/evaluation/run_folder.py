@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from framework import network
-from framework.checkpoints import snapshot
+from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.config import loading
 from framework.config.recipe import Execution, Method, Pipeline, Recipe
+from framework.config.renamed import up_to_date
 from framework.data.splits import Splits
 from framework.execution import LocalNetwork
 from framework.local.methods import bp
@@ -83,7 +84,7 @@ class Run:
         Raises:
             UserError: there is none.
         """
-        folder = snapshot.newest(self.folder)
+        folder = newest_checkpoint(self.folder)
         if folder is None:
             raise UserError(
                 f"{self.folder}: has no checkpoint yet (checkpoints/step-*); let it train until one is"
@@ -174,7 +175,7 @@ def comparable(runs: Sequence[Run]) -> None:
 
 
 def flat(recipe: str) -> dict[str, Any]:
-    """The values of a recipe in YAML by dotted key."""
+    """The values of a recipe in YAML by dotted key, as the keys are called now."""
 
     def walk(node: Any, key: str) -> Iterator[tuple[str, Any]]:
         if isinstance(node, dict):
@@ -183,7 +184,8 @@ def flat(recipe: str) -> dict[str, Any]:
         else:
             yield key.removeprefix("."), node
 
-    return dict(walk(OmegaConf.to_container(OmegaConf.create(recipe)), ""))
+    tree: Any = OmegaConf.to_container(OmegaConf.create(recipe))
+    return dict(walk(up_to_date(tree), ""))
 
 
 def _kind(run: Run) -> tuple[str, str]:

@@ -1,5 +1,5 @@
-"""Running a plan: in one process by routing, and literally, for comparison."""
+"""Running a plan: in one process by routing gradients, and literally, for comparison."""
 
-from framework.execution.local_network import LocalNetwork
+from framework.execution.local_network import LocalNetwork, StepOutput
 
-__all__ = ["LocalNetwork"]
+__all__ = ["LocalNetwork", "StepOutput"]

@@ -15,10 +15,10 @@ from framework.runtime.errors import UserError
 
 
 def compiled(segment: Segment) -> Callable[[Tensor], Tensor]:
-    """What the segment runs, compiled at the first call; segments that are alike share the result.
+    """What the segment runs, compiled at the first call; segments of equal structure share the compiled code.
 
-    The modules stay where they are: names, hooks and weights are those of the segment. A backward pass takes the
-    gradients of weights and input together: one that only passes through to a lower segment costs as much as both.
+    The modules stay where they are: names, hooks and weights are those of the segment. A compiled backward always
+    computes the gradients of weights and input together, so a pass for the input's alone costs as much as both.
 
     Raises:
         UserError: there is no compiler, or a step of the segment is no module.
@@ -37,8 +37,9 @@ def compiled(segment: Segment) -> Callable[[Tensor], Tensor]:
     communicates = any(
         isinstance(module, nn.SyncBatchNorm | SyncBatchNorm) for step in steps for module in step.modules()
     )
-    # Both for the whole process, as PyTorch has it. A window goes through a graph again, whose values must still be
-    # there; and segments that differ count as recompilations of one another, of which 8 are allowed.
+    # PyTorch has both settings for the whole process only. Donated buffers are freed by a graph's first backward, and
+    # windows go through a graph several times. Segments that differ count as recompilations of one another, of which
+    # 8 are allowed.
     functorch.donated_buffer = False
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     return torch.compile(nn.Sequential(*steps), fullgraph=not communicates, dynamic=False)

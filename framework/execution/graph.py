@@ -1,8 +1,8 @@
 """A training step's losses and gradients as one CUDA graph: small networks are bound by the launches of kernels.
 
-Everything up to the finished gradients is recorded, with BatchNorm's statistics and the copies in heads, which move
-in place. The optimizer is not: its rate is a number of the host's that changes with every step, and a rate read
-from the device would round differently.
+Everything up to the finished gradients is recorded, including BatchNorm's statistics and what heads do once a step,
+which are updates in place. The optimizer is not recorded: its learning rate is a number on the host that changes with
+every step, and a rate read from the device would be rounded differently.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WARM_UP = 3  # runs before the recording, in which libraries choose kernels and 
 
 
 class RecordedStep:
-    """The routed step on batches of one size, without launches of its own.
+    """The routed step on batches of one size, replayed without launching its kernels one by one.
 
     Args:
         net: in training mode; the parameters keep their storage from now on.
@@ -54,25 +54,25 @@ class RecordedStep:
         self._replay()
 
     def _work(self) -> Outputs:
-        self._net.begin_step()
-        step, _ = self._net.routed(self._batch)
-        self._net.update_copies(self._batch)
+        self._net.start_micro_batch()
+        step, _ = self._net.routed_step(self._batch)
+        self._net.end_micro_batch(self._batch)
         self._learners = list(step.gradients)
         losses = torch.stack([step.losses[i] for i in range(len(self._net.plan.units))])
         return [losses, *step.gradients.values()]
 
 
 def record_graph(work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-    """Record what ``work`` does on the GPU; returns what does it again, and the tensors it then writes to."""
+    """Record what ``work`` does on the GPU; returns a function that repeats it, and the tensors that this writes to."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(WARM_UP):
             work()
     torch.cuda.current_stream().wait_stream(aside)
-    gc.collect()  # a graph of autograd from before, still alive, would be of another stream
+    gc.collect()  # frees autograd graphs, which belong to another stream
     graph = torch.cuda.CUDAGraph()
-    # Threads of the loader may use the GPU meanwhile, which only concerns this one in "thread_local".
+    # With "thread_local", threads of the loader may use the GPU during the recording.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = work()
     return graph.replay, outputs
@@ -80,7 +80,7 @@ def record_graph(work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outpu
 
 @contextmanager
 def as_before(net: nn.Module) -> Iterator[None]:
-    """Buffers (statistics, copies in heads) and the state of chance are afterwards what they were."""
+    """Restores buffers (statistics, copies in heads) and the state of random number generators at the end."""
     buffers = list(net.buffers())
     before = [buffer.clone() for buffer in buffers]
     try:

@@ -1,31 +1,47 @@
-"""Run every segment once and route the gradients of all local units by hand.
+"""A network that trains with local losses: every segment runs once, gradients are routed by hand.
 
-Segment outputs are cut from each other, so each segment has a small graph of its own. After a head
-has given its cotangent, the cotangent walks down its window through those graphs; a segment's weight
-gradient is taken once, for the sum of all its cotangents, after which the graph is freed. Backward is
-linear in the cotangent, so this equals running every window again, at a fraction of the cost.
+Segment outputs are detached from each other, so each segment has a small graph of its own. The cotangent that a head
+gives is passed down through the graphs of its window; a segment's weight gradient is taken once, for the sum of all
+its cotangents, after which the graph is freed. Backward is linear in the cotangent, so this equals running every
+window again, at a fraction of the cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Self
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from framework.data.batch import Batch, StepOutput
+from framework.data.batch import Batch
 from framework.execution.compilation import compiled
-from framework.execution.precision import LossScales, autocast_type
-from framework.execution.program import moments
-from framework.execution.replay_buffer import Turns
-from framework.execution.step import RoutedStep, contrasts
-from framework.local.units import Plan, ReadingHead
+from framework.execution.precision import LossScales
+from framework.execution.program import Program
+from framework.execution.replay_buffer import ReplayBufferStrategy
+from framework.execution.step import RoutedStep
+from framework.local.units import Plan
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
 from framework.runtime.distributed import any_over_ranks
 from framework.runtime.errors import UserError
+
+
+class StepOutput(NamedTuple):
+    """The result of a forward; a named tuple, so that FSDP2 finds the loss in it.
+
+    Attributes:
+        loss: weighted sum of the unit losses; its ``backward()`` hands over the finished gradients.
+        unit_losses: (U,) detached, unweighted, in the order of the plan's units.
+        overflow: bool scalar, the same on every rank: skip this step. ``None`` in float32 and bfloat16, unless the
+            network was made with ``skip_nonfinite``.
+    """
+
+    loss: Tensor
+    unit_losses: Tensor
+    overflow: Tensor | None = None
 
 
 class LocalNetwork(nn.Module):
@@ -41,10 +57,17 @@ class LocalNetwork(nn.Module):
         segments: what it was cut into.
         plan: the local units.
         precision: ``"fp32"`` (the parameters' own type), ``"bf16"`` or ``"fp16"`` (autocast).
-        channels_last: lay images out so; what follows in the network keeps their layout.
-        frozen: segments that run first, in evaluation mode, and stay as they are.
+        channels_last: convert images to this memory format; the network's layers keep it.
+        frozen: segments that run first, in evaluation mode, and do not learn.
         skip_nonfinite: report losses and gradients that are infinite or NaN as ``overflow``; costs a pass over the
             gradients and one collective a micro-batch. float16 reports them anyway.
+
+    Attributes:
+        program: what a step does.
+        scales: loss scales, of float16.
+
+    Raises:
+        UserError: the plan is for another number of segments, or there is no such precision.
     """
 
     def __init__(
@@ -60,25 +83,30 @@ class LocalNetwork(nn.Module):
         super().__init__()
         if len(segments) != plan.segments:
             raise UserError(f"the plan is for {plan.segments} segments, the network has {len(segments)}")
-        self.backbone, self.segments, self.plan, self.frozen = backbone, tuple(segments), plan, tuple(frozen)
-        heads = {unit.head: unit.name for unit in reversed(plan.units)}
-        self.heads = nn.ModuleDict({heads[u.head].replace(".", "_"): u.head for u in plan.units})
-        self.runners: list[Callable[[Tensor], Tensor]] = list(segments)
-        self.moments = moments(plan)
-        self.calls = tuple(call for moment in self.moments for call in moment.heads)
-        self.low_precision = autocast_type(precision)
+        self.backbone, self.frozen = backbone, tuple(frozen)
+        self.program = Program.of(plan, segments, precision)
+        names = {unit.head: unit.name for unit in reversed(plan.units)}
+        self.heads = nn.ModuleDict({names[head].replace(".", "_"): head for head in plan.heads})
         self.layout = torch.channels_last if channels_last else torch.preserve_format
-        self.scales = LossScales(self._call_weights()) if precision == "fp16" else None
-        rings = plan.asynchronous
-        self.turns = (
-            Turns(plan.segments, rings.buffer_size, rings.buffer_order)
-            if rings.async_mode == "buffer"
-            else None
-        )
+        weights = [self.program.weight(call) for call in self.program.calls]
+        self.scales = LossScales(weights) if precision == "fp16" else None
+        replays = plan.execution.kind == "replay buffer"
+        # "turns" is part of names in checkpoints.
+        self.turns = ReplayBufferStrategy(plan.segments, plan.execution) if replays else None
         self.skip_nonfinite = skip_nonfinite
         self._overflowed: Tensor | None = None
         self._between_steps = True
         self._taken: Tensor | float = 1.0
+
+    @property
+    def plan(self) -> Plan:
+        """The local units."""
+        return self.program.plan
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What the backbone was cut into, without the frozen ones."""
+        return self.program.segments
 
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode of everything but the frozen segments."""
@@ -91,9 +119,9 @@ class LocalNetwork(nn.Module):
         """Losses of all units on a batch; in training mode their gradients too."""
         batch = batch._replace(images=self._laid_out(batch.images))
         if self.training and torch.is_grad_enabled():
-            self.begin_step()
+            self.start_micro_batch()
             output = self._train(batch)
-            self.update_copies(batch, output.overflow)
+            self.end_micro_batch(batch, output.overflow)
             return output
         with torch.no_grad(), frozen_statistics(self):
             return self._evaluate(batch)
@@ -104,26 +132,27 @@ class LocalNetwork(nn.Module):
         Raises:
             UserError: a segment can't be compiled.
         """
-        self.runners = [compiled(segment) for segment in self.segments]
+        self.program = replace(self.program, runners=tuple(compiled(segment) for segment in self.segments))
 
     def penalty(self) -> Tensor | None:
-        """What heads add to the loss for the weights alone (scalar); ``None`` if none does."""
-        penalties = [p for head in self._readers() if (p := head.penalty(self.segments)) is not None]
+        """Sum of the heads' penalties (scalar); ``None`` if there are none."""
+        penalties = [p for head in self.plan.heads if (p := head.penalty(self.segments)) is not None]
         return torch.stack(penalties).sum() if penalties else None
 
-    def begin_step(self) -> None:
-        """Let the copies that follow after a step do so, before the first micro-batch of the next."""
+    def start_micro_batch(self) -> None:
+        """Call the heads' ``after_step`` if this is the first micro-batch after an optimizer step, or of all."""
         if self._between_steps:
-            self._move_copies("after", self._taken)
+            for head in self.plan.heads:
+                head.after_step(self.segments, self._taken)
         self._between_steps = False
 
-    def update_copies(self, batch: Batch, overflow: Tensor | None = None) -> None:
-        """Let the copies in heads follow the segments, if an optimizer step comes next and is not skipped.
+    def end_micro_batch(self, batch: Batch, overflow: Tensor | None = None) -> None:
+        """Call the heads' ``before_step`` if an optimizer step comes next.
 
         Args:
             batch: the micro-batch just done.
-            overflow: bool scalar where steps may be skipped (float16, ``skip_nonfinite``); any in a step's
-                micro-batches holds the copies still.
+            overflow: bool scalar where steps may be skipped (float16, ``skip_nonfinite``). One overflow in a step's
+                micro-batches skips the step.
         """
         if overflow is not None:
             self._overflowed = overflow if self._overflowed is None else self._overflowed | overflow
@@ -131,7 +160,13 @@ class LocalNetwork(nn.Module):
             return
         self._taken = 1.0 if self._overflowed is None else (~self._overflowed).float()
         self._overflowed, self._between_steps = None, True
-        self._move_copies("before", self._taken)
+        for head in self.plan.heads:
+            head.before_step(self.segments, self._taken)
+
+    def clear_replay_buffers(self) -> None:
+        """Drop the batches in replay buffers, which a checkpoint does not contain."""
+        if self.turns is not None:
+            self.turns.clear()
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -141,56 +176,36 @@ class LocalNetwork(nn.Module):
 
     @property
     def classifies(self) -> bool:
-        """Whether ``predict`` can be asked: the last head gives logits, which a decoder or a contrast doesn't."""
-        head = self.plan.units[-1].head
-        return self.plan.supervised and hasattr(head, "predict") and not contrasts(head)
+        """Whether the last head gives logits, which ``predict`` asks for."""
+        return self.plan.units[-1].head.classifies
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """Logits of the head on the last segment, (N, 3, H, W) -> (N, classes)."""
-        head = self.plan.units[-1].head
         with self.autocast(images):
-            return head.predict(self._last_map(images))  # type: ignore[operator]
+            return self.plan.units[-1].head.predict(self._last_map(images))
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
-        """The precision in which segments and heads run; weights are cast once a call, so nothing is cached."""
-        if self.low_precision is None:
-            return nullcontext()
-        return torch.autocast(x.device.type, dtype=self.low_precision, cache_enabled=False)
-
-    def _laid_out(self, images: Tensor) -> Tensor:
-        return images.to(memory_format=self.layout)
-
-    def _last_map(self, images: Tensor) -> Tensor:
-        x = self.entering(self._laid_out(images))
-        with self.autocast(x):
-            for segment in self.segments:
-                x = segment(x)
-        return self.segments[-1].to_map(x)
+        """The precision in which segments and heads run."""
+        return self.program.autocast(x)
 
     @torch.no_grad()
-    def entering(self, images: Tensor) -> Tensor:
+    def run_frozen(self, images: Tensor) -> Tensor:
         """The input of the first segment that is not frozen."""
         with self.autocast(images):
             for segment in self.frozen:
                 images = segment(images)
         return images
 
-    def _train(self, batch: Batch) -> StepOutput:
-        """Losses, attached to all parameters by a node that hands the finished gradients over."""
-        step, penalty = self.routed(batch)
-        result = _output(self.plan, step.losses, penalty)
-        overflow = self._overflow(step)
-        loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
-        return StepOutput(loss, result.unit_losses, overflow)
-
-    def routed(self, batch: Batch) -> tuple[RoutedStep, Tensor | None]:
-        """Losses and finished gradients of a batch, and the penalty that is in the gradients."""
-        step = RoutedStep(self, batch, scales=self.scales.current() if self.scales is not None else None)
+    def routed_step(self, batch: Batch) -> tuple[RoutedStep, Tensor | None]:
+        """A batch's losses and finished gradients, and the penalty, whose gradient is added to them."""
+        step = RoutedStep(
+            self.program, batch, scales=self.scales.current() if self.scales is not None else None
+        )
         if self.turns is not None:
-            self.turns.take(step)
+            self.turns.run(step)
         else:
-            x = self.entering(batch.images)
+            x = self.run_frozen(batch.images)
             for s in range(self.plan.segments):
                 x = step.forward(s, x)
                 step.run_heads(s)
@@ -200,10 +215,28 @@ class LocalNetwork(nn.Module):
             add_gradients(penalty, step.gradients)
         return step, None if penalty is None else penalty.detach()
 
-    def _overflow(self, step: RoutedStep) -> Tensor | None:
-        """Whether any loss or gradient on any rank is infinite or NaN, where somebody wants to know."""
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.to(memory_format=self.layout)
+
+    def _last_map(self, images: Tensor) -> Tensor:
+        x = self.run_frozen(self._laid_out(images))
+        with self.autocast(x):
+            for segment in self.segments:
+                x = segment(x)
+        return self.segments[-1].to_map(x)
+
+    def _train(self, batch: Batch) -> StepOutput:
+        """Losses, attached to all parameters by a node that hands the finished gradients over."""
+        step, penalty = self.routed_step(batch)
+        result = _output(self.plan, step.losses, penalty)
+        overflow = self._overflow(step, batch.last)
+        loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
+        return StepOutput(loss, result.unit_losses, overflow)
+
+    def _overflow(self, step: RoutedStep, last: bool) -> Tensor | None:
+        """Whether any loss or gradient on any rank is infinite or NaN, if that is to be reported."""
         if self.scales is not None:
-            return self.scales.update(step.take_overflows())
+            return self.scales.update(step.take_overflows(), last)
         if not self.skip_nonfinite:
             return None
         seen = [*step.losses.values(), *torch._foreach_norm(list(step.gradients.values()))]
@@ -211,25 +244,14 @@ class LocalNetwork(nn.Module):
 
     def _evaluate(self, batch: Batch) -> StepOutput:
         losses: dict[int, Tensor] = {}
-        x = self.entering(batch.images)
+        x = self.run_frozen(batch.images)
         with self.autocast(x):
-            for segment, moment in zip(self.segments, self.moments, strict=True):
+            for segment, program in zip(self.segments, self.program.segment_programs, strict=True):
                 x = segment(x)
-                for call in moment.heads:
-                    loss = self.plan.units[call.units[0]].head(segment.to_map(x), batch)
+                for call in program.heads:
+                    loss = call.head(segment.to_map(x), batch)
                     losses.update(dict.fromkeys(call.units, loss))
         return _output(self.plan, losses, self.penalty())
-
-    def _move_copies(self, when: str, amount: Tensor | float) -> None:
-        for head in self._readers():
-            if head.when == when:
-                head.update_copies(self.segments, amount)
-
-    def _readers(self) -> list[ReadingHead]:
-        return [head for head in self.heads.values() if isinstance(head, ReadingHead)]
-
-    def _call_weights(self) -> list[float]:
-        return [max(self.plan.units[i].weight for i in call.units) for call in self.calls]
 
 
 def add_gradients(penalty: Tensor, gradients: dict[nn.Parameter, Tensor]) -> None:

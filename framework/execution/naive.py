@@ -23,15 +23,15 @@ def naive_gradients(
 ) -> tuple[list[Tensor], dict[nn.Parameter, Tensor]]:
     """Unit losses (detached, unweighted), every parameter's gradient of their weighted sum and the penalty.
 
-    Copies in heads follow as in a routed step.
+    What heads do once a step happens as in a routed step.
 
     Args:
         network: in training mode.
         batch: a micro-batch.
-        bn_update: whether only a segment's first run moves BatchNorm's statistics, as in a routed step, or its
-            repetitions do so too, as in MLAAN's code.
+        bn_update: "once": only a segment's first run updates BatchNorm's running statistics, as in a routed step.
+            "all": its repetitions do so too, as in MLAAN's code.
     """
-    network.begin_step()
+    network.start_micro_batch()
     segments, units = network.segments, network.plan.units
     losses: dict[int, Tensor] = {}
     gradients: dict[nn.Parameter, Tensor] = {}
@@ -56,7 +56,7 @@ def naive_gradients(
     if (penalty := network.penalty()) is not None:
         everything = list(gradients)
         _add(gradients, everything, torch.autograd.grad(penalty, everything, allow_unused=True))
-    network.update_copies(batch)
+    network.end_micro_batch(batch)
     return [losses[u] for u in range(len(units))], gradients
 
 

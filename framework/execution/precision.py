@@ -1,12 +1,13 @@
-"""Numeric precision of a training step: autocast, and one dynamic loss scale a head (float16 only).
+"""Numeric precision of a training step: autocast, and one dynamic loss scale for each head call (float16 only).
 
 The scale has to act before the backward: in float16 a unit of weight 0.001 loses its cotangents to
-underflow, and nothing that multiplies afterwards brings them back.
+underflow, and no factor afterwards restores them.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,20 @@ def autocast_type(precision: str) -> torch.dtype | None:
     return PRECISIONS[precision]
 
 
-class LossScales(nn.Module):
-    """A power-of-two scale for each head, halved when its gradients overflow, doubled after 2000 clean steps.
+def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """``torch.autocast`` in ``dtype``, or nothing for ``None``. Weights are cast once a call, so nothing is cached."""
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device, dtype=dtype, cache_enabled=False)
 
-    Its buffers are part of a checkpoint.
+
+class LossScales(nn.Module):
+    """A power-of-two scale for each head call, halved at an overflow, doubled after 2000 steps without one.
+
+    A step is an optimizer step, whatever its number of micro-batches. The buffers are part of a checkpoint.
 
     Args:
-        weights: each head's loss weight; a light head starts with a larger scale.
+        weights: loss weight of each head call; the lower the weight, the larger the scale at the start.
     """
 
     def __init__(self, weights: list[float]) -> None:
@@ -46,22 +54,33 @@ class LossScales(nn.Module):
         self.clean_steps: Tensor
         self.register_buffer("scale", torch.tensor(start, dtype=torch.float64))
         self.register_buffer("clean_steps", torch.zeros(len(weights), dtype=torch.int64))
+        self._overflowed: Tensor | None = None  # (calls,) bool, in earlier micro-batches of this step
 
     def current(self) -> list[float]:
-        """The scales as Python numbers; waits for the device."""
+        """The scales as Python numbers; synchronizes with the device."""
         return self.scale.tolist()
 
     @torch.no_grad()
-    def update(self, overflowed: Tensor) -> Tensor:
-        """Move the scales by which heads ``overflowed`` (bool, one a head); returns whether to skip the step.
+    def update(self, overflowed: Tensor, last: bool = True) -> Tensor:
+        """Note the overflows of a micro-batch; after the last one of an optimizer step, update the scales.
 
-        Collective: a head that overflowed on one rank has overflowed on all.
+        Collective: what overflowed on one rank counts as overflowed on all.
+
+        Args:
+            overflowed: (calls,) bool.
+            last: whether the micro-batch is the last one of its step.
+
+        Returns:
+            Whether to skip the step for this micro-batch (bool scalar).
         """
         overflowed = any_over_ranks(overflowed)
-        self.clean_steps.add_(1).masked_fill_(overflowed, 0)
-        grown = self.clean_steps >= GROWTH_INTERVAL
-        self.scale.mul_(torch.where(overflowed, 0.5, torch.where(grown, 2.0, 1.0)))
-        self.clean_steps.masked_fill_(grown, 0)
+        seen = overflowed if self._overflowed is None else self._overflowed | overflowed
+        self._overflowed = None if last else seen
+        if last:
+            self.clean_steps.add_(1).masked_fill_(seen, 0)
+            grown = self.clean_steps >= GROWTH_INTERVAL
+            self.scale.mul_(torch.where(seen, 0.5, torch.where(grown, 2.0, 1.0)))
+            self.clean_steps.masked_fill_(grown, 0)
         return overflowed.any()
 
 

@@ -1,20 +1,29 @@
-"""What happens after each segment's forward, derived from the plan alone.
+"""What a training step does, worked out once from the plan and fixed from then on.
 
-The lower edge of a window names the *route* of its gradient: cotangents on one route add up, and each
-route is walked down once, when the last of its windows has closed. A segment's graph is released when
-the last window that contains it has closed.
+The lower edge of a window names the *route* of its gradient: cotangents on one route add up, and a route is followed
+down once, when the last of its windows has ended. A segment's graph is freed when the last window that contains the
+segment has ended.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
+from torch import Tensor, nn
+
+from framework.execution.precision import autocast, autocast_type
+from framework.local.head import Head
 from framework.local.units import LocalUnit, Plan
+from framework.network import Segment
 
 
 @dataclass(frozen=True)
 class GradientRoute:
-    """Where a cotangent is bound for: down to segment ``first``, changing the weights in ``learns``."""
+    """Where a cotangent goes: down to segment ``first``, and into the weights of the segments in ``learns``."""
 
     first: int
     learns: frozenset[int]
@@ -22,11 +31,24 @@ class GradientRoute:
 
 @dataclass(frozen=True, eq=False)
 class HeadCall:
-    """One run of a head, on behalf of all units that share it here; ``number`` counts all calls of the plan."""
+    """One run of a head, for all units that share it on this segment.
+
+    Attributes:
+        number: counts the calls of the plan.
+        head: what runs.
+        units: numbers of the units.
+        routes: where the gradient of each goes.
+    """
 
     number: int
+    head: Head
     units: tuple[int, ...]
     routes: tuple[GradientRoute, ...]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the head, as they are now."""
+        return [p for p in self.head.parameters() if p.requires_grad]
 
 
 @dataclass(frozen=True)
@@ -41,7 +63,7 @@ class InputGradient:
 class WeightGradient:
     """Weight-gradient pass of a segment, after which its graph is freed.
 
-    Where a single cotangent is left, the input gradient of its ``route`` comes with it.
+    Where only one cotangent is left, the pass gives the input gradient of its ``route`` too.
     """
 
     segment: int
@@ -54,74 +76,116 @@ class SegmentProgram:
 
     Attributes:
         heads: heads to run on its output.
-        walk: then, from the segment downwards, the backward work that waits for no later window.
+        walk: then, from this segment downwards, the passes that need no later window.
     """
 
     heads: tuple[HeadCall, ...]
     walk: tuple[InputGradient | WeightGradient, ...]
 
     def crossing(self, segment: int) -> tuple[GradientRoute, ...]:
-        """Routes whose cotangents the walk takes from ``segment`` down to the one below it, in order."""
+        """Routes whose cotangents ``walk`` takes from ``segment`` down to the one below it, in order."""
         return tuple(step.route for step in self.walk if step.segment == segment and step.route is not None)
 
 
-def moments(plan: Plan) -> tuple[SegmentProgram, ...]:
-    """One moment a segment, in forward order."""
+@dataclass(frozen=True, eq=False)
+class Program:
+    """All that a training step needs to know.
+
+    Attributes:
+        plan: the local units.
+        segments: of the network.
+        runners: what runs the segments in a training step; the segments themselves, or compiled forms.
+        segment_programs: what follows the forward of each.
+        low_precision: type that ``torch.autocast`` computes in; ``None`` leaves tensors as they are.
+    """
+
+    plan: Plan
+    segments: tuple[Segment, ...]
+    runners: tuple[Callable[[Tensor], Tensor], ...]
+    segment_programs: tuple[SegmentProgram, ...]
+    low_precision: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, segments: Sequence[Segment], precision: str = "fp32") -> Program:
+        """The program of a plan over these segments.
+
+        Raises:
+            UserError: there is no such precision.
+        """
+        whole = tuple(segments)
+        return cls(plan, whole, whole, segment_programs(plan), autocast_type(precision))
+
+    @cached_property
+    def calls(self) -> tuple[HeadCall, ...]:
+        """All head calls, by number."""
+        return tuple(call for program in self.segment_programs for call in program.heads)
+
+    def weight(self, call: HeadCall) -> float:
+        """The largest weight of the units that share a head call."""
+        return max(self.plan.units[i].weight for i in call.units)
+
+    def autocast(self, x: Tensor) -> AbstractContextManager[object]:
+        """The precision in which segments and heads run on the device of ``x``."""
+        return autocast(x.device.type, self.low_precision)
+
+
+def segment_programs(plan: Plan) -> tuple[SegmentProgram, ...]:
+    """One for each segment, in forward order."""
     routes = [GradientRoute(unit.first, _learns(plan, unit)) for unit in plan.units]
-    closes = {r: max(u.last for u, q in zip(plan.units, routes, strict=True) if q == r) for r in routes}
-    released = [max(u.last for u in plan.units if u.first <= s <= u.last) for s in range(plan.segments)]
-    traffic = _Traffic(plan.segments)
-    found: list[SegmentProgram] = []
+    ends = {r: max(u.last for u, q in zip(plan.units, routes, strict=True) if q == r) for r in routes}
+    freed = [max(u.last for u in plan.units if u.first <= s <= u.last) for s in range(plan.segments)]
+    cotangents = _Cotangents(plan.segments)
+    programs: list[SegmentProgram] = []
     for segment in range(plan.segments):
-        calls = _head_calls(plan, routes, segment, sum(len(moment.heads) for moment in found))
+        calls = _head_calls(plan, routes, segment, sum(len(program.heads) for program in programs))
         for route in (route for call in calls for route in call.routes):
-            traffic.arrive(segment, route)
+            cotangents.add(segment, route)
         walk = []
         for s in range(segment, -1, -1):
-            due = [route for route in traffic.in_flight[s] if closes[route] == segment]
-            walk += traffic.cross(s, due, released[s] == segment)
-        found.append(SegmentProgram(calls, tuple(walk)))
-    return tuple(found)
+            due = [route for route in cotangents.in_flight[s] if ends[route] == segment]
+            walk += cotangents.passes(s, due, freed[s] == segment)
+        programs.append(SegmentProgram(calls, tuple(walk)))
+    return tuple(programs)
 
 
-class _Traffic:
-    """Cotangents on their way while the moments are found."""
+class _Cotangents:
+    """Which cotangents exist at each segment's output, while the programs are worked out."""
 
     def __init__(self, segments: int) -> None:
         self.in_flight: list[dict[GradientRoute, None]] = [{} for _ in range(segments)]
         self.accumulated = [False] * segments
 
-    def arrive(self, segment: int, route: GradientRoute) -> None:
+    def add(self, segment: int, route: GradientRoute) -> None:
         if route.first < segment:
             self.in_flight[segment][route] = None
         elif segment in route.learns:
             self.accumulated[segment] = True
 
-    def cross(
-        self, segment: int, due: list[GradientRoute], released: bool
+    def passes(
+        self, segment: int, due: list[GradientRoute], freed: bool
     ) -> list[InputGradient | WeightGradient]:
-        alone = released and len(due) == 1 and not self.accumulated[segment] and segment in due[0].learns
+        """The passes through a segment for the routes that are due, and its last one if it is freed."""
+        alone = freed and len(due) == 1 and not self.accumulated[segment] and segment in due[0].learns
         for route in due:
             del self.in_flight[segment][route]
-            self.arrive(segment - 1, route)
+            self.add(segment - 1, route)
             self.accumulated[segment] |= segment in route.learns
         if alone:
             return [WeightGradient(segment, due[0])]
-        assert not released or (self.accumulated[segment] and not self.in_flight[segment])
-        return [InputGradient(segment, route) for route in due] + (
-            [WeightGradient(segment)] if released else []
-        )
+        assert not freed or (self.accumulated[segment] and not self.in_flight[segment])
+        return [InputGradient(segment, route) for route in due] + ([WeightGradient(segment)] if freed else [])
 
 
 def _learns(plan: Plan, unit: LocalUnit) -> frozenset[int]:
-    """Units that train their whole window share a route whatever their length, so name it alike."""
+    """The same for all units with one lower edge that train their whole windows, so that they share a route."""
     return frozenset(range(unit.first, plan.segments)) if unit.trains is None else unit.trains
 
 
 def _head_calls(plan: Plan, routes: list[GradientRoute], segment: int, number: int) -> tuple[HeadCall, ...]:
     here = [i for i, unit in enumerate(plan.units) if unit.last == segment]
     heads = dict.fromkeys(plan.units[i].head for i in here)
-    sharing = [tuple(i for i in here if plan.units[i].head is head) for head in heads]
+    sharing = [(head, tuple(i for i in here if plan.units[i].head is head)) for head in heads]
     return tuple(
-        HeadCall(number + n, units, tuple(routes[i] for i in units)) for n, units in enumerate(sharing)
+        HeadCall(number + n, head, units, tuple(routes[i] for i in units))
+        for n, (head, units) in enumerate(sharing)
     )

@@ -1,81 +1,27 @@
-"""Heads: the auxiliary networks on top of windows.
+"""Heads as recipes describe them: options with a method ``build`` that makes the head on a segment.
 
-A head is a trunk and an objective, exchangeable independently of each other.
+``build(network, segment)`` is for the segment's output; a third argument says the shape where something else stands
+between the segment and the head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Literal
 
 from framework.config.schema import NonNegativeInt, Positive, PositiveInt
-from framework.data.batch import Batch
-from framework.local.blocks import own_copy
-from framework.local.objectives import BarlowTwins, CrossEntropy, InfoNCE, SupCon, VICReg
-from framework.local.trunks import TRUNKS, Trunk, mlp, residual_block
-from framework.local.units import Task
-from framework.network import Shape
-from framework.network.layers import GlobalAveragePool, initialize
+from framework.local.units import NetworkInfo
 from framework.runtime.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from framework.local.head import TrunkHead
+    from framework.local.objectives import Objective
+    from framework.network import Shape
+
 EMBEDDING = 128
-
-
-class Head(nn.Module):
-    """``objective(trunk(x), batch)``.
-
-    Args:
-        trunk: maps a segment's output (N, C, H, W) to logits or embeddings (N, D).
-        objective: maps those and the batch to a scalar loss.
-    """
-
-    def __init__(self, trunk: nn.Module, objective: nn.Module) -> None:
-        super().__init__()
-        self.trunk, self.objective = trunk, objective
-        initialize(self.trunk)
-
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """Scalar loss on the segment output ``x`` (N, C, H, W)."""
-        return self.objective(self.trunk(x), batch)
-
-    @property
-    def contrasts(self) -> bool:
-        """Whether the loss compares the images of a batch, so that it depends on which are in it."""
-        return getattr(self.objective, "contrasts", False)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """The trunk's output (N, D), for ``score``."""
-        return self.trunk(x)
-
-    def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        """Scalar loss of embeddings (N, D), which may be those of several micro-batches, view-major."""
-        return self.objective(embeddings, batch)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """The trunk's output (N, D): logits of a classifier, the embedding of a contrastive head."""
-        return self.trunk(x)
-
-
-class WeightedHeads(nn.Module):
-    """Several heads on one input; the loss is the weighted sum of theirs."""
-
-    def __init__(self, parts: Sequence[tuple[float, nn.Module]]) -> None:
-        super().__init__()
-        self.weights = [weight for weight, _ in parts]
-        self.parts = nn.ModuleList(part for _, part in parts)
-
-    @property
-    def contrasts(self) -> bool:
-        """Whether a part does."""
-        return any(getattr(part, "contrasts", False) for part in self.parts)
-
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """Scalar loss on the segment output ``x`` (N, C, H, W)."""
-        losses = [w * part(x, batch) for w, part in zip(self.weights, self.parts, strict=True)]
-        return sum(losses[1:], losses[0])
+Kind = Literal["linear", "mlp_sr", "mlp_sr_auglocal", "mlp", "cnn", "0c2f", "1c2f", "2c1f", "3c4f", "4c1f"]
 
 
 @dataclass
@@ -90,20 +36,30 @@ class Classifier:
         task: cross entropy of logits, or the supervised contrast of 128-d embeddings (InfoPro).
     """
 
-    kind: Trunk = "linear"
+    kind: Kind = "linear"
     task: Literal["cross_entropy", "contrast"] = "cross_entropy"
 
-    def build(self, shape: Shape, num_classes: int) -> Head:
-        """A head for segment outputs of ``shape``.
+    def build(self, network: NetworkInfo, segment: int, shape: Shape | None = None) -> TrunkHead:
+        """The head on a segment.
+
+        Args:
+            network: has the number of classes.
+            segment: number of the segment.
+            shape: of the head's input; ``None`` means the segment's output.
 
         Raises:
-            UserError: there is no such kind (a recipe's is checked before).
+            UserError: there is no such kind.
         """
-        if self.kind not in TRUNKS:
+        from framework.local.head import TrunkHead
+        from framework.local.objectives import CrossEntropy, SupCon
+        from framework.local.trunks import TRUNKS
+
+        if self.kind not in TRUNKS:  # a recipe's was checked before
             raise UserError(f"kind={self.kind}: must be one of {', '.join(TRUNKS)}")
+        trunk, shape = TRUNKS[self.kind], shape or network.shapes[segment]
         if self.task == "contrast":
-            return Head(TRUNKS[self.kind](shape, EMBEDDING), SupCon())
-        return Head(TRUNKS[self.kind](shape, num_classes), CrossEntropy())
+            return TrunkHead(trunk(shape, EMBEDDING), SupCon())
+        return TrunkHead(trunk(shape, network.num_classes), CrossEntropy())
 
 
 @dataclass
@@ -119,14 +75,14 @@ class Projection:
         dec_strides: their strides; blocks beyond the list have 1.
         dec_width: channels of a bottleneck's 3x3 convolution; ``None`` takes a quarter.
         dec_groups: groups of that convolution.
-        dec_trunk: own copies of the next segment ("1 stage") or of all that follow ("full network") before
+        dec_trunk: own copies of the next segment ("next_stage") or of all that follow ("full_network") before
             the pooling; on the last segment, which none follows, there are none.
-        dec_on_top: blocks on the last segment too; LoCo doesn't say.
+        dec_on_top: whether the last segment's head has the blocks too; LoCo doesn't say.
         layers: linear layers of the MLP; ``None`` takes 2, for Barlow Twins and VICReg 3.
         proj_hidden: width of the hidden layers; ``None`` takes the channels that enter the pooling, or 8192.
         dim: size of the embedding; ``None`` takes 128, or 8192.
         proj_bn: BatchNorm after none, the hidden, or all layers (SimCLR's paper: none, its code: all).
-        objective: what scores the embeddings of the two views.
+        objective: the loss of the embeddings of the two views.
         temperature: tau of InfoNCE.
         loss_form: of InfoNCE: anchors and scale.
         gather_grad: whether the gradient of InfoNCE reaches other ranks' embeddings.
@@ -152,30 +108,43 @@ class Projection:
     redundancy: float = 0.0051
     vicreg: tuple[float, float, float] = (25.0, 25.0, 1.0)
 
-    def build(self, task: Task, segment: int) -> Head:
-        """A head on the end of a segment.
+    def build(self, network: NetworkInfo, segment: int, shape: Shape | None = None) -> TrunkHead:
+        """The head on a segment.
+
+        Args:
+            network: has the segments that the head may copy.
+            segment: number of the segment.
+            shape: of the head's input; ``None`` means the segment's output.
 
         Raises:
             UserError: a decoder block that these channels can't have.
         """
-        blocks, channels = self._blocks(task, segment)
+        from torch import nn
+
+        from framework.local.head import TrunkHead
+        from framework.local.trunks import mlp
+        from framework.network.layers import GlobalAveragePool
+
+        blocks, channels = self._blocks(network, segment, shape or network.shapes[segment])
         published = (2, channels, 128) if self.objective == "infonce" else (3, 8192, 8192)
         layers, hidden, dim = (
             own or default
             for own, default in zip((self.layers, self.proj_hidden, self.dim), published, strict=True)
         )
         widths = [channels, *[hidden] * (layers - 1), dim]
-        return Head(
-            nn.Sequential(*blocks, GlobalAveragePool(), *mlp(widths, self.proj_bn)), self._objective()
-        )
+        trunk = nn.Sequential(*blocks, GlobalAveragePool(), *mlp(widths, self.proj_bn))
+        return TrunkHead(trunk, self._objective())
 
-    def _blocks(self, task: Task, segment: int) -> tuple[list[nn.Module], int]:
+    def _blocks(self, network: NetworkInfo, segment: int, shape: Shape) -> tuple[list[nn.Module], int]:
         """What comes before the pooling, and the channels that enter it."""
-        reach = {"none": 0, "next_stage": 1, "full_network": len(task)}[self.dec_trunk]
-        copied = range(segment + 1, min(segment + 1 + reach, len(task)))
-        blocks = [module for s in copied for module in own_copy(task.segments[s])]
-        channels = task.shapes[copied[-1] if copied else segment].channels
-        top = segment == len(task) - 1
+        from framework.local.copies import own_copy
+        from framework.local.trunks import residual_block
+
+        reach = {"none": 0, "next_stage": 1, "full_network": len(network)}[self.dec_trunk]
+        copied = range(segment + 1, min(segment + 1 + reach, len(network)))
+        blocks = [module for s in copied for module in own_copy(network.segments[s])]
+        channels = network.shapes[copied[-1]].channels if copied else shape.channels
+        top = segment == len(network) - 1
         for i in range(self.conv_blocks if self.dec_on_top or not top else 0):
             stride = self.dec_strides[i] if i < len(self.dec_strides) else 1
             out = 2 * channels if self.dec_block == "next_stage" and i == 0 else channels
@@ -184,7 +153,9 @@ class Projection:
             channels = out
         return blocks, channels
 
-    def _objective(self) -> nn.Module:
+    def _objective(self) -> Objective:
+        from framework.local.objectives import BarlowTwins, InfoNCE, VICReg
+
         if self.objective == "barlow":
             return BarlowTwins(self.redundancy)
         if self.objective == "vicreg":

@@ -5,7 +5,10 @@ Blocks are written ``stage.number``, stages from 1 and numbers from 0; ``1.0-1.4
 
 from __future__ import annotations
 
-from framework.local.blocks import Block
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from framework.local.blocks import Block
 
 #: channels of the stages, blocks of the stages -> modules -> (ends of modules, copied blocks)
 PUBLISHED: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, list[tuple[str, str]]]] = {
@@ -49,7 +52,7 @@ PUBLISHED: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, list[tuple[st
             ("3.16", "3.17"),
         ],
     },
-    # ResNet-34. Several lists begin with an early block of the module's own stage; so the authors have it.
+    # ResNet-34. Several lists begin with an early block of the module's own stage, as in the authors' code.
     ((64, 128, 256, 512), (3, 4, 6, 3)): {
         16: [
             ("1.0-1.2", "2.0 2.1 3.0 4.0 4.2"),
@@ -102,7 +105,7 @@ def published(
 
 
 def stages_by_width(blocks: tuple[Block, ...], widths: list[int]) -> tuple[Block, ...]:
-    """The blocks, counted anew so that a stage ends where the width changes, too (EfficientNet).
+    """The blocks, numbered so that a stage also ends where the width changes (EfficientNet).
 
     Args:
         blocks: of the network, in order.

@@ -1,4 +1,4 @@
-"""Objectives: what a head's output is scored by."""
+"""Objectives: the losses of what a head's trunk gives."""
 
 from __future__ import annotations
 
@@ -9,32 +9,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
+from framework.local.needs import Need
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 
 
-class CrossEntropy(nn.Module):
+class Objective(nn.Module):
+    """``objective(outputs, batch)`` is a scalar loss; outputs are logits or embeddings (V*B, D), view-major.
+
+    Attributes:
+        needs: what the loss uses besides the outputs.
+        contrasts: whether it compares the images of a batch with each other.
+        classifies: whether the outputs are logits of the classes.
+    """
+
+    needs: frozenset[Need] = frozenset()
+    contrasts: bool = False
+    classifies: bool = False
+
+
+class CrossEntropy(Objective):
     """Cross entropy of logits (B, classes) against ``batch.labels`` (B,)."""
 
+    needs = frozenset({Need.LABELS})
+    classifies = True
+
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Scalar loss, in float32 or better."""
-        if batch.labels is None:
-            raise UserError("a supervised head needs labels, and the batch has none")
-        return F.cross_entropy(_at_least_float32(logits), batch.labels)
+        """Scalar loss, in float32 or better.
+
+        Raises:
+            UserError: the batch has no labels.
+        """
+        return F.cross_entropy(_at_least_float32(logits), _labels(batch))
 
 
-class InfoNCE(nn.Module):
+class InfoNCE(Objective):
     """NT-Xent (SimCLR Eq. 1; LoCo Eq. 1 for one query) with the negatives of all ranks.
 
-    Every view of every image is an anchor, its image's other view the positive, all other embeddings
-    of the global batch negatives; the mean is over this rank's anchors.
+    Every view of every image is an anchor, the other view of the image its positive, and all other embeddings of the
+    global batch are its negatives; the mean is over this rank's anchors.
 
     Args:
         temperature: tau, 0.1 on ImageNet (SimCLR Table 5).
-        form: "symmetric"; "sum" of the two directions' means, as SimCLR's code has it, twice as much; or
-            "one_sided", with the first views alone as anchors. LoCo doesn't say which.
+        form: "symmetric": the mean over all anchors. "sum": the sum of the means over the first and over the second
+            views, as in SimCLR's code, which is twice as much. "one_sided": the mean over the first views. LoCo
+            doesn't say which.
         gather_grad: the gradient flows through the embeddings of other ranks, so that the mean over ranks is
-            the loss of the whole batch, as in SimCLR's code; otherwise they are constants.
+            the loss of the whole batch, as in SimCLR's code; otherwise those embeddings are constants.
     """
 
     contrasts = True
@@ -69,7 +90,7 @@ class InfoNCE(nn.Module):
         return torch.cat(parts)
 
 
-class SupCon(nn.Module):
+class SupCon(Objective):
     """Supervised contrast (Khosla et al. 2020, L_out): all samples of the same class are positives.
 
     Over the global batch, like ``InfoNCE``; anchors whose class occurs once do not count.
@@ -78,6 +99,7 @@ class SupCon(nn.Module):
         temperature: tau; 0.07 in InfoPro's code.
     """
 
+    needs = frozenset({Need.LABELS})
     contrasts = True
 
     def __init__(self, temperature: float = 0.07) -> None:
@@ -85,28 +107,31 @@ class SupCon(nn.Module):
         self.temperature = temperature
 
     def forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        """Embeddings (B, D), not yet normalized -> scalar loss."""
-        if batch.labels is None:
-            raise UserError("a supervised head needs labels, and the batch has none")
+        """Embeddings (B, D), not yet normalized -> scalar loss.
+
+        Raises:
+            UserError: the batch has no labels.
+        """
+        own_labels = _labels(batch)
         with torch.autocast(embeddings.device.type, enabled=False):
             z = F.normalize(_at_least_float32(embeddings), dim=1)
             everyone, labels = (
                 distributed.gather_with_gradient(z),
-                distributed.gather_with_gradient(batch.labels),
+                distributed.gather_with_gradient(own_labels),
             )
             offset = distributed.rank() * len(z)
             itself = F.one_hot(torch.arange(len(z), device=z.device) + offset, len(everyone)).bool()
-            positive = (batch.labels[:, None] == labels[None, :]) & ~itself
+            positive = (own_labels[:, None] == labels[None, :]) & ~itself
             logits = (z @ everyone.T / self.temperature).masked_fill(itself, -torch.inf)
             logs = F.log_softmax(logits, dim=1).masked_fill(~positive, 0.0)
             per_anchor = -logs.sum(1) / positive.sum(1).clamp_min(1)
-            # Ranks may hold different numbers of anchors that count; their mean must be the global mean.
+            # Ranks may have different numbers of anchors that count; the mean over ranks must be the global mean.
             counting = ((labels[:, None] == labels[None, :]).sum(1) > 1).sum().clamp_min(1)
             return per_anchor.sum() * distributed.world_size() / counting
 
 
-class BarlowTwins(nn.Module):
-    """Cross-correlation of two views towards the identity (Zbontar et al. 2021, Eq. 1), of the global batch.
+class BarlowTwins(Objective):
+    """Distance between two views' cross-correlation, over the global batch, and 1 (Zbontar et al. 2021, Eq. 1).
 
     Args:
         redundancy: lambda, 0.0051 as published.
@@ -128,7 +153,7 @@ class BarlowTwins(nn.Module):
             return (1 - diagonal).square().sum() + self.redundancy * off_diagonal
 
 
-class VICReg(nn.Module):
+class VICReg(Objective):
     """Invariance, variance and covariance (Bardes et al. 2022, Eqs. 1-6), of the global batch.
 
     Args:
@@ -156,6 +181,12 @@ class VICReg(nn.Module):
                 off_diagonal = covariance.square().sum() - variances.square().sum()
                 loss = loss + self.variance * hinge / 2 + self.covariance * off_diagonal / z.shape[1]
             return loss
+
+
+def _labels(batch: Batch) -> Tensor:
+    if batch.labels is None:
+        raise UserError("a supervised head needs labels, and the batch has none")
+    return batch.labels
 
 
 def _two_views(embeddings: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Bilinear resizing followed by a 3x3 convolution, without ever making the large map of many channels."""
+"""Bilinear resizing followed by a 3x3 convolution, without the large map of many channels between the two."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 class ResizedConv(nn.Conv2d):
     """``conv3x3(bilinear(x, target, align_corners=True))``, padded by 1.
 
-    Both are linear, and resizing treats rows, columns and channels apart. So where it takes fewer
-    multiplications, the channels are mixed at the small size, for each of the nine taps, and then the shifted
-    resizing matrices of columns and rows applied: from 64 channels at 8 x 8 to 12 at 32 x 32, a seventh.
+    Both are linear, and resizing acts on rows and columns separately and on every channel alike. So, where that takes
+    fewer multiplications, the channels are mixed first, at the small size, for each of the nine taps of the
+    convolution; then columns and rows are resized by matrices that hold the taps' shifts. From 64 channels at 8 x 8 to
+    12 at 32 x 32 this takes a seventh of the multiplications.
 
     Args:
         channels: of the input.

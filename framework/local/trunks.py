@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
 
 from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
 from torch import nn
@@ -145,8 +144,8 @@ def dgl_cnn(shape: Shape, out: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * c, out))
 
 
-Trunk = Literal["linear", "mlp_sr", "mlp_sr_auglocal", "mlp", "cnn", "0c2f", "1c2f", "2c1f", "3c4f", "4c1f"]
-TRUNKS: dict[Trunk, Callable[[Shape, int], nn.Module]] = {
+#: By the kinds that ``heads.Kind`` lists.
+TRUNKS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "linear": linear,
     "mlp_sr": mlp_sr,
     "mlp_sr_auglocal": mlp_sr_auglocal,

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
-
-from framework.config.schema import NonNegativeInt, PositiveInt
-from framework.network import Segment, Shape
+from framework.config.method_options import SYNCHRONOUS, Execution
+from framework.local.needs import NOT_PROVIDED, Need
 from framework.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from framework.local.blocks import Block
+    from framework.local.head import Head
+    from framework.network import Segment, Shape
 
 Window = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a method may know when it plans.
+class NetworkInfo:
+    """The network and the data set, as far as a method needs to know them for its plan.
 
     Attributes:
-        segments: in order; a head may copy their blocks.
-        shapes: channels, height and width at every segment's output.
-        image: those of the images.
-        mean: subtracted from the channels of the images, of values in [0, 1].
-        std: what the channels were divided by.
-        num_classes: classes of a supervised task, 0 without labels.
+        segments: in forward order; a head may copy their blocks.
+        shapes: of every segment's output (channels, height, width).
+        image: shape of the images.
+        mean: subtracted from the images' channels, whose values lie in [0, 1].
+        std: what the channels were then divided by.
+        num_classes: number of classes, 0 without labels.
     """
 
     segments: tuple[Segment, ...]
@@ -35,58 +39,52 @@ class Task:
     std: tuple[float, ...]
     num_classes: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        segments: Sequence[Segment],
+        image_size: int,
+        num_classes: int = 0,
+        mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+        std: tuple[float, ...] = (1.0, 1.0, 1.0),
+    ) -> NetworkInfo:
+        """Of these segments on square images with a side of ``image_size`` pixels; runs one image.
+
+        Raises:
+            UserError: the image is too small for the network, or not of the one size that it takes.
+        """
+        from framework.network import Shape, output_shapes
+
+        shapes = output_shapes(segments, image_size)
+        return cls(tuple(segments), shapes, Shape(3, image_size, image_size), mean, std, num_classes)
+
     def __len__(self) -> int:
+        """Number of segments."""
         return len(self.shapes)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The segments' names."""
+        """Names of the segments."""
         return tuple(segment.name for segment in self.segments)
 
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks of the network, in order, each with the number of its segment."""
+        from framework.local.blocks import blocks_of
 
-class ReadingHead(nn.Module):
-    """A head that looks at the weights of segments, besides its input.
-
-    The network runs the hooks during its forward pass, when weights are whole under every engine.
-
-    Attributes:
-        reads: the segments whose weights it looks at.
-        when: its copies follow with the weights before the optimizer step, or after it.
-        may_be_late: copies that follow "before" the step end up the same if they do so before the next forward.
-    """
-
-    reads: tuple[int, ...] = ()
-    when: Literal["before", "after"] = "before"
-    may_be_late = True
-
-    def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
-        """The weights that it looks at; fewer than all of ``reads`` cost a pipeline fewer bytes."""
-        return [parameter for s in self.reads for parameter in segments[s].parameters()]
-
-    def penalty(self, segments: Sequence[Segment]) -> Tensor | None:
-        """Scalar that is added to the loss as it is: a function of weights, which all get its gradient."""
-        return None
-
-    def update_copies(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
-        """Move copies towards the segments' weights, once an optimizer step.
-
-        Args:
-            segments: all of the network's.
-            amount: 1, or 0 where the step is skipped. A tensor where that is decided on the device (float16,
-                ``faults.nonfinite=skip``), so that nothing waits for it.
-        """
+        return blocks_of(self.segments)
 
 
 @dataclass(frozen=True, eq=False)
 class LocalUnit:
-    """A window of segments with a head on top: its loss trains the head and the window, nothing below.
+    """A window of segments with a head on top: its loss trains the head and the window, and nothing below.
 
     Attributes:
-        name: what metrics and tables call the unit.
-        first: lowest segment of the window; below it lies a gradient boundary.
+        name: of the unit, in metrics and tables.
+        first: lowest segment of the window; the gradient ends at its input.
         last: highest segment of the window, whose output the head reads.
-        head: auxiliary network and objective, ``head(x_NCHW, batch) -> scalar loss``. Units that end at
-            the same segment may share one head object; it then runs once.
+        head: auxiliary network and objective. Several units may share one head: on the same segment it runs once for
+            all of them, on different segments its gradient is the sum.
         weight: factor of the loss.
         trains: segments of the window whose weights learn from this unit; the others only pass the
             gradient down. ``None`` means all of them.
@@ -95,7 +93,7 @@ class LocalUnit:
     name: str
     first: int
     last: int
-    head: nn.Module
+    head: Head
     weight: float = 1.0
     trains: frozenset[int] | None = None
 
@@ -105,77 +103,80 @@ class LocalUnit:
         return frozenset(range(self.first, self.last + 1)) if self.trains is None else self.trains
 
 
-@dataclass(kw_only=True)
-class Asynchronous:
-    """Options of methods whose modules need not wait for each other (DGL, InfoPro).
-
-    Attributes:
-        async_mode: "buffer": every module draws its input from a ring of what its predecessor has put there (DGL).
-            "sequential": module by module, each for the whole schedule on the frozen lower ones (InfoPro).
-        buffer_size: batches in a ring, 30 in DGL's example; each holds activations, images and labels.
-        buffer_order: of the modules' turns: a new random one every time, or from the bottom up.
-        module: number of the one that a sequential run trains; ``None`` lets ``train.py`` run them all.
-    """
-
-    async_mode: Literal["none", "sequential", "buffer"] = "none"
-    buffer_size: PositiveInt = 30
-    buffer_order: Literal["random", "sequence"] = "random"
-    module: NonNegativeInt | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Local units over a list of segments.
 
     Attributes:
-        units: the units; order matters only where two end at the same segment.
+        units: the units; their order matters only where two end at the same segment.
         segments: number of segments in the network.
-        views: augmented views of an image that the heads expect side by side in a batch.
-        supervised: whether the heads need labels (and the last one predicts classes).
-        asynchronous: whether modules wait for each other.
+        views: augmented views of an image that the heads expect in a batch.
+        execution: what executes the plan.
 
     Raises:
         UserError: a window outside the network, a weight that is not positive, a unit that trains a segment
-            outside its window, a head that reads a segment which the network lacks, a segment that no unit
-            trains, two units of one name, or asynchronous modules of which several are in one window.
+            outside its window, a head that reads a segment which the network lacks or needs what nothing provides, a
+            segment that no unit trains, two units of one name, or an execution that only serves modules which each
+            have a unit and a head of their own.
     """
 
     units: tuple[LocalUnit, ...]
     segments: int
     views: int = 1
-    supervised: bool = False
-    asynchronous: Asynchronous = field(default_factory=Asynchronous)
+    execution: Execution = SYNCHRONOUS
 
     def __post_init__(self) -> None:
         for unit in self.units:
-            if not 0 <= unit.first <= unit.last < self.segments:
-                raise UserError(
-                    f"unit {unit.name}: window [{unit.first}..{unit.last}] lies outside the network's segments "
-                    f"0..{self.segments - 1}"
-                )
-            if not unit.weight > 0:
-                raise UserError(f"unit {unit.name}: weight {unit.weight} must be above 0")
-            if outside := unit.learns - set(range(unit.first, unit.last + 1)):
-                raise UserError(
-                    f"unit {unit.name}: segment {min(outside)} is outside its window [{unit.first}..{unit.last}]"
-                )
-            reads = unit.head.reads if isinstance(unit.head, ReadingHead) else ()
-            if lacking := set(reads) - set(range(self.segments)):
-                raise UserError(
-                    f"unit {unit.name}: its head reads segment {max(lacking)}, and the network has segments "
-                    f"0..{self.segments - 1}"
-                )
+            self._check_unit(unit)
         learned = {s for unit in self.units for s in unit.learns}
         if missing := set(range(self.segments)) - learned:
             raise UserError(f"no unit trains segment {min(missing)} of 0..{self.segments - 1}")
         names = [unit.name for unit in self.units]
         if twice := {n for n in names if names.count(n) > 1}:
             raise UserError(f"two units are called {min(twice)}")
-        mode = self.asynchronous.async_mode
-        if mode != "none" and [(u.first, u.last) for u in self.units] != [
-            (s, s) for s in range(self.segments)
-        ]:
-            raise UserError(f"method.async_mode={mode}: only where every module has a unit of its own")
+        windows = [(unit.first, unit.last) for unit in self.units]
+        own = windows == [(s, s) for s in range(self.segments)] and len(self.heads) == len(self.units)
+        if self.execution.kind != "synchronous" and not own:
+            raise UserError(
+                f"method.async_mode: a plan can be executed by {self.execution.kind} only where every module has a "
+                "unit and a head of its own"
+            )
+
+    def _check_unit(self, unit: LocalUnit) -> None:
+        there = f"the network has segments 0..{self.segments - 1}"
+        if not 0 <= unit.first <= unit.last < self.segments:
+            raise UserError(f"unit {unit.name}: window [{unit.first}..{unit.last}] does not fit: {there}")
+        if not unit.weight > 0:
+            raise UserError(f"unit {unit.name}: weight {unit.weight} must be above 0")
+        if outside := unit.learns - set(range(unit.first, unit.last + 1)):
+            raise UserError(
+                f"unit {unit.name}: segment {min(outside)} is outside its window [{unit.first}..{unit.last}]"
+            )
+        if lacking := set(unit.head.reads) - set(range(self.segments)):
+            raise UserError(f"unit {unit.name}: its head reads segment {max(lacking)}, and {there}")
+        if unmet := unit.head.needs & NOT_PROVIDED:
+            need = min(need.value for need in unmet)
+            raise UserError(f"unit {unit.name}: its head needs {need}, which nothing provides yet")
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Each head once, in the order of the units."""
+        return tuple(dict.fromkeys(unit.head for unit in self.units))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the heads need, all together."""
+        return frozenset().union(*(head.needs for head in self.heads))
+
+    @property
+    def supervised(self) -> bool:
+        """Whether a head needs labels."""
+        return Need.LABELS in self.needs
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether a loss compares the images of a batch with each other."""
+        return any(head.contrasts for head in self.heads)
 
     def only(self, module: int) -> Plan:
         """The plan of a network that is this module alone.
@@ -188,8 +189,15 @@ class Plan:
         return replace(self, units=(replace(self.units[module], first=0, last=0),), segments=1)
 
 
-def sliding_windows(segments: int, window: int) -> list[Window]:
-    """All windows ``(first, last)`` of a length, in order.
+def sliding_windows(segments: int, window: int, clip: bool = False) -> list[Window]:
+    """Windows ``(first, last)`` of equal length, each one segment further up than the one before.
+
+    Args:
+        segments: number of segments.
+        window: length k of the windows in segments.
+        clip: ``False``: the ``segments - k + 1`` windows that fit, from ``(0, k-1)`` on, so that none ends at the
+            first k-1 segments. ``True``: one window for every segment, ``(max(0, i-k+1), i)``, so that the first
+            k-1 are shorter.
 
     Raises:
         UserError: the window is longer than the network.
@@ -198,13 +206,13 @@ def sliding_windows(segments: int, window: int) -> list[Window]:
         raise UserError(
             f"method.window={window}: the network has {segments} segments, so 1 to {segments} are possible"
         )
-    return [(last - window + 1, last) for last in range(window - 1, segments)]
+    return [(max(0, last - window + 1), last) for last in range(0 if clip else window - 1, segments)]
 
 
 def weigh(
     units: Sequence[LocalUnit], weights: Sequence[float], reduce: Literal["sum", "mean"]
 ) -> tuple[LocalUnit, ...]:
-    """The units with these weights, all 1 where none are given; for "mean" over their number.
+    """The units with these weights, all 1 where none are given; "mean" divides each by the number of units.
 
     Raises:
         UserError: not as many weights as units.

@@ -1,4 +1,4 @@
-"""Small layers that heads and networks share."""
+"""Small layers, and the initialization of convolutions, that heads and networks share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BatchNorm over all ranks, and BatchNorm whose running statistics stand still."""
+"""BatchNorm over all ranks; freezing and restoring BatchNorm's running statistics."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
 def synchronize(network: nn.Module) -> nn.Module:
     """Let every BatchNorm of ``network`` use the statistics of all ranks; parameter names are kept.
 
-    GPUs get PyTorch's own SyncBatchNorm (through timm, whose BatchNorm may hold an activation). It refuses CPU
-    tensors, and weights that are no parameters, as those of EMA copies; there ``SyncBatchNorm`` below serves.
+    On GPUs it becomes PyTorch's own SyncBatchNorm (through timm, whose BatchNorm may include an activation). That one
+    refuses CPU tensors, and weights that are buffers as in ``EmaCopy``; for these there is ``SyncBatchNorm`` below.
+
+    Raises:
+        UserError: a kind of BatchNorm that can't be synchronized on the CPU.
     """
-    native = torch.cuda.is_available()  # where the network will be, wherever it is now
+    native = torch.cuda.is_available()  # the network is still on the CPU when this is called
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
@@ -42,7 +45,10 @@ def _synchronized(norm: nn.modules.batchnorm._BatchNorm, native: bool) -> nn.Mod
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batch of all ranks: one differentiable all-reduce of count, sum and sum of squares."""
+    """BatchNorm over the batch of all ranks: one differentiable all-gather of their counts, means and variances.
+
+    They are combined as Chan et al. (1983) do, without a difference of large numbers.
+    """
 
     @classmethod
     def like(cls, norm: nn.modules.batchnorm._BatchNorm) -> Self:
@@ -59,20 +65,21 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         """(N, C, ...) -> the same, normalized; one collective in training, none in evaluation."""
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
-        axes = [0, *range(2, input.ndim)]
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        own = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
         count = x.new_tensor([x.numel() // x.shape[1]])
-        sums = distributed.sum_with_gradient(torch.cat([x.sum(axes), (x * x).sum(axes), count]))
-        total, squares, n = sums.split([self.num_features, self.num_features, 1])
-        mean = total / n
-        variance = (squares / n - mean * mean).clamp_min(0)
+        ranks = distributed.gather_with_gradient(torch.cat([count, *own])[None])
+        counts, variances, means = ranks.split([1, self.num_features, self.num_features], dim=1)
+        n = counts.sum()
+        mean = (counts * means).sum(0) / n
+        variance = (counts * (variances + (means - mean).square())).sum(0) / n
         self._move_statistics(mean.detach(), variance.detach(), n.detach())
-        shape = (1, -1) + (1,) * (input.ndim - 2)
+        shape = (1, -1) + (1,) * (x.ndim - 2)
         scale = torch.rsqrt(variance + self.eps)
-        bias = -mean * scale
-        if self.affine:
-            scale, bias = scale * self.weight, bias * self.weight + self.bias
-        return (x * scale.view(shape) + bias.view(shape)).to(input.dtype)
+        if not self.affine:
+            return ((x - mean.view(shape)) * scale.view(shape)).to(input.dtype)
+        scale = scale * self.weight
+        return ((x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
 
     @torch.no_grad()
     def _move_statistics(self, mean: Tensor, variance: Tensor, n: Tensor) -> None:
@@ -104,7 +111,7 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 
 def synchronize_among(modules: Iterable[nn.Module], group: dist.ProcessGroup) -> None:
-    """Tell PyTorch's own SyncBatchNorms which ranks they see; ours ask ``distributed``."""
+    """Let PyTorch's own SyncBatchNorms communicate in ``group``; ours take the group from ``distributed``."""
     for module in modules:
         if isinstance(module, nn.SyncBatchNorm):
             module.process_group = group
@@ -112,7 +119,7 @@ def synchronize_among(modules: Iterable[nn.Module], group: dist.ProcessGroup) ->
 
 @contextmanager
 def frozen_statistics(network: nn.Module) -> Iterator[None]:
-    """BatchNorms in training mode normalize with the batch, but leave their running statistics alone."""
+    """Within the context, BatchNorms in training mode normalize with the batch and keep their running statistics."""
     moving = [
         m
         for m in network.modules()
@@ -128,17 +135,19 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
 
 
 class RunningStatistics:
-    """A copy of all BatchNorms' running statistics, which a single batch that is not finite would spoil for ever.
+    """A copy of all BatchNorms' running statistics, which one batch with infinite values would make useless for good.
 
     Args:
-        network: whose statistics are meant.
+        network: has the BatchNorms.
     """
 
     def __init__(self, network: nn.Module) -> None:
         norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         statistics = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
         counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
-        self._kinds = [kind for kind in (statistics, counters) if kind]  # one type each, so one kernel each
+        self._kinds = [
+            kind for kind in (statistics, counters) if kind
+        ]  # one data type each, hence one kernel each
         self._copies = [[torch.empty_like(b) for b in kind] for kind in self._kinds]
 
     @torch.no_grad()

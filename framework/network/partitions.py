@@ -1,4 +1,4 @@
-"""Partitions into K modules that MLAAN's and InfoPro's code list, where they are not simply even."""
+"""Partitions into K modules that MLAAN's and InfoPro's code list, as far as they differ from an even split."""
 
 from __future__ import annotations
 

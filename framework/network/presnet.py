@@ -75,9 +75,9 @@ class Bottleneck(nn.Module):
         inner: channels of the 3x3 convolution.
         out: channels of the output.
         groups: of each of the three convolutions.
-        resize: what ends the old resolution.
+        resize: the resizing to this stage's resolution.
         resize_at: on the block's input ("pre"), or before the 3x3 convolution and on the shortcut ("mid").
-        shortcut: what the input goes through beside the convolutions, at the new resolution.
+        shortcut: maps the resized input to the output's channels.
     """
 
     def __init__(

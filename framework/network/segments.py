@@ -1,7 +1,7 @@
 """Cut a network into segments: the ordered pieces that local units are made of.
 
-A segment owns nothing. It names children of the backbone and runs them in order, so parameter names
-stay those of timm, and wrapping or replacing a child (SyncBatchNorm, for instance) is seen at once.
+A segment holds no modules. It names children of the backbone and runs them in order, so parameter names stay those
+of timm, and when a child is replaced (by SyncBatchNorm, for instance) the segment runs the new one.
 """
 
 from __future__ import annotations
@@ -63,9 +63,17 @@ class Segment:
         return f"Segment({self.name}: {', '.join(self.paths)})"
 
     def modules(self) -> list[nn.Module]:
-        """The children in order, as they are now."""
+        """The children in order; a step that is a method of the backbone is not among them."""
         steps = (attrgetter(path)(self.backbone) for path in self.paths)
         return [step for step in steps if isinstance(step, nn.Module)]
+
+    def check_maps(self) -> None:
+        """Raises:
+        UserError: the segment does not work on maps (N, C, H, W), so that no head can run a copy of it.
+        """
+        if self.to_map is not is_map:
+            network = type(self.backbone).__name__
+            raise UserError(f"no head can copy blocks of {network}: they do not work on maps (N, C, H, W)")
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable parameters, each once."""
@@ -86,9 +94,9 @@ def cut(backbone: nn.Module, at: Cut = "stage", stem_as_module: bool = False) ->
         at: ``"stage"`` gives one segment a downsampling stage (LoCo), ``"block"`` one a block (MLAAN). A
             number K gives K segments: the published partition, or else groups of blocks as even as possible.
             A list names the block or stage that ends each segment. What follows the last block joins it.
-        stem_as_module: the stem is a segment of its own and counts in K (InfoPro and DGL at K=16 or 55);
-            otherwise it joins the first segment, and K may count it nevertheless, as MLAAN's paper does
-            (ResNet-32 has 15 blocks; K=16 gives 15 segments).
+        stem_as_module: the stem is a segment of its own and counts in K (InfoPro and DGL at K=16 or 55).
+            Otherwise it is part of the first segment; a K of one more than there are blocks then still gives one
+            segment a block, because MLAAN's paper counts the stem (ResNet-32 has 15 blocks; K=16 gives 15 segments).
 
     Raises:
         UserError: the network can't be cut, or not there or into so many; says what is possible.
@@ -112,7 +120,7 @@ def cut(backbone: nn.Module, at: Cut = "stage", stem_as_module: bool = False) ->
 
 
 def _freeze_what_follows(backbone: nn.Module, segments: Sequence[Segment]) -> None:
-    """Freeze the children that no step names, and check that a segment has everything else that trains."""
+    """Freeze the children that no step names, and check that everything else that trains is in a segment."""
     inside = {p for segment in segments for p in segment.parameters()}
     used = {path.partition(".")[0] for segment in segments for path in (*segment.paths, *segment.own)}
     for name, parameter in backbone.named_parameters():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -14,40 +11,46 @@ from torch import Tensor
 from framework.config.recipe import Pipeline
 from framework.data.batch import Batch
 from framework.engines import partition, state
-from framework.engines.base import OptimizerFactory, OptimizerState, StepResult, marked, set_learning_rate
+from framework.engines.base import (
+    EngineSettings,
+    OptimizerFactory,
+    OptimizerState,
+    StepResult,
+    marked,
+    prepare,
+    set_learning_rate,
+)
 from framework.engines.deepspeed import checked_config, join_ranks
 from framework.engines.deepspeed_config import merged_config
 from framework.execution import LocalNetwork
 from framework.network.norm import synchronize_among
 from framework.pipeline.rank.deepspeed_pipeline import BoundaryEngine
-from framework.pipeline.rank.following import Following
-from framework.pipeline.rank.instructions import Worker
 from framework.pipeline.rank.stage import Stage, owners
+from framework.pipeline.rank.stage_worker import StageWorker
 from framework.pipeline.scheduling.placement import Placement
 from framework.pipeline.scheduling.schedule import Layout, drain_instructions, step_instructions
 from framework.pipeline.scheduling.simulation import AHEAD, Event
+from framework.pipeline.scheduling.weight_readers import WeightReaders
 from framework.runtime.distributed import device, gather_tensors, is_main, rank, world_size
 from framework.runtime.errors import UserError
 
 
 class PipelinedEngine:
-    """See ``Engine``. Every rank trains a stage; ``net`` is whole, and stale where other stages train it.
+    """See ``Engine``. Every rank trains one stage.
+
+    ``net`` is whole on every rank; its weights of other stages are out of date until ``whole_net`` is called.
 
     Args:
         net: the network, the same on all ranks.
         make_optimizer: called with this rank's stage.
+        settings: of its steps; a ``clip`` above 0 makes every step wait for all stages, ``zero_stage`` is 0 or 1.
         placement: segments of the stages.
-        batch_size: images per step over all replicas and micro-batches.
-        micro_batches: per step.
-        clip: largest norm of the whole gradient; not 0 makes every step wait for all stages.
-        zero_stage: 0 or 1.
-        section: further keys of DeepSpeed's configuration.
         options: how stages work together.
 
     Attributes:
-        lag: steps after which the losses of a step are there without waiting.
-        loads: whether this rank needs data.
-        events: what this rank did when; set to a list to record.
+        lag: see ``Engine``.
+        loads: see ``Engine``.
+        events: of this rank; set to a list to record them.
 
     Raises:
         UserError: the ``deepspeed:`` section contradicts the recipe, or DeepSpeed refuses it.
@@ -57,33 +60,23 @@ class PipelinedEngine:
         self,
         net: LocalNetwork,
         make_optimizer: OptimizerFactory,
+        settings: EngineSettings,
         placement: Placement,
-        *,
-        batch_size: int,
-        micro_batches: int,
-        clip: float,
-        zero_stage: int,
-        section: Mapping[str, Any],
         options: Pipeline,
     ) -> None:
+        prepare(net, settings, placement.stages)
         self.net, self.placement = net, placement
-        self._following = Following(net, placement)
-        reads = self._following.reads
+        self._readers = WeightReaders(net, placement)
+        reads = self._readers.reads
         contrast = options.contrast == "batch"
-        self.layout = Layout(net.moments, placement, micro_batches, reads, contrast, options.lam_lag)
+        programs, micro_batches = net.program.segment_programs, settings.micro_batches
+        self.layout = Layout(programs, placement, micro_batches, reads, contrast, options.lam_lag)
         join_ranks()
         self._stage = Stage(net, placement, world_size() // placement.stages)
         grid = self._stage.mpu()
         synchronize_among(net.modules(), grid.get_data_parallel_group())
-        config = merged_config(
-            section,
-            batch_size=batch_size,
-            accumulation=micro_batches,
-            clip=clip,
-            zero_stage=zero_stage,
-            parameters=sum(p.numel() for p in self._stage.parameters()),
-            replicas=grid.get_data_parallel_world_size(),
-        )
+        parameters = sum(p.numel() for p in self._stage.parameters())
+        config = merged_config(settings, parameters, grid.get_data_parallel_world_size())
         self.optimizer = make_optimizer(self._stage)
         self._engine = BoundaryEngine(
             args=None,
@@ -93,7 +86,9 @@ class PipelinedEngine:
             config=config,
             config_class=checked_config(config, grid),
         )
-        self._worker = self._engine.worker = Worker(net, self.layout, self._following, grid, options.timeout)
+        self._worker = self._engine.worker = StageWorker(
+            net, self.layout, self._readers, grid, options.timeout
+        )
         wrapped = self._engine.optimizer
         self._zero = wrapped if isinstance(wrapped, DeepSpeedZeroOptimizer) else None
         self._groups = partition.partitioned_groups(self._zero, net) if self._zero else []
@@ -103,7 +98,7 @@ class PipelinedEngine:
         self._parked = False
         self._reports = dist.new_group()
         self._steps = 0
-        self.lag = 1 + -(-(placement.stages - 1) * (1 + AHEAD) // micro_batches)
+        self.lag = 1 + -(-(placement.stages - 1) * (1 + AHEAD) // settings.micro_batches)
         self.loads = self._worker.stage == 0
         self.events: list[Event] | None = None
         self._park()
@@ -184,19 +179,19 @@ class PipelinedEngine:
         return stage * self._engine.dp_world_size
 
     def _drain(self) -> None:
-        """Take in what is under way between stages, so that nothing depends on a step before this moment."""
+        """Receive all messages in flight between stages, so that no later step depends on one before."""
         self._engine.run(drain_instructions(self.layout, self._worker.stage, self._steps))
         self._worker.flush()
         self._steps = 0
 
     def _park(self) -> None:
-        """Move what other stages train to host memory, but for weights that heads here follow."""
+        """Move weights of other stages to host memory, except those that heads here read."""
         if device().type == "cpu" or self._parked:
             return
         self._parked = True
         entries = self.net.state_dict(keep_vars=True)
         stages = range(self.placement.stages)
-        followed = {id(p) for owner in stages for p in self._following.weights(self._worker.stage, owner)}
+        read_here = {id(p) for owner in stages for p in self._readers.weights(self._worker.stage, owner)}
         for name, stage in self._owners.items():
-            if stage != self._worker.stage and id(entries[name]) not in followed:
+            if stage != self._worker.stage and id(entries[name]) not in read_here:
                 entries[name].data = entries[name].data.cpu()

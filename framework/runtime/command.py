@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 
 from framework.runtime.errors import LocalError, UserError
+from framework.runtime.exit_status import exit_status
 from framework.runtime.launch import launched_rank
+from framework.runtime.text import printable
 
 
 def status(work: Callable[[], int | None], stopped: str = "stopped") -> int:
@@ -21,12 +23,8 @@ def status(work: Callable[[], int | None], stopped: str = "stopped") -> int:
     try:
         return work() or 0
     except UserError as error:
-        from framework.runtime.requests import (
-            exit_status,  # with PyTorch, which commands that only look don't load
-        )
-
         if launched_rank() == 0 or isinstance(error, LocalError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         return exit_status(error)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)

@@ -1,29 +1,63 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and their checksums: the one place that writes and hashes them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
 
 from framework.runtime.errors import UserError
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which gets the name ``path`` when the block ends: then all of it is on the disk.
+
+    Whoever reads ``path`` meanwhile sees the earlier file. If the block raises, that one stays. Several processes
+    may do this for one path at once; the last one to end wins.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            # File servers may say only here, and only to the process that wrote, that there was no room.
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, and its folder; on the disk when this returns.
+    """Write a file, and its folder if there is none, as ``new_file`` does.
 
     Raises:
         UserError: it can't be written; an earlier file of that name is untouched.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with new_file(path) as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise UserError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def sha256_of(content: Path | bytes) -> str:
+    """SHA-256 of bytes, or of what a file holds, in hexadecimal.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

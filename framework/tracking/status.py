@@ -1,4 +1,4 @@
-"""What the folder of a run tells about it, while it runs and afterwards. Imports nothing that takes long."""
+"""What the folder of a run tells about it, while it runs and afterwards. Does without PyTorch."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.columns import Columns
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from framework.runtime.errors import UserError
 
 SILENT = 120.0  # seconds without an entry, or ten times the usual pause, after which a run counts as silent
-LOSSES = 8  # units whose losses fit a cell
+LOSSES = 8  # units whose losses are shown
 
 
 class RunStatus:
-    """Follows a run; ``update`` reads what has been added to its log since.
+    """The state of a run; ``update`` reads what was added to its log since the last call.
 
     Attributes:
-        last: the last entry of a step; empty before the first.
-        starts: how often it was started.
-        skipped_steps: float16 overflows, and steps that were not finite.
+        last: the log's last entry of a step; empty before the first.
+        starts: how often the run was started.
+        skipped_steps: steps skipped for a float16 overflow, a loss or gradient that was not finite.
 
     Args:
         run_dir: folder of the run.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not the folder of a run.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -49,7 +52,7 @@ class RunStatus:
         self.last: dict[str, Any] = {}
 
     def update(self) -> None:
-        """Read on."""
+        """Read the rest of the log."""
         if not self._log.exists():
             return
         newest = b""
@@ -70,8 +73,13 @@ class RunStatus:
             self.last = json.loads(newest)
 
     @property
+    def epochs(self) -> int:
+        """Of the whole run."""
+        return int(self._train["epochs"])
+
+    @property
     def steps(self) -> tuple[int, int]:
-        """Steps done, and steps in all (0 if not known yet)."""
+        """Steps done, and steps of the whole run (0 if not known yet)."""
         if not self.last:
             return 0, 0
         done = self.last["step"] + 1
@@ -80,17 +88,16 @@ class RunStatus:
 
     @property
     def per_second(self) -> float:
-        """Steps a second lately; 0 if not known."""
+        """Steps a second at the last entry; 0 if not known."""
         return float(self.last.get("images_per_second") or 0) / self._train["batch_size"]
 
     @property
     def state(self) -> str:
-        """``finished``, ``running``, or how long it has been silent."""
+        """``starting``, ``running``, ``finished``, or for how long nothing was logged."""
         if not self._log.exists():
             return "starting"
-        result = (
-            self.run_dir / "result.json"
-        )  # one that is older than the log is of a shorter run, which goes on
+        result = self.run_dir / "result.json"
+        # One that is older than the log is the result of a shorter run, which now goes on.
         if result.exists() and result.stat().st_mtime >= self._log.stat().st_mtime:
             return "finished"
         age = time.time() - self._log.stat().st_mtime
@@ -99,22 +106,22 @@ class RunStatus:
 
     @property
     def remaining(self) -> str:
-        """Time to the end at the speed of late."""
+        """Time to the end at the present speed; empty if not known."""
         done, in_all = self.steps
         if self.state != "running" or not self.per_second:
-            return "-"
+            return ""
         return _duration((in_all - done) / self.per_second)
 
     @property
-    def losses(self) -> str:
-        """The losses of the last entry; of many units those of some depths."""
+    def losses(self) -> list[str]:
+        """Losses of the last entry, with the names of their units; of many units evenly spaced ones."""
         losses = list(self.last.get("losses", {}).items())
         shown = losses[:: -(-len(losses) // LOSSES)] if losses else []
-        return "  ".join(f"{name} {'nan' if loss is None else f'{loss:.3f}'}" for name, loss in shown)
+        return [f"{name} {'nan' if loss is None else f'{loss:.3f}'}" for name, loss in shown]
 
     @property
     def checkpoint(self) -> tuple[str, int]:
-        """The newest checkpoint with its age, and the broken images up to it."""
+        """The newest checkpoint with its age, and how many broken images had been left out by then."""
         folders = sorted(self.run_dir.glob("checkpoints/step-*"), key=lambda f: int(f.name[5:]))
         for folder in reversed(folders):
             try:
@@ -126,40 +133,30 @@ class RunStatus:
         return "none", 0
 
 
-def table(runs: Sequence[RunStatus]) -> Table:
-    """A line for each run, read anew."""
-    grid = Table()
-    for column in (
-        "run",
-        "state",
-        "epoch",
-        "step",
-        "steps/s",
-        "to go",
-        "losses",
-        "restarts",
-        "skipped",
-        "saved",
-    ):
-        right = column in ("epoch", "steps/s", "to go", "restarts")
-        grid.add_column(column, justify="right" if right else "left", overflow="fold")
-    for run in runs:
-        run.update()
-        done, in_all = run.steps
-        saved, broken = run.checkpoint
-        grid.add_row(
-            run.run_dir.name,
-            run.state,
-            f"{run.last.get('epoch', 0):.1f}",
-            f"{done}/{in_all}",
-            f"{run.per_second:.2f}",
-            run.remaining,
-            run.losses,
-            str(max(0, run.starts - 1)),
-            f"{broken} images, {run.skipped_steps} steps",
-            saved,
-        )
-    return grid
+def overview(runs: Sequence[RunStatus]) -> Group:
+    """A few lines for each run, read anew; they fit a terminal of 80 columns."""
+    return Group(*(_lines(run) for run in runs))
+
+
+def _lines(run: RunStatus) -> RenderableType:
+    run.update()
+    done, in_all = run.steps
+    progress = [
+        f"epoch {run.last.get('epoch', 0):.1f} of {run.epochs}",
+        f"step {done} of {in_all or '?'}",
+        *([f"{run.per_second:.2f} steps/s"] if run.per_second else []),
+        *([f"{run.remaining} to go"] if run.remaining else []),
+    ]
+    saved, broken = run.checkpoint
+    grid = Table.grid(padding=(0, 1), pad_edge=True)
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    grid.add_row("progress", ", ".join(progress))
+    grid.add_row("losses", Columns(run.losses, padding=(0, 2)) if run.losses else "none yet")
+    grid.add_row("saved", saved)
+    skipped = f"skipped: {broken} images, {run.skipped_steps} steps"
+    grid.add_row("restarts", f"{max(0, run.starts - 1)}, {skipped}")
+    return Group(Text(f"{run.run_dir.name}: {run.state}", style="bold"), grid)
 
 
 def _duration(seconds: float) -> str:

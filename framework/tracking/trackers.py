@@ -13,7 +13,7 @@ from framework.config.loading import to_yaml
 from framework.config.recipe import Recipe
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
-from framework.tracking.metrics import MetricLog
+from framework.tracking.metric_log import MetricLog
 
 logger = logging.getLogger(__name__)
 

@@ -22,13 +22,16 @@ from framework.config.recipe import Recipe
 from framework.data.batch import Batch
 from framework.data.loading.loader import TrainLoader
 from framework.engines import Engine, StepResult
+from framework.evaluation.run_folder import flat
 from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 from framework.runtime.requests import Request, Requests
-from framework.tracking import metrics
+from framework.tracking.environment import environment
+from framework.tracking.measuring import PeakMemory, Throughput
+from framework.tracking.metric_log import MetricLog
 from framework.tracking.progress import Progress
 from framework.tracking.trackers import Logs, open_trackers
 
@@ -42,12 +45,18 @@ class Position:
         updates: those that changed the weights; skipped ones do not, and the schedule waits for them.
         broken: images that were skipped because they could not be decoded, over all ranks.
         nonfinite: steps that were skipped for losses or gradients that were infinite or NaN.
+        images: those that were timed, over all starts.
+        seconds: that their steps took.
+        peak_memory_bytes: the largest of rank 0.
     """
 
     step: int = 0
     updates: int = 0
     broken: int = 0
     nonfinite: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
 
 
 class Pending(NamedTuple):
@@ -86,7 +95,8 @@ class Loop:
         self.stop = min(self.total, recipe.train.max_steps or self.total)
         self.units = [unit.name for unit in engine.net.plan.units]
         self.weights = [unit.weight for unit in engine.net.plan.units]
-        self.speed = metrics.Throughput()
+        self.speed = Throughput(position.images, position.seconds)
+        self.memory = PeakMemory(distributed.device(), position.peak_memory_bytes)
         self.norms = RunningStatistics(engine.net) if recipe.faults.nonfinite == "skip" else None
         self.broken_before = position.broken
         self.since_save: list[float] = []
@@ -139,6 +149,8 @@ class Loop:
     def save(self) -> None:
         """Begin to write a checkpoint of this moment; collective."""
         self.position.broken = self.broken_before + distributed.sum_over_ranks(self.loader.skipped)
+        self.position.images, self.position.seconds = self.speed.images, self.speed.seconds
+        self.position.peak_memory_bytes = self.memory.bytes
         state = {
             "position": asdict(self.position),
             "ranks": distributed.world_size(),
@@ -148,8 +160,7 @@ class Loop:
         }
         self.since_save = []
         self.saver.save(self.engine, self.position.step, state)
-        if self.engine.net.turns is not None:
-            self.engine.net.turns.empty()
+        self.engine.net.clear_replay_buffers()
 
     def summary(self) -> dict[str, Any]:
         """What the loop knows about the run."""
@@ -159,6 +170,7 @@ class Loop:
             "images_per_second": round(self.speed.mean, 2),
             "broken_images": self.position.broken,
             "nonfinite_steps": self.position.nonfinite,
+            "peak_memory_bytes": self.memory.bytes,
         }
 
     def _batches(self, start: int) -> Iterator[list[Batch]]:
@@ -177,6 +189,7 @@ class Loop:
         result = self.engine.step(batches, lr)
         if self.norms and result.skipped:
             self.norms.put_back()
+        self.memory.step()
         self.position.step += 1
         self.position.updates += not result.skipped
         return Pending(step, lr, result, requests.ask())
@@ -229,7 +242,9 @@ class Loop:
         return every is not None and step % (every * self.per_epoch) == 0 and step < self.stop
 
     def _measure(self, step: int, logs: Logs | None, progress: Progress) -> None:
-        scores, epoch = self.score(), (step + 1) / self.per_epoch
+        with self.speed.paused(), self.memory.paused():
+            scores = self.score()
+        epoch = (step + 1) / self.per_epoch
         if logs:
             logs.write_scores(step, epoch=epoch, scores=scores)
             progress.note(f"epoch {epoch:g}: " + ", ".join(f"{k} {v:.1f} %" for k, v in scores.items()))
@@ -243,19 +258,31 @@ class Loop:
         )
 
     def _open_logs(self, start: int) -> AbstractContextManager[Logs | None]:
-        """Put the resolved recipe into the run folder and open the logs there, on rank 0."""
+        """Put the resolved recipe into the run folder and open the logs there, on rank 0.
+
+        Where no step is left to make, both stay as they are: they tell of the steps that were made.
+        """
+        recipe, log = self.run_dir / "recipe.yaml", self.run_dir / "metrics.jsonl"
         with distributed.same_outcome():
-            if distributed.is_main():
-                write_whole(self.run_dir / "recipe.yaml", loading.to_yaml(self.recipe))
-                environment = {
+            if distributed.is_main() and start >= self.stop and recipe.exists() and log.exists():
+                self._say_that_all_is_done(recipe)
+            elif distributed.is_main():
+                write_whole(recipe, loading.to_yaml(self.recipe))
+                of_this_start = {
                     "started": datetime.now(UTC).isoformat(timespec="seconds"),
                     "job": os.environ.get("SLURM_JOB_ID"),
-                    **metrics.environment(distributed.world_size(), distributed.device()),
+                    **environment(distributed.world_size(), distributed.device()),
                 }
-                log = metrics.MetricLog(self.run_dir / "metrics.jsonl", environment, start)
+                trackers = open_trackers(self.recipe, start)
                 every = self.recipe.logging.every_steps
-                return Logs(log, open_trackers(self.recipe, start), every, self.stop - 1)
+                return Logs(MetricLog(log, of_this_start, start), trackers, every, self.stop - 1)
         return nullcontext()
+
+    def _say_that_all_is_done(self, recipe: Path) -> None:
+        made, asked = flat(recipe.read_text()), flat(loading.to_yaml(self.recipe))
+        changed = [key for key in made.keys() & asked.keys() if made[key] != asked[key]]
+        without_effect = f"; of no effect on them: {', '.join(sorted(changed))}" if changed else ""
+        print(f"all steps are made, by the settings in {recipe}{without_effect}", flush=True)
 
 
 def _seed(seed: int, step: int) -> None:

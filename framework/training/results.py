@@ -2,139 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from framework.analysis.curves import loss_curves
-from framework.checkpoints import snapshot
+from framework.analysis.neighbors import neighbors_picture
+from framework.checkpoints.snapshot import export_backbone
 from framework.config.recipe import Recipe
-from framework.data.shards.index import ShardSet
 from framework.data.splits import Splits
 from framework.engines import Engine
-from framework.evaluation import features
-from framework.execution import LocalNetwork
-from framework.model import recipe_network
+from framework.evaluation.scoring import score
 from framework.runtime import distributed
-from framework.runtime.errors import UserError
-from framework.tracking import metrics
-
-Encode = Callable[[features.EvalBatches], tuple[Tensor, Tensor]]
+from framework.runtime.files import write_whole
+from framework.tracking.metric_log import read_log, write_result
 
 
-def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate, print the scores and write ``result.json``, ``loss_curves.png`` and ``backbone.safetensors``.
+def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[str, Any]) -> None:
+    """Evaluate, print the scores and write ``result.json``, pictures and ``backbone.safetensors``.
 
     Args:
         recipe: of the run.
         engine: holds the trained network.
         splits: images to score on.
         run: what the training loop measured.
-
-    Returns:
-        What ``result.json`` holds.
     """
     run_dir = Path(recipe.run_dir)
     # Before the scores, which may fail over an image.
-    snapshot.export_backbone(engine, run_dir / "backbone.safetensors")
-    scores = score(recipe, engine.whole_net(), splits)
-    result = {
-        "name": recipe.name,
-        "method": recipe.method.name,
-        "network": recipe.network.name,
-        **{key: round(value, 4) for key, value in scores.items()},
-        **run,
-        "train_images": len(splits.train),
-        "peak_memory_bytes": metrics.peak_memory_bytes(distributed.device()),
-        "seed": recipe.seed,
-        **metrics.environment(distributed.world_size(), distributed.device()),
-    }
+    views = json.dumps({"mean": recipe.views.mean, "std": recipe.views.std})
+    export_backbone(
+        engine, run_dir / "backbone.safetensors", {"network": recipe.network.name, "views": views}
+    )
+    net = engine.whole_net()
+    scores = score(recipe, net, splits)
+    scored = splits.labeled and recipe.evaluate.knn
+    picture = neighbors_picture(recipe, net, splits) if scored else b""
     with distributed.same_outcome():
         if distributed.is_main():
+            result = {
+                "name": recipe.name,
+                "method": recipe.method.name,
+                "network": recipe.network.name,
+                **{key: round(value, 4) for key, value in scores.items()},
+                **_measured(run_dir, run),
+                "train_images": len(splits.train),
+                "seed": recipe.seed,
+                **_environment(run_dir),
+            }
             title = f"{recipe.name}: {recipe.method.name} on {recipe.network.name}"
-            loss_curves(run_dir / "metrics.jsonl", run_dir / "loss_curves.png", title)
-            metrics.write_result(run_dir / "result.json", result)
+            write_whole(run_dir / "loss_curves.png", loss_curves(run_dir / "metrics.jsonl", title))
+            if picture:
+                write_whole(run_dir / "neighbors.png", picture)
+            write_result(run_dir / "result.json", result)
             show(scores, result, run_dir)
-    return result
 
 
-def check(recipe: Recipe, net: LocalNetwork, splits: Splits) -> None:
-    """Refuse what scoring would only refuse after the training.
-
-    Raises:
-        UserError: fewer training images than neighbors are asked for, or fewer test images than ranks.
-    """
-    if splits.test is None:
-        return
-    evaluation, known, asked = recipe.evaluate, len(splits.train), len(splits.test)
-    if evaluation.every_epochs is not None and evaluation.images is not None:
-        known, asked = min(known, evaluation.images), min(asked, evaluation.images)
-    probed = evaluation.knn and splits.labeled
-    if probed and known < evaluation.neighbors:
-        raise UserError(
-            f"evaluate.neighbors={evaluation.neighbors}: must be at most {known}, the training images to score with"
-        )
-    classified = net.classifies and splits.test.labeled
-    if (probed or classified) and asked < distributed.world_size():
-        raise UserError(
-            f"{splits.test.folder}: {asked} images to score on are fewer than the {distributed.world_size()} ranks"
-        )
+def _measured(run_dir: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the loop measured. Checkpoints of older versions don't tell a start without steps of speed and memory."""
+    path = run_dir / "result.json"
+    if run["images_per_second"] or not path.exists():
+        return dict(run)
+    before = json.loads(path.read_text())
+    kept = {key: before[key] for key in ("images_per_second", "peak_memory_bytes")}
+    return {**run, **kept} if before["steps"] == run["steps"] else dict(run)
 
 
-def score(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]:
-    """Accuracies in per cent, on rank 0; elsewhere only those that every rank knows.
-
-    *Untrained* is the network as the recipe's seed makes it.
-    """
-    scores: dict[str, float] = {}
-    test = splits.test
-    if test is None:
-        return scores
-    if net.classifies and test.labeled:
-        scores["test_top1"] = features.test_top1(net, splits.eval_loader(test))
-    if splits.labeled and recipe.evaluate.knn:
-        linear = recipe.evaluate.linear
-        untrained = recipe_network(recipe, splits.num_classes).to(distributed.device())
-        for suffix, encode, fit in (
-            ("", partial(features.features, net), linear),
-            ("_untrained", partial(features.features, untrained), linear),
-            ("_pixels", features.pixels, False),
-        ):
-            probed = _probe(recipe, splits, test, encode, fit)
-            scores |= {f"{key}{suffix}": value for key, value in probed.items()}
-    return scores
-
-
-def score_now(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]:
-    """What is measured during training, on ``evaluate.images`` of each split; as ``score``."""
-    if splits.test is None:
-        return {}
-    images = recipe.evaluate.images
-    some, test = replace(splits, train=splits.train.subsample(images)), splits.test.subsample(images)
-    scores: dict[str, float] = {}
-    if net.classifies and test.labeled:
-        scores["test_top1"] = features.test_top1(net, some.eval_loader(test))
-    if splits.labeled and recipe.evaluate.knn:
-        scores |= _probe(recipe, some, test, partial(features.features, net), recipe.evaluate.linear)
-    return scores
-
-
-def _probe(recipe: Recipe, splits: Splits, test: ShardSet, encode: Encode, linear: bool) -> dict[str, float]:
-    """k-NN and linear probe of one kind of features, on rank 0."""
-    scores: dict[str, float] = {}
-    known, asked = (encode(splits.eval_loader(shards)) for shards in (splits.train, test))
-    with distributed.same_outcome():
-        if distributed.is_main():
-            scores["knn_top1"] = features.knn_top1(*known, *asked, recipe.evaluate.neighbors)
-            if linear:
-                scores["linear_top1"] = features.linear_top1(*known, *asked)
-    return scores
+def _environment(run_dir: Path) -> dict[str, Any]:
+    """That of the last start that made steps."""
+    starts = [entry["environment"] for entry in read_log(run_dir / "metrics.jsonl") if "environment" in entry]
+    return {key: value for key, value in starts[-1].items() if key not in ("started", "job")}
 
 
 def show(scores: dict[str, float], result: dict[str, Any], run_dir: Path) -> None:

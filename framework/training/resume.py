@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import yaml
 from torch import nn
 
-from framework.checkpoints import snapshot
+from framework.checkpoints.run_checkpoints import newest_checkpoint, set_aside_later
+from framework.checkpoints.snapshot import load_checkpoint
 from framework.config.recipe import Recipe
 from framework.engines import Engine
 from framework.execution import LocalNetwork
-from framework.local.objectives import SupCon
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from framework.training.loop import Position
@@ -32,17 +32,17 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
     folder = _chosen(recipe, run_dir)
     if folder is None:
         return Position()
-    state = snapshot.load(folder, engine)
+    state = load_checkpoint(folder, engine)
     with distributed.same_outcome():
         _check_batch(folder, state, recipe, engine.net)
         if (before := state.get("steps_per_epoch", steps_per_epoch)) != steps_per_epoch:
             raise UserError(
                 f"{folder}: an epoch of its images had {before} steps, and of those in data.path={recipe.data.path} "
-                f"it has {steps_per_epoch}: set data.path, data.train and data.share as before, or another run_dir"
+                f"it has {steps_per_epoch}: set data.path, data.train and data.fraction as before, or another run_dir"
             )
     with distributed.same_outcome():
         if distributed.is_main():
-            for name in snapshot.set_aside_later(run_dir, state["step"]):
+            for name in set_aside_later(run_dir, state["step"]):
                 print(f"later than {folder.name}, renamed: {name}", flush=True)
             print(f"going on from {folder}", flush=True)
     return Position(**state["position"])
@@ -50,11 +50,11 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
 
 def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
     own = recipe.resume in ("auto", "never")
-    # What else than "auto" is said counts for the first start. Slurm's next one is to go on, not to begin again.
+    # "never" and a path are meant for the first start of a job. When Slurm starts it again, it is to go on.
     started_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     if not own and not started_again:
         return Path(recipe.resume)
-    folder = snapshot.newest(run_dir)
+    folder = newest_checkpoint(run_dir)
     if folder and recipe.resume == "never" and not started_again:
         raise UserError(
             f"resume=never: {run_dir} already holds {folder.name}; name another run_dir, or resume=auto"
@@ -63,7 +63,9 @@ def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
 
 
 class EffectiveBatch(NamedTuple):
-    """How many images a step's nonlinear parts see together; losses depend on it, and on no other split.
+    """How many images BatchNorm and contrastive losses see together in a step.
+
+    What a step computes depends on these two numbers, and on no other way of splitting the batch.
 
     Attributes:
         contrast: images that are contrasted; ``None`` without a contrastive loss.
@@ -78,12 +80,13 @@ class EffectiveBatch(NamedTuple):
         cls, network: LocalNetwork, recipe: Mapping[str, Any], ranks: int, micro_batches: int
     ) -> EffectiveBatch:
         """Of a recipe on so many ranks and micro-batches."""
-        contrast = not network.plan.supervised or any(isinstance(m, SupCon) for m in network.modules())
         norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
         batch, pipeline = recipe["train"]["batch_size"], recipe["pipeline"]
         together = batch if pipeline["contrast"] == "batch" else batch // micro_batches
         replicas = 1 if recipe["network"]["sync_bn"] else ranks // pipeline["stages"]
-        return cls(together if contrast else None, batch // micro_batches // replicas if norm else None)
+        return cls(
+            together if network.plan.contrasts else None, batch // micro_batches // replicas if norm else None
+        )
 
 
 def _check_batch(folder: Path, state: dict[str, Any], recipe: Recipe, net: LocalNetwork) -> None:

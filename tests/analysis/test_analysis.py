@@ -18,7 +18,7 @@ from framework.analysis.feature_maps import activation_maps, breadth
 from framework.analysis.memory_tables import PUBLISHED, published_recipe, stage_shares
 from framework.analysis.probes import probe_layers
 from framework.data.loading.sample_order import balanced
-from framework.evaluation import features
+from framework.evaluation.linear_probe import linear_probe, linear_top1
 from framework.evaluation.run_folder import Run, comparable, maps, open_runs
 from framework.runtime.errors import UserError
 
@@ -87,7 +87,7 @@ def test_linear_probe_is_the_optimum_of_its_objective() -> None:
     ).x
     logits = z @ best[:64].reshape(4, 16).T + best[64:]
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    probe = features.linear_probe(torch.from_numpy(x).float(), torch.from_numpy(y))
+    probe = linear_probe(torch.from_numpy(x).float(), torch.from_numpy(y))
     np.testing.assert_allclose(probe.predict_proba(x), expected, atol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_layer_probes_are_probes_of_the_encoder_up_to_there(both_runs: tuple[Pat
             ]
         )
         rows += [x, torch.from_numpy(shards.labels)]
-    assert found["layer1"] == features.linear_top1(*rows)
+    assert found["layer1"] == linear_top1(*rows)
 
 
 def stem(net: torch.nn.Module, images: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def test_the_encoder_is_the_checkpoint_and_the_untrained_one_is_not(both_runs: t
 def test_the_encoder_needs_no_compiler_and_no_download(both_runs: tuple[Path, Path]) -> None:
     run = Run.open(both_runs[0], ["execution.compile=true", "network.args={pretrained: true}"])
     net = run.encoder(trained=False)
-    assert list(net.runners) == list(net.segments)
+    assert net.program.runners == net.segments
 
 
 def test_feature_maps_are_mean_absolute_activations(both_runs: tuple[Path, Path]) -> None:

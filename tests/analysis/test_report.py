@@ -17,7 +17,7 @@ from framework.analysis import export
 from framework.analysis.report import write_report
 from framework.evaluation.run_folder import Run, open_runs
 from framework.runtime.errors import UserError
-from framework.tracking.metrics import MetricLog
+from framework.tracking.metric_log import MetricLog
 from tests.support.commands import run_tool
 
 

@@ -20,12 +20,11 @@ import pytest
 import torch
 
 from framework.analysis.results_tables import EvidenceTable, Row, RowRun
-from framework.checkpoints.folder import write_files
+from framework.checkpoints.folder import identity_of, write_files
 from framework.config import loading
-from framework.evaluation.linear_eval_conditions import of_checkpoint
 from framework.runtime.errors import UserError
-from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE
-from framework.tracking.metrics import MetricLog, read_log, write_result
+from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
+from framework.tracking.metric_log import MetricLog, read_log, write_result
 from tests.support.commands import run_tool
 from tests.support.runs import ROOT, losses, starts
 
@@ -40,7 +39,7 @@ def table(folder: Path, *more: str) -> Path:
         "engine=ddp",
         "network.name=resnet8",
         "evaluate.every_epochs=6",
-        "data.share=0.5",
+        "data.fraction=0.5",
     ]
     rows = [{"name": "DGL* K=2", "recipe": str(recipe), "paper": 1.5}]
     path = folder / "results" / "digits.yaml"
@@ -152,7 +151,7 @@ def test_rows_that_cannot_go_on_do_not_hinder_others(
     (tmp_path / "digits").mkdir()  # where the run folders are
     path = table(tmp_path)
     short = json.loads(path.read_text())["overrides"]
-    bad = [*short, "data.source=shards", "data.path=/nowhere"]
+    bad = [*short, "data.prepare=none", "data.path=/nowhere"]
     found = named(path, "Locked", "Fails", "Locked too, as it is", "Ended", overrides=bad)
     finish(found.runs(path, tmp_path, [])[3])
     with ExitStack() as locks:
@@ -235,13 +234,13 @@ def test_a_linear_evaluation_of_something_else_is_made_again(tmp_path: Path) -> 
     evaluation = run.folder / "evidence" / "linear_eval_simclr.json"
     old = {"checkpoint": "step-00000002", "preset": "simclr", "cached": False, "epochs": 90, "lr": 0.1}
     write_result(evaluation, old)  # of a time when less was said
-    assert ended() and ended("--epochs", "90") and ended("data.share=0.5")
+    assert ended() and ended("--epochs", "90") and ended("data.fraction=0.5")
     assert not ended("--epochs", "80") and not ended("--lr", "0.2") and not ended("--cached")
-    weights = of_checkpoint(run.folder / "checkpoints" / "step-00000002")
-    write_result(evaluation, old | weights | {"overrides": ["data.share=0.5"]})
-    assert ended("data.share=0.5") and ended("data.share=0.5", "data.workers=0") and not ended()
+    weights = identity_of(run.folder / "checkpoints" / "step-00000002")
+    write_result(evaluation, old | weights | {"overrides": ["data.fraction=0.5"]})
+    assert ended("data.fraction=0.5") and ended("data.fraction=0.5", "data.workers=0") and not ended()
     write_files(run.folder / "checkpoints" / "step-00000002", {"w": torch.ones(1)}, {}, {})
-    assert not ended("data.share=0.5")  # trained again
+    assert not ended("data.fraction=0.5")  # trained again
     write_result(evaluation, old)
     assert ended()
     write_files(run.folder / "checkpoints" / "step-00000004", {"w": torch.zeros(1)}, {}, {})
@@ -357,5 +356,5 @@ def test_every_table_is_sound_and_its_name_says_its_conditions(path: Path) -> No
     first, name = recipes[0], path.stem.split("_")
     assert f"{first.train.epochs}ep" in name and f"b{first.train.batch_size}" in name
     share = [int(word[1:]) for word in name if word[0] == "n" and word[1:].isdigit()]
-    assert first.data.share == (share[0] / 50_000 if share else 1.0)
+    assert first.data.fraction == (share[0] / 50_000 if share else 1.0)
     assert f"tools/reproduce.py recipes/results/{path.name}" in path.read_text()

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import AfterValidator, Field
 
-from framework.config.schema import Fault, Fraction, PositiveInt, build, keys
+from framework.config.schema import Fault, Fraction, NoFlag, PositiveInt, build, keys
 
 
 @dataclass
 class Inner:
     ratio: Fraction = 0.5
     pair: tuple[int, str] = (1, "a")
+
+
+def check_odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd")
+    return value
+
+
+@dataclass
+class Plain:
+    lists: dict[str, list[str]] = field(default_factory=dict)
+    one: Annotated[Literal[1, 2], NoFlag] = 1
+    flag: bool = False
+    odd: Annotated[int, AfterValidator(check_odd)] = 1
+    small: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+
+    def __post_init__(self) -> None:
+        if self.odd == 13:
+            raise ValueError("13 brings bad luck")
+
+
+@dataclass
+class Required:
+    given: int
 
 
 @dataclass
@@ -24,6 +49,8 @@ class Outer:
     mode: Literal["a", "b"] | float = "a"
     rest: dict[str, Any] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    plain: Plain = field(default_factory=Plain)
+    required: Required | None = None
 
 
 def test_schema_converts_what_yaml_can_not_say() -> None:
@@ -45,6 +72,8 @@ def test_schema_converts_what_yaml_can_not_say() -> None:
         "mode",
         "rest",
         "names",
+        *("plain", "plain.lists", "plain.one", "plain.flag", "plain.odd", "plain.small"),
+        *("required", "required.given"),
     ]
 
 
@@ -63,6 +92,19 @@ def test_schema_converts_what_yaml_can_not_say() -> None:
         ({"rest": 3}, "rest", "must be a section"),
         ({"names": ["a", 1]}, "names[1]", "must be text"),
         ({"names": "???"}, "names", "must be given"),
+        ({"plain": {"lists": {"a": 1}}}, "plain.lists.a", "must be a list of any number, each text"),
+        ({"plain": {"lists": {"a": ["b", 1]}}}, "plain.lists.a[1]", "must be text"),
+        ({"plain": {"lits": {}}}, "plain.lits", ""),
+        ({"plain": {"one": True}}, "plain.one", "must be one of 1, 2"),
+        ({"plain": {"one": 3}}, "plain.one", "must be one of 1, 2"),
+        ({"plain": {"flag": 1}}, "plain.flag", "must be true or false"),
+        ({"plain": {"odd": 2}}, "plain.odd", "must be odd"),
+        ({"plain": {"odd": 13}}, "plain", "13 brings bad luck"),
+        ({"plain": {"small": 0}}, "plain.small", "must be greater than 0 and at most 0.5"),
+        ({"plain": {"small": "1"}}, "plain.small", "must be a finite number"),
+        ({"many": [float("inf")]}, "many[0]", "must be a finite number"),
+        ({"rest": {1: b"x"}}, "", "must be text, numbers, lists and sections"),
+        ({"required": {}}, "required.given", "must be given"),
         (3, "", "must be a section with the keys inner, many"),
     ],
 )

@@ -121,7 +121,7 @@ def test_unwritable_index_stays_in_memory(tmp_path, caplog):
     (tmp_path / "index.npz" / "in the way").mkdir(parents=True)
     shards = ShardSet.open(tmp_path)
     assert shards.read(0) == png(0)
-    assert "cannot be saved" in caplog.text
+    assert "can't be written" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "index.npz"]
 
 

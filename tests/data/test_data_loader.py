@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from framework.data.augment.views import Views, chances
+from framework.config.views import Views
+from framework.data.augment.views import augment_params, crop_view, draw_uniforms
 from framework.data.batch import Batch
 from framework.data.loading.decode import decode
 from framework.data.loading.loader import EvalLoader, TrainLoader
@@ -160,9 +161,9 @@ def test_views_are_stacked_view_major(digits):
     assert (batch.views, tuple(batch.images.shape)) == (2, (16, 3, 10, 10))
     for view in range(2):
         for row in range(8):
-            draw = chances(3, 0, view, 16 + row, 1)[0]
-            crop = views.crop(decode(digits.read(epoch_order(1437, 3, 0)[16 + row])), 10, draw)
-            crop = crop.flip(-1) if views.look(draw[None]).flip else crop
+            draw = draw_uniforms(3, 0, view, 16 + row, 1)[0]
+            crop = crop_view(views, decode(digits.read(epoch_order(1437, 3, 0)[16 + row])), 10, draw)
+            crop = crop.flip(-1) if augment_params(views, draw[None]).flip else crop
             assert torch.equal(batch.images[view * 8 + row], crop / 255)
 
 
@@ -303,7 +304,7 @@ def test_evaluation_takes_the_central_crop_and_leaves_broken_images_out(digits, 
     assert [index.tolist() for index, _, _ in loader] == [[0, 1], [3, 4, 5]]
     assert loader.skipped == 1
     _, images, _ = next(iter(eval_loader(digits, Views(kind="simclr"), image_size=12)))
-    expected = Views(kind="none").crop(decode(digits.read(0)), 12, chances(0, 0, 0, 0, 1)[0])
+    expected = crop_view(Views(kind="none"), decode(digits.read(0)), 12, draw_uniforms(0, 0, 0, 0, 1)[0])
     mean, std = torch.tensor([Views().mean, Views().std]).view(2, 3, 1, 1)
     torch.testing.assert_close(images[0], (expected / 255 - mean) / std)
     with pytest.raises(UserError, match="fewer than the 7 ranks"):

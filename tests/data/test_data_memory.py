@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from framework.data.augment.views import Views
+from framework.config.views import Views
 from framework.data.loading.loader import TrainLoader
 from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from framework.config.recipe import Data, Recipe, Train
-from framework.data.augment.views import Views
+from framework.config.views import Views
 from framework.data.loading.loader import EvalLoader, TrainLoader
 from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import resource
@@ -24,44 +25,27 @@ from PIL import Image
 from scipy.io import savemat
 
 from framework.data.loading.decode import decode
-from framework.data.packing.packer import Packing, encoded, pack
-from framework.data.packing.sources import open_sources
+from framework.data.packing.images import Images
+from framework.data.packing.packer import Packing, encoded, pack, pack_splits
+from framework.data.packing.readers import read
+from framework.data.packing.reading import Choices
 from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
-from framework.runtime.requests import EXIT_USAGE
+from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
-
-
-def image(number: int, size: tuple[int, int] = (12, 8), form: str = "png", mode: str = "RGB") -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, form)
-    return buffer.getvalue()
-
-
-def tree(root: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    return root
-
-
-def photographs(splits: tuple[str, ...] = ("train/", "val/")) -> dict[str, bytes]:
-    return {
-        f"{split}{name}/{number}.png": image(number)
-        for split in splits
-        for name in ("cat", "dog")
-        for number in range(6)
-    }
+from tests.support.toy_images import image, photographs, tree
 
 
 def packed(source: str | Path, dest: Path, workers: int = 0, **options: object) -> dict[str, ShardSet]:
     packing = Packing(**{"samples_per_shard": 5, **options})
     dest.parent.mkdir(exist_ok=True)
-    sources = open_sources(str(source), dest.parent, dest.parent / "cache", 10**9)
-    for split, content in sources.items():
-        list(pack(content, dest / split, packing, workers))
-    return {split: ShardSet.open(dest / split) for split in sources}
+    splits = opened(source, dest.parent)
+    list(pack_splits(splits, dest, packing, workers))
+    return {split: ShardSet.open(dest / split) for split in splits}
+
+
+def opened(source: str | Path, work: Path) -> dict[str, Images]:
+    return read([str(source)], Choices(), work, work / "cache", 10**9).open()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -164,7 +148,7 @@ def test_a_killed_run_goes_on_with_what_is_whole(tmp_path):
     packed(source, tmp_path / "whole")
 
     def killed() -> None:
-        shards = pack(open_sources(str(source), tmp_path, tmp_path, 1)[""], tmp_path / "out", Packing(5), 0)
+        shards = pack(opened(source, tmp_path)[""], tmp_path / "out", Packing(5), 0)
         next(shards), next(shards)
         for name in (".shard-000002.tar", ".shard-000002.tar.done.0f"):
             (tmp_path / ".out.partial" / name).write_bytes(b"half")
@@ -179,9 +163,25 @@ def test_a_killed_run_goes_on_with_what_is_whole(tmp_path):
     assert not (tmp_path / ".out.partial").exists()
 
 
+def test_a_folder_that_an_older_version_left_goes_on(tmp_path):
+    """What to pack, and how, stood in ``plan.json``."""
+    source = tree(tmp_path / "src", photographs(("",)))
+    half = pack(opened(source, tmp_path)[""], tmp_path / "out", Packing(5), 0)
+    next(half)
+    half.close()
+    partial = tmp_path / ".out.partial"
+    settings = json.loads((partial / "packing.json").read_text())
+    assert list(settings) == ["source", "samples", "samples_per_shard", "shorter_side", "encode", "quality"]
+    (partial / "packing.json").rename(partial / "plan.json")
+    first = (partial / "shard-000000.tar").stat().st_mtime_ns
+    packed(source, tmp_path / "out")
+    assert (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns == first
+    assert not {"plan.json", "packing.json"} & set(contents(tmp_path / "out"))
+
+
 def test_another_plan_starts_afresh(tmp_path):
     source = tree(tmp_path / "src", photographs(("",)))
-    half = pack(open_sources(str(source), tmp_path, tmp_path, 1)[""], tmp_path / "out", Packing(5), 0)
+    half = pack(opened(source, tmp_path)[""], tmp_path / "out", Packing(5), 0)
     next(half)
     half.close()
     found = packed(source, tmp_path / "out", encode="webp")[""]
@@ -395,7 +395,7 @@ def test_missing_permission_is_named(tmp_path):
             os.setegid(65534)
             os.seteuid(65534)
         with pytest.raises(UserError, match="cat: cannot be read: Permission denied"):
-            open_sources(str(source), tmp_path, tmp_path, 1)
+            opened(source, tmp_path)
         with pytest.raises(UserError, match=r"shard-000000\.tar: cannot be read: Permission denied"):
             shards = ShardSet.open(tmp_path / "out")
             [shards.read(i) for i in range(12)]

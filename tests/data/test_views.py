@@ -14,9 +14,16 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
+from framework.config.views import Views
 from framework.data.augment import color
 from framework.data.augment.crops import random_box, resized, resized_batch, shifted_batch
-from framework.data.augment.views import Views, blur_taps, chances
+from framework.data.augment.views import (
+    augment_params,
+    blur_taps,
+    crop_view,
+    draw_uniforms,
+    finish_views,
+)
 from framework.data.loading.decode import BrokenImage, decode
 
 CPU = torch.device("cpu")
@@ -36,7 +43,7 @@ def photograph(width: int, height: int) -> Image.Image:
 
 
 def draws(n: int) -> np.ndarray:
-    return chances(0, 0, 0, 0, n)
+    return draw_uniforms(0, 0, 0, 0, n)
 
 
 def encoded(image: Image.Image, form: str) -> bytes:
@@ -94,33 +101,33 @@ def test_jitter_takes_each_image_in_its_own_order():
 
 def test_finish_equals_torchvision_chain():
     views = Views()
-    look = views.look(draws(64))
+    params = augment_params(views, draws(64))
     pixels = (random_images(64, 20) * 255).to(torch.uint8)
     operations = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     expected = []
     for n, image in enumerate(F.to_dtype(pixels, torch.float32, scale=True)):
-        image = F.horizontal_flip(image) if look.flip[n] else image
-        for operation in look.order[n].tolist():
+        image = F.horizontal_flip(image) if params.flip[n] else image
+        for operation in params.order[n].tolist():
             if operation >= 0:
-                image = operations[operation](image, float(look.factors[n, operation]))
-        image = F.rgb_to_grayscale(image, 3) if look.grayscale[n] else image
-        if look.sigma[n] > 0:
-            image = F.gaussian_blur(image, [3, 3], [float(look.sigma[n])] * 2)
+                image = operations[operation](image, float(params.factors[n, operation]))
+        image = F.rgb_to_grayscale(image, 3) if params.grayscale[n] else image
+        if params.sigma[n] > 0:
+            image = F.gaussian_blur(image, [3, 3], [float(params.sigma[n])] * 2)
         expected.append(F.normalize(image, list(views.mean), list(views.std)))
-    found = views.finish(pixels, look, CPU)
+    found = finish_views(views, pixels, params, CPU)
     assert blur_taps(views.blur_kernel, 20) == 3
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=0)  # 1e-5 before division by std
-    assert views.finish(pixels, look, CPU, torch.bfloat16).dtype == torch.bfloat16
+    assert finish_views(views, pixels, params, CPU, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_kinds_without_color_only_flip_and_normalize():
     pixels = (random_images(40, 8) * 255).to(torch.uint8)
     for kind, flips in (("supervised", True), ("cifar", True), ("none", False)):
         views = Views(kind=kind, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        look = views.look(draws(40))
-        assert look.flip.any() == flips
-        expected = torch.where(look.flip.view(-1, 1, 1, 1), pixels.flip(-1), pixels) / 255
-        assert torch.equal(views.finish(pixels, look, CPU), expected)
+        params = augment_params(views, draws(40))
+        assert params.flip.any() == flips
+        expected = torch.where(params.flip.view(-1, 1, 1, 1), pixels.flip(-1), pixels) / 255
+        assert torch.equal(finish_views(views, pixels, params, CPU), expected)
 
 
 @pytest.mark.parametrize("size", [(100, 60), (40, 300), (9, 8)])
@@ -149,58 +156,59 @@ def test_crop_boxes_are_distributed_as_torchvisions(size):
 
 def test_jitter_parameters_are_distributed_as_torchvisions():
     views = Views()
-    look = views.look(draws(3000))
+    params = augment_params(views, draws(3000))
     torch.manual_seed(0)
     reference = ColorJitter(0.8, 0.8, 0.8, 0.2)
     arguments = (reference.brightness, reference.contrast, reference.saturation, reference.hue)
     theirs = [reference.get_params(*arguments) for _ in range(3000)]
     for operation in range(4):
         other = np.array([parameters[1 + operation] for parameters in theirs])
-        assert stats.ks_2samp(look.factors[:, operation].numpy(), other).pvalue > 1e-3
-    jittered = look.order[look.order[:, 0] >= 0]
+        assert stats.ks_2samp(params.factors[:, operation].numpy(), other).pvalue > 1e-3
+    jittered = params.order[params.order[:, 0] >= 0]
     names, counts = np.unique(jittered.numpy(), axis=0, return_counts=True)
     assert len(names) == 24
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_probabilities_and_blur_range():
-    look = Views().look(draws(4000))
+    params = augment_params(Views(), draws(4000))
     for mask, probability in (
-        (look.flip, 0.5),
-        (look.order[:, 0] >= 0, 0.8),
-        (look.grayscale, 0.2),
-        (look.sigma > 0, 0.5),
+        (params.flip, 0.5),
+        (params.order[:, 0] >= 0, 0.8),
+        (params.grayscale, 0.2),
+        (params.sigma > 0, 0.5),
     ):
         assert stats.binomtest(int(mask.sum()), 4000, probability).pvalue > 1e-3
-    sigma = look.sigma[look.sigma > 0].numpy()
+    sigma = params.sigma[params.sigma > 0].numpy()
     assert stats.kstest(sigma, stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
-    strong = Views(jitter=(1.5, 0.0, 0.0, 0.0)).look(draws(1000)).factors
+    strong = augment_params(Views(jitter=(1.5, 0.0, 0.0, 0.0)), draws(1000)).factors
     assert strong[:, 0].min() >= 0
     assert (strong[:, 1:] == torch.tensor([1.0, 1.0, 0.0])).all()
 
 
 def test_fields_switch_their_operation_off_and_leave_the_others_alone():
-    full, quiet = Views().look(draws(200)), Views(flip=0, jitter_probability=0, blur=0).look(draws(200))
+    full = augment_params(Views(), draws(200))
+    quiet = augment_params(Views(flip=0, jitter_probability=0, blur=0), draws(200))
     assert not quiet.flip.any()
     assert (quiet.order == -1).all()
     assert not quiet.sigma.any()
     assert torch.equal(quiet.grayscale, full.grayscale)
 
 
-def test_chances_depend_on_each_key():
-    base = chances(1, 2, 3, 4, 1)
-    assert np.array_equal(base, chances(1, 2, 3, 4, 1))
+def test_uniforms_depend_on_each_key():
+    base = draw_uniforms(1, 2, 3, 4, 1)
+    assert np.array_equal(base, draw_uniforms(1, 2, 3, 4, 1))
     assert base.min() >= 0
     assert base.max() < 1
     for other in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0), (1, 2, 4, 4)):
-        assert not np.isin(chances(*other, 1), base).any()
+        assert not np.isin(draw_uniforms(*other, 1), base).any()
 
 
-def test_chances_of_a_position_do_not_depend_on_the_call():
-    several = chances(1, 2, 3, 4, 5)
+def test_uniforms_of_a_position_do_not_depend_on_the_call():
+    several = draw_uniforms(1, 2, 3, 4, 5)
     assert len(np.unique(several)) == several.size
     for row in range(5):
-        assert np.array_equal(chances(1, 2, 3, 4 + row, 1)[0], several[row])
+        assert np.array_equal(draw_uniforms(1, 2, 3, 4 + row, 1)[0], several[row])
 
 
 def test_random_crop_equals_torchvision():
@@ -210,14 +218,14 @@ def test_random_crop_equals_torchvision():
         expected = F.resized_crop(
             image, upper, left, lower - upper, right - left, [24, 24], T.InterpolationMode.BICUBIC
         )
-        assert torch.equal(Views().crop(image, 24, draw), expected)
+        assert torch.equal(crop_view(Views(), image, 24, draw), expected)
 
 
 @pytest.mark.parametrize("size", [(90, 61), (61, 90), (8, 8)])
 def test_central_crop_equals_torchvision(size):
     image = F.pil_to_tensor(photograph(*size))
     reference = T.Compose([T.Resize(37, T.InterpolationMode.BICUBIC), T.CenterCrop(32)])
-    found = Views(kind="none", center=32 / 37).crop(image, 32, draws(1)[0])
+    found = crop_view(Views(kind="none", center=32 / 37), image, 32, draws(1)[0])
     assert torch.equal(found, reference(image))
 
 
@@ -227,8 +235,8 @@ def test_padded_crop_reaches_every_offset_of_the_widened_image(edge, mode):
     padded = F.pad(image, [1, 1, 1, 1], padding_mode=mode)
     windows = {padded[:, y : y + 6, x : x + 6].numpy().tobytes() for y in range(3) for x in range(3)}
     views = Views(kind="cifar", pad=1, edge=edge)
-    assert {views.crop(image, 6, draw).numpy().tobytes() for draw in draws(100)} == windows
-    assert Views(kind="cifar").crop(image, 32, draws(1)[0]).shape == (3, 32, 32)
+    assert {crop_view(views, image, 6, draw).numpy().tobytes() for draw in draws(100)} == windows
+    assert crop_view(Views(kind="cifar"), image, 32, draws(1)[0]).shape == (3, 32, 32)
 
 
 def test_batched_crops_equal_single_ones():

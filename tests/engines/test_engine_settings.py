@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
+from framework.config.recipe import EngineName
+from framework.engines.base import EngineSettings
 from framework.engines.deepspeed_config import merged_config
 from framework.runtime.errors import UserError
 from tests.support import training
@@ -80,14 +84,22 @@ def test_settings_that_are_refused(pool: PoolOf, case: Case, message: str) -> No
 )
 def test_sections_that_contradict_the_recipe(section: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        merged_config(section, batch_size=8, accumulation=1, clip=0.0, zero_stage=1, parameters=10)
+        merged_config(EngineSettings(8, deepspeed=section), parameters=10, replicas=1)
     assert str(caught.value).startswith(message)
 
 
 def test_clipping_is_always_written_and_the_section_adds_to_the_rest() -> None:
     section = {**zero(overlap_comm=True), "wall_clock_breakdown": True}
-    config = merged_config(section, batch_size=8, accumulation=2, clip=0.0, zero_stage=2, parameters=10)
+    settings = EngineSettings(8, micro_batches=2, zero_stage=2, deepspeed=section)
+    config = merged_config(settings, parameters=10, replicas=1)
     assert config["gradient_clipping"] == 0.0
     assert config["zero_optimization"]["stage"] == 2 and config["zero_optimization"]["overlap_comm"] is True
     assert config["wall_clock_breakdown"] is True
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] == 8
+
+
+@pytest.mark.parametrize("name", get_args(EngineName))
+def test_every_name_in_a_recipe_is_a_file_of_engines(name: str) -> None:
+    """A new engine is its file and its name in ``EngineName``, and nothing else."""
+    module = importlib.import_module(f"framework.engines.{name}")
+    assert list(inspect.signature(module.build).parameters) == ["net", "make_optimizer", "settings"]

@@ -124,7 +124,11 @@ def test_local_networks_with_other_options(
 
 READERS = {
     "penalty": ("loco", "stage", {"soft_share": 0.5}),
-    "pulled copies": ("mlaan", "block", {"lam_weights": "single_pulled", "ema_m": 0.9, "ema_when": "after"}),
+    "pulled copies": (
+        "mlaan",
+        "block",
+        {"lam_weights": "trained_and_pulled", "ema_m": 0.9, "ema_when": "after"},
+    ),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +13,18 @@ import torch
 from sklearn.datasets import load_digits
 
 from framework.data.loading.sample_order import epoch_order
-from framework.evaluation.encoding import cached_rows
-from framework.evaluation.linear_eval import PROTOCOLS, Protocol, Rows, State, accuracy, evaluate_rows, fit
+from framework.evaluation import linear_classifier
+from framework.evaluation.cached_features import cached_features
+from framework.evaluation.linear_classifier import Rows, State, accuracy, evaluate_rows, fit
+from framework.evaluation.linear_eval import train_loader
+from framework.evaluation.linear_protocols import PROTOCOLS, Protocol
 from framework.evaluation.run_folder import Run
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
-from framework.runtime.requests import EXIT_USAGE
-from framework.tracking.metrics import read_log
+from framework.runtime.exit_status import EXIT_USAGE
+from framework.tracking.metric_log import read_log
 from tests.support.forked import forked_tool
 from tests.support.pool import Pool
-from tests.support.trained import ROOT
 
 SHORT = Protocol(lr=0.5, momentum=0.9, nesterov=True, epochs=4, batch_size=64, drops=(2, 3))
 
@@ -57,7 +58,7 @@ def by_definition(
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_the_classifier_is_that_of_the_textbook(nesterov: bool) -> None:
+def test_the_classifier_is_that_of_the_textbook(nesterov: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     protocol = Protocol(**{**SHORT.__dict__, "nesterov": nesterov})
     x, y = rows()
     found = fit(lambda start: Rows(x, y).batches(start, protocol, 5), 28, (64, 10), protocol, like=x)
@@ -67,9 +68,8 @@ def test_the_classifier_is_that_of_the_textbook(nesterov: bool) -> None:
     right = (
         (np.argsort(-(x.numpy() @ weights.T + bias), axis=1)[:, :5] == y.numpy()[:, None]).cumsum(1).mean(0)
     )
-    assert accuracy(found, [(x[:1000], y[:1000]), (x[1000:], y[1000:])]) == pytest.approx(
-        {"top1": 100 * right[0], "top5": 100 * right[4]}
-    )
+    monkeypatch.setattr(linear_classifier, "AT_ONCE", 1000)
+    assert accuracy(found, Rows(x, y)) == pytest.approx({"top1": 100 * right[0], "top5": 100 * right[4]})
     assert 80 < 100 * right[0] < 99
 
 
@@ -132,10 +132,10 @@ def on_a_rank(folder: str) -> tuple[np.ndarray, dict[str, float], int]:
         **{**SHORT.__dict__, "batch_size": ranks * SHORT.batch_size}
     )  # of which a rank takes its share
     classifier = fit(halves, 28, (64, 10), SHORT, like=x)
-    mine = accuracy(classifier, [(x.chunk(ranks)[distributed.rank()], y.chunk(ranks)[distributed.rank()])])
+    mine = accuracy(classifier, Rows(x.chunk(ranks)[distributed.rank()], y.chunk(ranks)[distributed.rank()]))
     run = Run.open(Path(folder))
-    share = cached_rows(run, run.splits.test)
-    again = cached_rows(run, run.splits.test)
+    share = cached_features(run, run.splits.test)
+    again = cached_features(run, run.splits.test)
     assert torch.equal(share.x, again.x)
     return classifier.weight.detach().numpy(), mine, len(share.x)
 
@@ -154,8 +154,7 @@ def test_ranks_learn_what_one_process_learns(
 
 def test_a_run_of_a_pipeline_is_evaluated_on_any_ranks(both_runs: tuple[Path, Path]) -> None:
     run = Run.open(both_runs[0], ["engine=deepspeed", "pipeline.stages=2", "pipeline.micro_batches=4"])
-    loader = runpy.run_path(str(ROOT / "tools" / "linear_eval.py"))["_train_loader"](run, SHORT)
-    ((batch,),) = loader.steps(0, 1)
+    ((batch,),) = train_loader(run, SHORT).steps(0, 1)
     assert len(batch.images) == SHORT.batch_size
 
 

@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from framework.config import loading
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
-from framework.local.heads import Classifier
+from framework.local import Execution, LocalUnit, Plan
+from framework.local.head import Head
 from framework.local.methods import dgl, infopro
-from framework.local.units import Asynchronous, LocalUnit, Plan
 from framework.model import local_network, parts
-from framework.network import Shape
 from framework.pipeline.scheduling.balance import place
 from framework.runtime.errors import UserError
-from framework.tracking.metrics import read_log
-from framework.train import train as train_recipe
+from framework.tracking.metric_log import read_log
+from framework.training.run import train as train_recipe
 from tests.support import networks
 from tests.support.marks import slow
 from tests.support.networks import CLASSES
@@ -55,7 +54,7 @@ def train(net: LocalNetwork, steps: int, start: int = 0) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("method", ["dgl", "infopro"])
-def test_rings_of_one_batch_in_order_are_the_synchronous_method(method: str) -> None:
+def test_replay_buffers_of_one_batch_in_order_are_the_synchronous_method(method: str) -> None:
     """Bit for bit."""
     make: Callable[..., Any] = {"dgl": dgl.Options, "infopro": infopro.Options}[method]
     nets = []
@@ -94,7 +93,7 @@ class Module(nn.Module):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_random_turns_are_dgls_loop(size: int) -> None:
+def test_a_random_order_is_dgls_loop(size: int) -> None:
     """With an optimizer a module that steps at once, as in the authors' code."""
     ours = network(async_mode="buffer", buffer_size=size).double()
     theirs = network().double()
@@ -117,7 +116,7 @@ def test_random_turns_are_dgls_loop(size: int) -> None:
         assert torch.allclose(mine, other, rtol=1e-12), name
 
 
-def test_emptied_rings_fill_from_the_bottom() -> None:
+def test_emptied_replay_buffers_fill_from_the_bottom() -> None:
     net = network(async_mode="buffer", buffer_size=3)
     assert net.turns is not None
     assert net.turns.order() == [0, 1, 2]
@@ -127,16 +126,19 @@ def test_emptied_rings_fill_from_the_bottom() -> None:
         net.turns.taken += 1
         orders.add(tuple(net.turns.order()))
     assert len(orders) > 2
-    net.turns.empty()
+    net.clear_replay_buffers()
     assert net.turns.order() == [0, 1, 2]
     assert "turns.taken" in net.state_dict()
 
 
 def test_windows_can_not_wait_for_nobody() -> None:
-    heads = [Classifier().build(Shape(4, 4, 4), 2) for _ in range(3)]
-    units = [LocalUnit(f"u{i}", max(0, i - 1), i, heads[i]) for i in range(3)]
-    with pytest.raises(UserError, match="async_mode=buffer: only where every module has a unit of its own"):
-        Plan(tuple(units), 3, asynchronous=Asynchronous(async_mode="buffer"))
+    units = [LocalUnit(f"u{i}", max(0, i - 1), i, Head()) for i in range(3)]
+    shared = Head()
+    for plan in (units, [LocalUnit(f"u{i}", i, i, shared) for i in range(3)]):
+        with pytest.raises(
+            UserError, match=r"async_mode: .* by replay buffer only where every module has a unit"
+        ):
+            Plan(tuple(plan), 3, execution=Execution("replay buffer"))
 
 
 def test_modules_one_after_another_are_trained_on_frozen_outputs() -> None:
@@ -171,7 +173,13 @@ def test_a_module_is_trained_alone_only_one_after_another(tmp_path: Path) -> Non
         loading.load(arguments(tmp_path, "method.module=1"))
 
 
-SHORT = ["data.source=digits", "data.image_size=8", "data.workers=0", "network.name=resnet8", "network.cut=3"]
+SHORT = [
+    "data.prepare=digits",
+    "data.image_size=8",
+    "data.workers=0",
+    "network.name=resnet8",
+    "network.cut=3",
+]
 SHORT += ["network.sync_bn=true", "train.epochs=1", "train.batch_size=64", "optim.lr=0.05", "views.pad=1"]
 SHORT += ["optim.warmup_epochs=0", "checkpoint.every_steps=2"]
 
@@ -196,10 +204,10 @@ def model(folder: Path, step: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", *slow(["fsdp"])])
-def test_a_resumed_run_with_rings_is_bitwise_that_of_an_undisturbed_one(
+def test_a_resumed_run_with_replay_buffers_is_bitwise_that_of_an_undisturbed_one(
     tmp_path: Path, pool: Callable[[int], Pool], engine: str
 ) -> None:
-    """On two ranks, cut off at a checkpoint, where the rings are emptied in either run."""
+    """On two ranks, cut off at a checkpoint, where the replay buffers are emptied in either run."""
     common = [f"engine={engine}", "method.async_mode=buffer", "method.buffer_size=3"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     pool(2).run(run, arguments(straight, *common, "train.max_steps=6"))

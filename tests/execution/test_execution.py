@@ -8,13 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from framework import engines
 from framework.analysis.gpu import allocator_peak, busy_seconds, covered
 from framework.config import loading
-from framework.engines.cuda_graph import GraphedEngine
+from framework.engines import cuda_graph
 from framework.execution.compilation import has_compiler
 from framework.execution.graph import Outputs, RecordedStep, record_graph
+from framework.model import recipe_network
 from framework.runtime.errors import UserError
+from framework.training.engine_choice import build_engine
 from tests.support import networks, training
 from tests.support.runs import ROOT
 from tests.support.training import Case
@@ -29,7 +30,7 @@ CASES = [
         cut="block",
         steps=5,
         dtype="float64",
-        options={"lam_weights": "single_pulled", "ema_when": "after"},
+        options={"lam_weights": "trained_and_pulled", "ema_when": "after"},
     ),
     Case("infopro", cut="block", steps=5, dtype="float64", optimizer="sgd"),
 ]
@@ -49,7 +50,7 @@ def record_nothing(work: Callable[[], Outputs]) -> tuple[Callable[[], None], Out
 def graphed(case: Case, record: Callable[..., object], device: str) -> training.Run:
     """A training on steps that were recorded once."""
     net = training.network(case).to(device)
-    engine = GraphedEngine(net, training.optimizer_factory(case), clip=case.clip, record=record)  # type: ignore[arg-type]
+    engine = cuda_graph.build(net, training.optimizer_factory(case), training.settings(case), record)  # type: ignore[arg-type]
     results = []
     for step in range(case.steps):
         (batch,) = training.micro_batches(case, step)
@@ -96,10 +97,11 @@ def test_a_cuda_graph_needs_a_gpu(pool) -> None:
 
 
 def refusal() -> str:
-    case = Case("gim")
-    factory = training.optimizer_factory(case)
+    recipe = loading.load(
+        [str(ROOT / "recipes" / "quickstart.yaml"), "execution.cuda_graph=true", "data.path=."]
+    )
     with pytest.raises(UserError) as caught:
-        engines.build("ddp", training.network(case), factory, batch_size=training.IMAGES, cuda_graph=True)
+        build_engine(recipe, recipe_network(recipe, 10), 10)
     return str(caught.value)
 
 

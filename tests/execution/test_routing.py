@@ -15,10 +15,11 @@ from framework.cost.activations import LiveActivations
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.execution.naive import naive_gradients
-from framework.local import LocalUnit, Plan
-from framework.local.heads import Classifier
+from framework.execution.precision import GROWTH_INTERVAL, START, LossScales
+from framework.local import Classifier, LocalUnit, NetworkInfo, Plan
+from framework.local.head import Head, WrappingHead
 from framework.local.methods import dgl
-from framework.network import create, cut, output_shapes
+from framework.network import create, cut
 from framework.runtime.errors import UserError
 from tests.support import networks
 from tests.support.networks import CASES, relative_error
@@ -60,33 +61,31 @@ def test_random_windows_equal_the_definition(
     torch.manual_seed(0)
     backbone = create("resnet14")
     segments = cut(backbone, "block")
-    shapes = output_shapes(segments, 8)
+    info = NetworkInfo.of(segments, 8, networks.CLASSES)
     spans = [(min(a, b), max(a, b), w) for a, b, w in drawn] + [(0, 5, 1.0)]
     units, heads = [], {}
     for i, (first, last, weight) in enumerate(spans):
-        shared = heads.setdefault(last, Classifier().build(shapes[last], networks.CLASSES))
-        head = shared if data.draw(st.booleans()) else Classifier().build(shapes[last], networks.CLASSES)
+        # Segments of one width may share a head, too.
+        key = data.draw(st.sampled_from((last, info.shapes[last].channels, f"u{i}")))
+        head = heads.setdefault(key, Classifier().build(info, last))
         trains = (
             data.draw(st.none() | st.frozensets(st.integers(first, last), min_size=1))
             if i < len(drawn)
             else None
         )
         units.append(LocalUnit(f"u{i}", first, last, head, weight, trains))
-    net = (
-        LocalNetwork(backbone, segments, Plan(tuple(units), len(segments), supervised=True)).double().train()
-    )
+    net = LocalNetwork(backbone, segments, Plan(tuple(units), len(segments))).double().train()
     assert_equals_definition(net, networks.batch(net, size=4, image_size=8))
 
 
-class Poison(nn.Module):
+class Poison(WrappingHead):
     """A head whose loss and gradient are NaN."""
 
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
+    def __init__(self, head: Head) -> None:
+        super().__init__("front", nn.Identity(), head)
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        return self.head(x, batch) * float("nan")
+    def loss(self, x: Tensor, batch: Batch) -> Tensor:
+        return super().loss(x, batch) * float("nan")
 
 
 @pytest.mark.parametrize("case", ["gim", "loco", "dgl", "mlm-2", "mlm-3"])
@@ -176,10 +175,9 @@ def test_dropout_is_drawn_once_a_step() -> None:
     torch.manual_seed(0)
     backbone = create("resnet18", drop_path_rate=0.5)
     segments = cut(backbone, "stage")
-    shapes = output_shapes(segments, 32)
-    heads = [Classifier().build(shape, networks.CLASSES) for shape in shapes]
-    units = [LocalUnit(f"u{i}", max(0, i - 1), i, heads[i]) for i in range(4)]
-    net = LocalNetwork(backbone, segments, Plan(tuple(units), 4, supervised=True)).double().train()
+    info = NetworkInfo.of(segments, 32, networks.CLASSES)
+    units = [LocalUnit(f"u{i}", max(0, i - 1), i, Classifier().build(info, i)) for i in range(4)]
+    net = LocalNetwork(backbone, segments, Plan(tuple(units), 4)).double().train()
     data = networks.batch(net, image_size=32)
     runs = []
     for _ in range(2):
@@ -250,6 +248,22 @@ def test_float16_overflow_halves_the_scale_of_the_heads_above() -> None:
     assert torch.equal(net.scales.scale[2:], before[2:]) and net.scales.scale[0] == before[0]
 
 
+def test_float16_scales_count_optimizer_steps_and_not_micro_batches() -> None:
+    """The first head overflows in the first step; the second head's 2000th clean step is the second one."""
+    scales = LossScales([1.0, 1.0])
+    scales.clean_steps.fill_(GROWTH_INTERVAL - 2)
+    clean, overflow = torch.tensor([False, False]), torch.tensor([True, False])
+    skips = [bool(scales.update(flags, last)) for flags, last in ((overflow, False), (overflow, False))]
+    assert scales.current() == [START, START]  # in mid-step nothing moves
+    skips.append(bool(scales.update(clean, last=True)))
+    assert skips == [True, True, False]
+    assert scales.current() == [START / 2, START]
+    for last in (False, False, True):
+        assert not scales.update(clean, last)
+    assert scales.current() == [START / 2, START * 2]
+    assert scales.clean_steps.tolist() == [1, 0]
+
+
 def test_bfloat16_gradients_are_float32_and_close() -> None:
     net = networks.network("mlm-2")
     data = networks.batch(net, size=64)
@@ -280,7 +294,7 @@ def test_channels_last_changes_the_layout_only() -> None:
 @pytest.mark.parametrize(
     ("units", "message"),
     [
-        ([(0, 6, 1.0)], r"window \[0..6\] lies outside the network's segments 0..5"),
+        ([(0, 6, 1.0)], r"window \[0..6\] does not fit: the network has segments 0..5"),
         ([(2, 1, 1.0)], r"window \[2..1\]"),
         ([(0, 4, 1.0)], "no unit trains segment 5"),
         ([(0, 5, 0.0)], "weight 0.0 must be above 0"),
@@ -288,4 +302,4 @@ def test_channels_last_changes_the_layout_only() -> None:
 )
 def test_impossible_plans_are_refused(units: list[tuple[int, int, float]], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Plan(tuple(LocalUnit(f"u{i}", a, b, nn.Identity(), w) for i, (a, b, w) in enumerate(units)), 6)
+        Plan(tuple(LocalUnit(f"u{i}", a, b, Head(), w) for i, (a, b, w) in enumerate(units)), 6)

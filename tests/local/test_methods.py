@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
-from framework.local import Plan, Task, lam_tables
+from framework.local import LocalUnit, NetworkInfo, Plan, lam_tables
 from framework.local.blocks import blocks_of
+from framework.local.head import Head
 from framework.local.heads import Classifier, Projection
-from framework.local.lam import Copies, LamBuilder
+from framework.local.lam import LamBuilder
+from framework.local.lam_copies import Copies
 from framework.local.methods import auglocal, dgl, infopro, loco, mlaan
 from framework.local.reconstruction import Reconstruction
 from framework.local.resizing import ResizedConv
-from framework.local.units import LocalUnit, ReadingHead
 from framework.model import local_network
 from framework.network import Segment, Shape, create, cut, output_shapes
 from framework.network.layers import GlobalAveragePool
@@ -163,7 +165,7 @@ def test_which_copies_move(update: str, moving: int) -> None:
     assert len(moved) == moving and moved[-1] == "heads.layer2_0/window.lam.ema.0.block.conv1.weight"
 
 
-def modules_of(name: str, ends: list[tuple[int, int]]) -> Task:
+def modules_of(name: str, ends: list[tuple[int, int]]) -> NetworkInfo:
     """A CIFAR ResNet cut after the blocks (stage, number) in ``ends``."""
     backbone = create(name)
     blocks = cut(backbone, "block")
@@ -174,8 +176,7 @@ def modules_of(name: str, ends: list[tuple[int, int]]) -> Task:
         if (int(stage), int(number)) in ends:
             segments.append(Segment(backbone, segment.name, paths))
             paths = ()
-    shapes = output_shapes(segments, 32)
-    return Task(tuple(segments), shapes, Shape(3, 32, 32), (0.5,) * 3, (0.25,) * 3, CLASSES)
+    return NetworkInfo.of(segments, 32, CLASSES, (0.5,) * 3, (0.25,) * 3)
 
 
 R32_8 = [(1, 0), (1, 2), (1, 4), (2, 1), (2, 3), (3, 0), (3, 2), (3, 4)]
@@ -196,11 +197,11 @@ def test_lams_are_as_large_as_the_authors(
     name: str, ends: list[tuple[int, int]], trained: float, averaged: float
 ) -> None:
     """Millions of parameters, counted on the authors' code."""
-    task = modules_of(name, ends)
-    builder = LamBuilder(task, {}, Copies())
-    lists = [builder.blocks(i) for i in range(len(task) - 1)]
+    network = modules_of(name, ends)
+    builder = LamBuilder(network, {}, Copies())
+    lists = [builder.blocks(i) for i in range(len(network) - 1)]
     sizes = [
-        [sum(p.numel() for p in b.module(task.segments).parameters()) for b in blocks] for blocks in lists
+        [sum(p.numel() for p in b.module(network.segments).parameters()) for b in blocks] for blocks in lists
     ]
     assert round(sum(map(sum, sizes)) / 1e6, 2) == trained
     assert round(sum(size[0] for size in sizes) / 1e6, 2) == averaged
@@ -327,14 +328,13 @@ DECODERS = {
 def test_decoders_of_table_4(row: str) -> None:
     """Residual blocks and what is pooled, on ResNet-50's first stage. On the last, nothing to copy."""
     options, blocks, pooled = DECODERS[row]
-    segments = tuple(cut(create("resnet50")))
-    task = Task(segments, output_shapes(list(segments), 64), Shape(3, 64, 64), (0.0,) * 3, (1.0,) * 3)
-    before_pooling, mlp = _split(options.build(task, 0).trunk)
+    network = NetworkInfo.of(cut(create("resnet50")), 64)
+    before_pooling, mlp = _split(options.build(network, 0).trunk)
     assert sum(isinstance(m, Bottleneck) for m in before_pooling.modules()) == blocks
     assert before_pooling.eval()(torch.zeros(1, 256, 16, 16)).shape[1:] == pooled
     assert next(tuple(m.weight.shape) for m in mlp if isinstance(m, nn.Linear)) == (pooled[0], pooled[0])
     if options.dec_trunk != "none":
-        assert len(_split(options.build(task, 3).trunk)[0]) == 0
+        assert len(_split(options.build(network, 3).trunk)[0]) == 0
 
 
 def _split(trunk: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
@@ -390,9 +390,9 @@ def test_infopro_weighs_reconstruction_by_depth() -> None:
 
 @pytest.mark.parametrize(("image", "parameters"), [(32, 12 * 16 * 9 + 24 + 12 * 27 + 3), (128, None)])
 def test_the_decoder_fits_the_image(image: int, parameters: int | None) -> None:
-    task = modules_of("resnet32", [(1, 0), (3, 4)])
-    task = Task(task.segments, task.shapes, Shape(3, image, image), task.mean, task.std, CLASSES)
-    head = Reconstruction(first=(1, 0), last=(1, 0)).beside(nn.Identity(), task, 0, Shape(16, 16, 16))
+    network = modules_of("resnet32", [(1, 0), (3, 4)])
+    network = dataclasses.replace(network, image=Shape(3, image, image))
+    head = Reconstruction(first=(1, 0), last=(1, 0)).beside(Head(), network, 0, Shape(16, 16, 16))
     assert head is not None
     count = sum(p.numel() for p in head.parameters())
     large = 16 * 128 + 256 + 9 * (128 * 32 + 32 * 12 + 12 * 3) + 64 + 24 + 3
@@ -401,7 +401,7 @@ def test_the_decoder_fits_the_image(image: int, parameters: int | None) -> None:
     head(torch.randn(2, 16, 16, 16), data).backward()
 
 
-class Nosy(ReadingHead):
+class Nosy(Head):
     """Reads a segment that does not exist."""
 
     reads = (6,)

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.execution.naive import naive_gradients
-from framework.local import Task
-from framework.local.heads import Classifier, Projection, WeightedHeads
-from framework.local.lam import LamHead
+from framework.local import Classifier, NetworkInfo, Projection
+from framework.local.decoder import Decoder
+from framework.local.head import WeightedHeads
+from framework.local.lam_head import LamHead
 from framework.local.methods import gim, loco, mlaan
 from framework.local.objectives import InfoNCE, SupCon
-from framework.local.reconstruction import Decoder, Reconstruction
+from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
-from framework.network import Shape, create, cut, output_shapes
+from framework.network import create, cut
 from framework.runtime.distributed import rank, world_size
 from framework.runtime.errors import UserError
 from tests.support import networks
@@ -71,9 +72,9 @@ def test_lam_form_ema_chain() -> None:
 
 
 @pytest.mark.parametrize("form", ["sum_first", "ema_chain"])
-def test_lam_weights_single_pulled(form: str) -> None:
+def test_lam_weights_trained_and_pulled(form: str) -> None:
     """Eqs. 9 and 10: gamma takes an SGD step and goes m of the way from the later block's weights."""
-    net = mlaan_network(lam_form=form, lam_weights="single_pulled", ema_m=0.9)
+    net = mlaan_network(lam_form=form, lam_weights="trained_and_pulled", ema_m=0.9)
     pulled = net.heads[HEAD].lam.aug[0]
     assert not net.heads[HEAD].lam.ema
     gamma = {n: pulled._weights()[n].detach().clone() for n in pulled.names}
@@ -133,9 +134,8 @@ def test_bn_update_all(window: int, runs: int) -> None:
 
 
 def decoder(**options: Any) -> nn.Module:
-    segments = tuple(cut(create("resnet50")))
-    task = Task(segments, output_shapes(list(segments), 64), Shape(3, 64, 64), (0.0,) * 3, (1.0,) * 3)
-    return Projection(conv_blocks=1, **options).build(task, 0).trunk[0]
+    network = NetworkInfo.of(cut(create("resnet50")), 64)
+    return Projection(conv_blocks=1, **options).build(network, 0).trunk[0]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from itertools import pairwise, product
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from framework.execution.program import InputGradient, WeightGradient, moments
+from framework.execution.program import InputGradient, WeightGradient, segment_programs
 from framework.local import LocalUnit, Plan
+from framework.local.head import Head
 from framework.local.units import Window, sliding_windows
 from framework.pipeline.scheduling.placement import Costs, Placement, balanced, listed
 from framework.pipeline.scheduling.schedule import (
@@ -29,7 +29,7 @@ from framework.pipeline.scheduling.schedule import (
     SendCotangents,
     SendWeights,
     Walk,
-    program,
+    all_instructions,
     step_instructions,
 )
 from framework.pipeline.scheduling.simulation import Deadlock, Duration, Event, costs_of, simulate
@@ -39,7 +39,7 @@ STEPS = 4
 
 
 def plan(segments: int, windows: list[Window]) -> Plan:
-    units = (LocalUnit(f"u{i}", first, last, nn.Identity()) for i, (first, last) in enumerate(windows))
+    units = (LocalUnit(f"u{i}", first, last, Head()) for i, (first, last) in enumerate(windows))
     return Plan(tuple(units), segments)
 
 
@@ -66,12 +66,12 @@ def layouts() -> Iterator[Layout]:
     ):
         segments = stages * per_stage
         placement = balanced([1.0] * segments, stages)
-        kinds = moments(named_plan(name, segments))
+        programs = segment_programs(named_plan(name, segments))
         reads = frozenset((k, min(k + 2, stages - 1)) for k in range(stages - 1))
-        yield Layout(kinds, placement, micro_batches)
-        yield Layout(kinds, placement, micro_batches, contrast_batch=True)
+        yield Layout(programs, placement, micro_batches)
+        yield Layout(programs, placement, micro_batches, contrast_batch=True)
         for lag in (0, 2):
-            yield Layout(kinds, placement, micro_batches, reads, lam_lag=lag)
+            yield Layout(programs, placement, micro_batches, reads, lam_lag=lag)
 
 
 def channel(stage: int, instruction: Instruction) -> tuple[str, int, int] | None:
@@ -92,7 +92,7 @@ def test_both_sides_of_every_edge_agree_on_the_order() -> None:
     for layout in layouts():
         sent, received = defaultdict(list), defaultdict(list)
         for stage in range(layout.placement.stages):
-            for instruction in program(layout, stage, STEPS):
+            for instruction in all_instructions(layout, stage, STEPS):
                 where = channel(stage, instruction)
                 message = tuple(v for k, v in instruction.kwargs.items() if k not in ("reader", "owner"))
                 if where and type(instruction).__name__.startswith("Send"):
@@ -108,17 +108,17 @@ def test_nobody_waits_for_ever(ahead: int) -> None:
     for layout in layouts():
         ran = simulate(layout, lambda stage, what: (1 + stage * 7 % 3) * len(what.kwargs), STEPS, ahead)
         for stage, events in enumerate(ran.events):
-            assert [e.instruction for e in events] == list(program(layout, stage, STEPS))
+            assert [e.instruction for e in events] == list(all_instructions(layout, stage, STEPS))
 
 
 def test_a_message_that_never_comes_is_named() -> None:
-    layout = Layout(moments(named_plan("bp", 2)), Placement((0, 1, 2)), 1)
-    silent = Layout(moments(named_plan("gim", 2)), Placement((0, 1, 2)), 1)
+    layout = Layout(segment_programs(named_plan("bp", 2)), Placement((0, 1, 2)), 1)
+    silent = Layout(segment_programs(named_plan("gim", 2)), Placement((0, 1, 2)), 1)
     mixed = {0: layout, 1: silent}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "framework.pipeline.scheduling.simulation.program",
-            lambda _, stage, steps: program(mixed[stage], stage, steps),
+            "framework.pipeline.scheduling.simulation.all_instructions",
+            lambda _, stage, steps: all_instructions(mixed[stage], stage, steps),
         )
         with pytest.raises(Deadlock, match="stage 0 at ReceiveCotangents"):
             simulate(layout, lambda *_: 1.0, 2)
@@ -138,9 +138,9 @@ def test_every_piece_of_work_is_done_once_by_the_owner_and_in_order() -> None:
                     if isinstance(instruction, Forward):
                         done.append(instruction.segment)
                     elif isinstance(instruction, Walk):
-                        walk = layout.moments[instruction.moment].walk
+                        walk = layout.programs[instruction.after].walk
                         done += [work for work in walk if work.segment in span]
-                work = [w for moment in layout.moments for w in moment.walk if w.segment in span]
+                work = [w for program in layout.programs for w in program.walk if w.segment in span]
                 assert sorted(map(repr, done)) == sorted(map(repr, [*span, *work]))
                 released = [w.segment for w in done if isinstance(w, WeightGradient)]
                 assert sorted(released) == list(span)
@@ -161,11 +161,11 @@ def test_memory_is_bounded_by_the_window() -> None:
             continue
         for stage in range(layout.placement.stages):
             alive: set[tuple[int, int]] = set()
-            for instruction in program(layout, stage, 3):
+            for instruction in all_instructions(layout, stage, 3):
                 if isinstance(instruction, Forward):
                     alive.add((instruction.micro_batch, instruction.segment))
                 elif isinstance(instruction, Walk):
-                    for work in layout.moments[instruction.moment].walk:
+                    for work in layout.programs[instruction.after].walk:
                         if isinstance(work, WeightGradient):
                             alive.discard((instruction.micro_batch, work.segment))
                 assert len({b for b, _ in alive}) <= layout.reach(stage) + 1
@@ -174,7 +174,7 @@ def test_memory_is_bounded_by_the_window() -> None:
         for stage in range(top + 1):
             last = layout.placement.span(stage)[-1]
             spanned = [
-                s for s in range(last + 1, len(layout.moments)) if layout.moments[s].crossing(last + 1)
+                s for s in range(last + 1, len(layout.programs)) if layout.programs[s].crossing(last + 1)
             ]
             furthest = layout.placement.stage_of(spanned[-1]) - stage if spanned else 0
             assert layout.reach(stage) == furthest
@@ -182,7 +182,7 @@ def test_memory_is_bounded_by_the_window() -> None:
 
 def test_a_stage_runs_ahead_by_no_more_than_the_bound() -> None:
     """GIM waits for nothing: a first stage that is quick is held back by what the second has not taken."""
-    layout = Layout(moments(named_plan("gim", 2)), Placement((0, 1, 2)), 2)
+    layout = Layout(segment_programs(named_plan("gim", 2)), Placement((0, 1, 2)), 2)
     duration: Duration = lambda stage, what: 10.0 * stage if isinstance(what, Forward) else 0.0  # noqa: E731
     for ahead in (1, 2, 5):
         ran = simulate(layout, duration, STEPS, ahead)
@@ -196,7 +196,9 @@ def test_one_window_over_everything_is_deepspeeds_1f1b() -> None:
     from deepspeed.runtime.pipe import schedule as deepspeed
 
     for stages, micro_batches in product((1, 2, 3, 4, 8), (1, 2, 4, 7)):
-        layout = Layout(moments(named_plan("bp", stages)), balanced([1.0] * stages, stages), micro_batches)
+        layout = Layout(
+            segment_programs(named_plan("bp", stages)), balanced([1.0] * stages, stages), micro_batches
+        )
         for stage in range(stages):
             ours = [
                 ("forward" if isinstance(i, Forward) else "backward", i.micro_batch)
@@ -224,7 +226,9 @@ def test_the_bubble_does_not_grow_with_depth(
     """Utilization of 1F1B, and the throughput of LoCo and GIM against it, on stages of equal cost."""
     ran = {}
     for name in ("bp", "loco", "gim"):
-        layout = Layout(moments(named_plan(name, stages)), balanced([1.0] * stages, stages), micro_batches)
+        layout = Layout(
+            segment_programs(named_plan(name, stages)), balanced([1.0] * stages, stages), micro_batches
+        )
         ran[name] = simulate(layout, costs_of(layout, unit_costs(stages)))
     assert ran["bp"].utilization()[0] == pytest.approx(bp, abs=0.03)
     assert ran["bp"].period() / ran["loco"].period() == pytest.approx(loco, rel=0.08)
@@ -235,7 +239,9 @@ def test_the_bubble_does_not_grow_with_depth(
 def test_steps_are_not_flushed() -> None:
     """GIM on equal stages: nobody waits once the pipeline is full, whatever the depth; T steps and the fill."""
     for stages, micro_batches in product((2, 4, 16), (1, 4)):
-        layout = Layout(moments(named_plan("gim", stages)), balanced([1.0] * stages, stages), micro_batches)
+        layout = Layout(
+            segment_programs(named_plan("gim", stages)), balanced([1.0] * stages, stages), micro_batches
+        )
         ran = simulate(layout, costs_of(layout, unit_costs(stages)), 10)
         work = 10 * micro_batches * (1 + 0.1 + 2)
         assert ran.events[0][-1].end == pytest.approx(work)
@@ -244,10 +250,12 @@ def test_steps_are_not_flushed() -> None:
 
 def test_copies_that_follow_cost_nothing_until_the_owner_is_more_than_a_step_behind() -> None:
     stages = 6
-    kinds = moments(named_plan("gim", stages))
+    programs = segment_programs(named_plan("gim", stages))
 
     def period(micro_batches: int, lag: int, reads: set[tuple[int, int]]) -> float:
-        layout = Layout(kinds, balanced([1.0] * stages, stages), micro_batches, frozenset(reads), lam_lag=lag)
+        layout = Layout(
+            programs, balanced([1.0] * stages, stages), micro_batches, frozenset(reads), lam_lag=lag
+        )
         return simulate(layout, costs_of(layout, unit_costs(stages)), 40).period() / micro_batches
 
     far, near = {(0, stages - 1)}, {(0, 1)}
@@ -260,7 +268,7 @@ def test_copies_that_follow_cost_nothing_until_the_owner_is_more_than_a_step_beh
 
 
 def test_contrast_over_the_whole_batch_comes_after_all_heads_and_before_all_walks() -> None:
-    layout = Layout(moments(named_plan("loco", 4)), Placement((0, 2, 4)), 3, contrast_batch=True)
+    layout = Layout(segment_programs(named_plan("loco", 4)), Placement((0, 2, 4)), 3, contrast_batch=True)
     for stage in range(2):
         kinds = [type(i) for i in step_instructions(layout, stage, 0)]
         cut = kinds.index(Contrast)
@@ -301,7 +309,7 @@ def test_stages_that_are_impossible() -> None:
 def test_the_work_of_a_segment_is_counted_once() -> None:
     """LoCo on three segments: what each does, added up by hand."""
     costs = Costs((1, 10, 100), (2, 20, 200), (4, 40, 400), (0.1, 0.2))
-    per_segment = costs.per_segment(moments(named_plan("loco", 3)))
+    per_segment = costs.per_segment(segment_programs(named_plan("loco", 3)))
     assert per_segment == pytest.approx([1 + 4, 10 + 0.1 + 20 + 40, 100 + 0.2 + 400])
 
 
@@ -311,8 +319,8 @@ def busy(events: tuple[Event, ...]) -> float:
 
 def test_simulated_work_is_the_work_of_the_plan() -> None:
     for layout in layouts():
-        n = len(layout.moments)
-        costs = unit_costs(n, calls=sum(len(m.heads) for m in layout.moments))
+        n = len(layout.programs)
+        costs = unit_costs(n, calls=sum(len(m.heads) for m in layout.programs))
         ran = simulate(layout, costs_of(layout, costs), 2)
-        total = sum(costs.per_segment(layout.moments)) * layout.micro_batches * 2
+        total = sum(costs.per_segment(layout.programs)) * layout.micro_batches * 2
         assert sum(map(busy, ran.events)) == pytest.approx(total)

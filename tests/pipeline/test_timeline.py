@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_schedule import named_plan, unit_costs
 
-from framework.execution.program import moments
+from framework.execution.program import segment_programs
 from framework.pipeline.scheduling.placement import balanced
 from framework.pipeline.scheduling.schedule import Layout
 from framework.pipeline.scheduling.simulation import costs_of, simulate
@@ -20,7 +20,7 @@ from framework.pipeline.timeline import WAITING, idle_fraction, kind_of, window,
 def test_a_trace_is_in_chromes_format_and_complete(tmp_path: Path) -> None:
     """Complete events ("X") in microseconds by process and thread, and thread names as metadata ("M")."""
     stages, steps = 3, 4
-    layout = Layout(moments(named_plan("loco", stages)), balanced([1.0] * stages, stages), 2)
+    layout = Layout(segment_programs(named_plan("loco", stages)), balanced([1.0] * stages, stages), 2)
     ran = simulate(layout, costs_of(layout, unit_costs(stages)), steps)
     write_trace(ran.events, tmp_path / "trace.json")
     trace = json.loads((tmp_path / "trace.json").read_text())
@@ -48,7 +48,7 @@ def test_a_trace_is_in_chromes_format_and_complete(tmp_path: Path) -> None:
 
 def test_idle_is_what_is_not_work() -> None:
     """One window over two stages, one micro-batch: they take turns, by hand 1 + 2 and 1 + 0.1 + 2 of 6.1."""
-    layout = Layout(moments(named_plan("loco", 2)), balanced([1.0] * 2, 2), 1)
+    layout = Layout(segment_programs(named_plan("loco", 2)), balanced([1.0] * 2, 2), 1)
     ran = simulate(layout, costs_of(layout, unit_costs(2)), 6)
     for events, work in zip(ran.events, (3.0, 3.1), strict=True):
         begin, end, steps = window(events, skip=2)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from framework.checkpoints import snapshot
+from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.data.packing.digits import CLASSES as DIGITS
 from framework.data.packing.digits import prepare_digits
 from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet
 from framework.runtime import distributed
 from framework.runtime.dead_ranks import dead_ranks_named
-from framework.runtime.requests import EXIT_TRY_AGAIN, EXIT_USAGE
+from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
 from tests.support.marks import slow, soak
 from tests.support.pool import Pool
 from tests.support.ports import free_port
@@ -98,7 +98,7 @@ def test_images_that_one_rank_can_not_score_on_are_named_and_cost_no_step(
     write_shards(((f"{i}", image, "png", i % 10) for i, image in enumerate(images)), data / "test", DIGITS)
     (data / "whole" / "train").rename(data / "train")
     every = ("evaluate.every_epochs=1", "checkpoint.every_epochs=1", "train.max_steps=30")
-    more = (f"data.path={data}", "data.source=shards", "data.workers=0", "evaluate.knn=true", *every)
+    more = (f"data.path={data}", "data.prepare=none", "data.workers=0", "evaluate.knn=true", *every)
     argv = [str(ROOT / "recipes/quickstart.yaml"), *toy(tmp_path, *more)]
     with Ranks(argv, 2, tmp_path / "record") as ranks:
         assert ranks.statuses() == [EXIT_USAGE] * 2, ranks.printed
@@ -169,4 +169,4 @@ def test_the_launcher_leaves_no_process_when_a_stage_is_killed(tmp_path: Path) -
                 os.kill(process, signal.SIGKILL)
     said = (tmp_path / "printed").read_text()
     assert "rank 2 died or can't be reached" in said or "--local_rank=2'" in said.splitlines()[-1]
-    assert snapshot.newest(tmp_path / "run") is not None
+    assert newest_checkpoint(tmp_path / "run") is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from framework.runtime import watchdog
-from framework.runtime.requests import EXIT_TRY_AGAIN
+from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from tests.support.forked import Forked
 from tests.support.pool import CONTEXT
 from tests.support.waiting import until

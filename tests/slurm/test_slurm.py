@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from framework.tracking.metrics import read_log
+from framework.tracking.metric_log import read_log
 from tests.support import slurm_cluster
 from tests.support.pool import Pool
 from tests.support.runs import ROOT, assert_same_run, losses, run, starts, toy
@@ -236,7 +236,7 @@ def test_a_crash_is_started_again_and_a_mistake_is_not(
 
 def test_a_job_that_comes_to_nothing_is_given_up(cluster: Cluster, tmp_path: Path) -> None:
     """A server that does not answer may do so at the next start, but not for ever."""
-    job = Job(cluster, tmp_path, 10, "data.source=shards", "data.path=http://127.0.0.1:9/images")
+    job = Job(cluster, tmp_path, 10, "data.prepare=none", "data.path=http://127.0.0.1:9/images")
     until(lambda: job.state == "FAILED", PATIENCE, "not ended")
     assert job.restarts == 2 and job.text.count("ended with status 75, JobState=RUNNING") == 3
     assert "127.0.0.1:9/images" in job.text and "cannot be read" in job.text

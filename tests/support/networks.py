@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
@@ -64,7 +64,9 @@ CASES: dict[str, tuple[str, Any, str]] = {
     ),
     "mlaan-pulled": (
         "mlaan",
-        mlaan.Options(lam_form="ema_chain", lam_weights="single_pulled", ema_when="after", ema_buffers=True),
+        mlaan.Options(
+            lam_form="ema_chain", lam_weights="trained_and_pulled", ema_when="after", ema_buffers=True
+        ),
         "block",
     ),
     "auglocal": ("auglocal", None, "block"),
@@ -93,7 +95,7 @@ GOLDEN = (
 
 
 def network(
-    case: str, name: str = "resnet14", image_size: int = 16, seed: int = 0, **arguments: Any
+    case: str, name: str | nn.Module = "resnet14", image_size: int = 16, seed: int = 0, **arguments: Any
 ) -> LocalNetwork:
     """The network of a case in training mode."""
     method, options, cut = CASES[case]

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from framework import engines
 from framework.config.recipe import Pipeline
 from framework.data.batch import Batch
-from framework.engines.base import marked
+from framework.engines.base import EngineSettings, marked
 from framework.execution import LocalNetwork
+from framework.network import create
 from framework.optim import build_optimizer
+from framework.pipeline.engine import PipelinedEngine
 from framework.pipeline.scheduling.placement import Placement, balanced
 from framework.runtime.distributed import is_main, rank, world_size
 from tests.support import networks
@@ -23,10 +24,22 @@ from tests.support import networks
 RATES = (0.02, 0.01, 0.03)
 IMAGES, SIZE = 8, 16
 
+#: label -> timm's name, arguments
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": (
+        "vit_tiny_patch16_224",
+        {"img_size": SIZE, "patch_size": 4, "depth": 4, "embed_dim": 24, "num_heads": 2},
+    ),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": SIZE, "window_size": 2, "depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16},
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained: a case of ``networks``, and in which pieces."""
+    """What is trained: a case of ``networks``, and in which pieces. ``network`` is ResNet-14 or of ``TRANSFORMERS``."""
 
     case: str
     stages: int = 2
@@ -39,6 +52,7 @@ class Run:
     dtype: str = "float64"
     precision: str = "fp32"
     bounds: tuple[int, ...] | None = None
+    network: str = "resnet14"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -62,7 +76,12 @@ class Outcome(NamedTuple):
 
 
 def network(run: Run) -> LocalNetwork:
-    net = networks.network(run.case, image_size=SIZE, precision=run.precision, sync_bn=True)
+    backbone: str | nn.Module = run.network
+    if run.network in TRANSFORMERS:
+        torch.manual_seed(0)
+        name, arguments = TRANSFORMERS[run.network]
+        backbone = create(name, **arguments)
+    net = networks.network(run.case, backbone, image_size=SIZE, precision=run.precision, sync_bn=True)
     if net.scales is not None:
         net.scales.scale.mul_(2.0**-8)  # as after some steps: at first they may overflow
     return net.to(getattr(torch, run.dtype))
@@ -116,24 +135,16 @@ def alone(run: Run) -> Outcome:
     return Outcome({k: v.detach().clone() for k, v in net.state_dict().items()}, states, torch.stack(history))
 
 
-def build(run: Run, timeout: float = 60.0) -> engines.Engine:
+def build(run: Run, timeout: float = 60.0) -> PipelinedEngine:
     gc.collect()  # engines of earlier runs are rings of references, and hold groups with threads
     net = network(run)
     placement = Placement(run.bounds) if run.bounds else balanced([1.0] * len(net.segments), run.stages)
-    return engines.build(
-        "deepspeed",
-        net,
-        factory(run),
-        batch_size=IMAGES * run.micro_batches,
-        accumulation=run.micro_batches,
-        clip=run.clip,
-        zero_stage=run.zero_stage,
-        pipeline=Pipeline(stages=run.stages, timeout=timeout, **run.options),
-        placement=placement,
-    )
+    settings = EngineSettings(IMAGES * run.micro_batches, run.micro_batches, run.clip, run.zero_stage)
+    options = Pipeline(stages=run.stages, timeout=timeout, **run.options)
+    return PipelinedEngine(net, factory(run), settings, placement, options)
 
 
-def advance(engine: engines.Engine, run: Run, steps: range) -> Tensor:
+def advance(engine: PipelinedEngine, run: Run, steps: range) -> Tensor:
     """Run steps without reading their losses; then those (steps, U)."""
     results = []
     for step in steps:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from framework.config import loading
 from framework.runtime.errors import UserError
-from framework.tracking.metrics import read_log
-from framework.train import train
+from framework.tracking.metric_log import read_log
+from framework.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of any recipe for ImageNet.
 TOY = [
     "network.name=resnet8",
-    "data.source=digits",
+    "data.prepare=digits",
     "data.num_classes=10",
     "data.image_size=8",
     "data.workers=1",

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from framework.config import loading
-from framework.train import train
+from framework.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from framework import engines
-from framework.data.batch import Batch, StepOutput
-from framework.engines.base import marked
+from framework.data.batch import Batch
+from framework.engines.base import EngineSettings, marked
+from framework.execution import StepOutput
 from framework.local import methods
 from framework.model import local_network
 from framework.optim import build_optimizer
@@ -157,12 +158,12 @@ def build(case: Case, net: nn.Module | None = None) -> engines.Engine:
         case.engine,
         network(case) if net is None else net,
         optimizer_factory(case),
-        batch_size=IMAGES,
-        accumulation=case.accumulation,
-        clip=case.clip,
-        zero_stage=case.zero_stage,
-        deepspeed=case.deepspeed,
+        settings(case),
     )
+
+
+def settings(case: Case) -> EngineSettings:
+    return EngineSettings(IMAGES, case.accumulation, case.clip, case.zero_stage, case.deepspeed)
 
 
 def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:

@@ -92,9 +92,10 @@ def test_end_to_end_is_one_segment_that_is_compiled_whole(tool: Any, monkeypatch
     assert compiled == [] and eager["ratio_time_naive"] > 0 and eager["speedup"] is None
     quick = bench.row("mlm", settings(compile=True))
     assert compiled == [1, 3] and quick["ratio_time_naive"] is None and quick["speedup"] > 0
-    whole, cut = (bench.build("bp", settings(), 16, at) for at in (1, "block"))
+    peak = tool("benched_steps").peak_activations
+    whole, cut = (tool("benched_steps").build("bp", settings(), 16, at) for at in (1, "block"))
     batch = Batch(torch.randn(4, 3, 16, 16), torch.randint(10, (4,)))
-    assert bench.peak_activations(whole, batch) == bench.peak_activations(cut, batch)
+    assert peak(whole, batch) == peak(cut, batch)
 
 
 def test_the_table_has_the_peak_and_how_much_less_it_is(
@@ -153,7 +154,7 @@ def test_a_row_is_added_below_those_of_earlier_tables(tool: Any, tmp_path: Path,
 
 
 def test_the_rate_of_a_loader_says_what_it_is_of(tool: Any) -> None:
-    bench = tool("bench_loader")
+    bench = tool("loader_rates")
     on_core = bench.timed(12.34, gpu=False, on_gpu=False)
     assert on_core["images_per_second_per_core"] == 12.3 and on_core["clock"] == "processor"
     by_clock = bench.timed(12.34, gpu=True, on_gpu=False)
@@ -163,8 +164,8 @@ def test_the_rate_of_a_loader_says_what_it_is_of(tool: Any) -> None:
 @pytest.mark.slow
 def test_counted_rows_as_a_table(tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     report, found = tool("memory_report"), tmp_path / "found.csv"
-    monkeypatch.setattr(report, "PUBLISHED", memory_tables.PUBLISHED[4:5])
-    monkeypatch.setattr(report, "STAGES", {})
+    monkeypatch.setattr(memory_tables, "PUBLISHED", memory_tables.PUBLISHED[4:5])
+    monkeypatch.setattr(memory_tables, "STAGES", {})
     run(report, monkeypatch, "--images", 8, "--csv", found, "--out", tmp_path)
     (row,) = csv.DictReader(found.open())
     assert (row["paper_end_to_end_gb"], row["paper_method_gb"], row["images"]) == ("3.37", "2.62", "8")

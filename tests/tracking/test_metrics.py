@@ -21,8 +21,9 @@ from rich.console import Console
 
 from framework.analysis.curves import loss_curves, read_losses
 from framework.runtime.errors import UserError
-from framework.tracking import metrics
-from framework.tracking.metrics import MetricLog, Throughput, read_log, write_result
+from framework.tracking.environment import commit, environment
+from framework.tracking.measuring import PeakMemory, Throughput
+from framework.tracking.metric_log import MetricLog, read_log, write_result
 from framework.tracking.progress import Progress
 
 
@@ -129,6 +130,17 @@ def test_throughput_leaves_the_first_step_out() -> None:
     assert Throughput().mean == 0.0
 
 
+def test_throughput_goes_on_and_leaves_pauses_out() -> None:
+    times = iter([100.0, 101.0, 150.0, 250.0, 252.0])  # two steps, a pause of 100 seconds, another step
+    speed = Throughput(images=40, seconds=1.0, clock=lambda: next(times))
+    speed.step(10), speed.step(10)
+    with speed.paused():
+        pass
+    assert speed.step(10) == pytest.approx(20 / 52)
+    assert (speed.images, speed.seconds) == (60, 53.0)
+    assert speed.mean == pytest.approx(60 / 53)
+
+
 def progress(steps: int, units: int, **options: object) -> str:
     console = Console(file=io.StringIO(), width=80, height=50, **options)  # type: ignore[arg-type]
     with Progress(steps, console=console, interval=1e9) as bar:
@@ -161,8 +173,8 @@ def test_a_terminal_shows_the_bar_and_every_unit() -> None:
     assert [int(n) for n in re.findall(r"unit(\d+) \d+\.019", last)] == list(range(54))
 
 
-def image(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).astype(int)
+def image(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).reshape(-1, 3).astype(int)
 
 
 def shows(pixels: np.ndarray, position: float) -> bool:
@@ -177,8 +189,7 @@ def test_the_picture_shows_every_unit(tmp_path: Path, units: int, steps: int) ->
     write_steps(log, range(steps), units)
     log.write(steps, epoch=1.0, lr=0.1, losses={f"layer{u}": float("nan") for u in range(units)})
     log.close()
-    loss_curves(tmp_path / "m.jsonl", tmp_path / "loss.png", title="a run")
-    pixels = image(tmp_path / "loss.png")
+    pixels = image(loss_curves(tmp_path / "m.jsonl", title="a run"))
     assert all(shows(pixels, u / max(1, units - 1)) for u in range(units))
     if units == 3:
         assert not shows(pixels, 0.25), "a color that no unit has"
@@ -194,7 +205,7 @@ def test_steps_between_two_entries_count(tmp_path: Path) -> None:
 def test_a_log_without_steps_can_not_be_drawn(tmp_path: Path) -> None:
     MetricLog(tmp_path / "m.jsonl", {}).close()
     with pytest.raises(UserError, match=r"m.jsonl: no steps"):
-        loss_curves(tmp_path / "m.jsonl", tmp_path / "loss.png")
+        loss_curves(tmp_path / "m.jsonl")
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -204,32 +215,53 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_commit_knows_clean_dirty_and_foreign_checkouts(tmp_path: Path) -> None:
-    assert metrics.commit(tmp_path) is None
+    assert commit(tmp_path) is None
     git(tmp_path, "init", "-q")
-    assert metrics.commit(tmp_path) is None, "nothing is committed"
+    assert commit(tmp_path) is None, "nothing is committed"
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/file").write_text("1")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "one")
     git(tmp_path, "tag", "-a", "v1", "-m", "a tag must not shorten the commit")
-    assert metrics.commit(tmp_path) == git(tmp_path, "rev-parse", "HEAD")
-    assert metrics.commit(tmp_path / "sub") is None, "a package inside somebody else's repository"
+    assert commit(tmp_path) == git(tmp_path, "rev-parse", "HEAD")
+    assert commit(tmp_path / "sub") is None, "a package inside somebody else's repository"
     (tmp_path / "sub/file").write_text("2")
-    assert metrics.commit(tmp_path) == git(tmp_path, "rev-parse", "HEAD") + "-dirty"
+    assert commit(tmp_path) == git(tmp_path, "rev-parse", "HEAD") + "-dirty"
 
 
 def test_environment_can_be_written_and_names_what_matters(tmp_path: Path) -> None:
-    environment = metrics.environment(world_size=2, device=torch.device("cpu"))
-    write_result(tmp_path / "result.json", environment)
-    assert json.loads((tmp_path / "result.json").read_text()) == environment
-    assert environment["world_size"] == 2 and environment["device"]
-    assert environment["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert {"python", "stagewise", "deepspeed", "timm"} <= set(environment["versions"])
+    found = environment(world_size=2, device=torch.device("cpu"))
+    write_result(tmp_path / "result.json", found)
+    assert json.loads((tmp_path / "result.json").read_text()) == found
+    assert found["world_size"] == 2 and found["device"]
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert {"python", "stagewise", "deepspeed", "timm"} <= set(found["versions"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_in_bytes() -> None:
-    torch.ones(2**24).sum()
+    memory = PeakMemory(torch.device("cpu"))
+    memory.step()
+    before = memory.bytes
+    torch.ones(2**26).sum()
+    memory.step()
+    assert memory.bytes - before == pytest.approx(4 * 2**26, rel=0.1)
     status = Path("/proc/self/status").read_text()
     kernel = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
-    assert metrics.peak_memory_bytes(torch.device("cpu")) == pytest.approx(kernel, rel=0.05)
+    assert memory.bytes == kernel
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /proc")
+def test_memory_of_a_pause_does_not_count() -> None:
+    torch.ones(2**26).sum()  # nor does what was before
+    memory = PeakMemory(torch.device("cpu"))
+    memory.step()
+    before = memory.bytes
+    with memory.paused():
+        torch.ones(2**26).sum()
+    memory.step()
+    assert memory.bytes - before < 2**24
+    torch.ones(2**25).sum()
+    memory.step()
+    assert memory.bytes - before == pytest.approx(4 * 2**25, rel=0.2)
+    assert PeakMemory(torch.device("cpu"), largest=2**50).bytes == 2**50, "of an earlier start"

@@ -1,4 +1,4 @@
-"""The table of runs: read while a run writes, after it was interrupted, and when it is over."""
+"""The state of runs: read while a run writes, after it was interrupted, and when it is over."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.console import Console
 from framework.config import loading
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
-from framework.tracking.metrics import MetricLog, write_result
-from framework.tracking.status import RunStatus, table
+from framework.tracking.metric_log import MetricLog, write_result
+from framework.tracking.status import RunStatus, overview
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 
@@ -34,21 +34,23 @@ def write(log: MetricLog, steps: range, **more: object) -> None:
 
 
 def drawn(*runs: RunStatus) -> str:
-    """The cells of the table, each row in a line."""
-    console = Console(file=io.StringIO(), width=250)
-    console.print(table(runs))
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    """What a terminal of 80 columns shows."""
+    console = Console(file=io.StringIO(), width=80)
+    console.print(overview(runs))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= 80
+    return text
 
 
 def test_a_run_is_followed_through_restarts(tmp_path: Path) -> None:
     log = new_run(tmp_path)
     run = RunStatus(tmp_path)
-    assert "0/0" in drawn(run)
+    assert "epoch 0.0 of 25, step 0 of ?" in drawn(run) and "none yet" in drawn(run)
     write(log, range(20))
     drawn(run)
     assert run.steps == (20, 100) and run.per_second == 2.0 and run.state == "running"
     assert run.remaining == "0:00:40"
-    assert run.losses == "layer2 3.810  layer3 3.500"
+    assert run.losses == ["layer2 3.810", "layer3 3.500"]
     write(log, range(20, 22), skipped=True)
     log.close()
     log = MetricLog(tmp_path / "metrics.jsonl", {}, step=10)
@@ -63,8 +65,24 @@ def test_a_run_is_followed_through_restarts(tmp_path: Path) -> None:
     assert (run.starts, run.skipped_steps, run.last["step"]) == (3, 0, 39)
     log = MetricLog(tmp_path / "metrics.jsonl", {}, step=10)
     write(log, range(10, 12), skipped=True)
-    row = drawn(run).splitlines()[3]
-    assert "12/100" in row and "0 images, 2 steps" in row and "none" in row
+    lines = [line.strip() for line in drawn(run).splitlines()]
+    assert lines == [
+        f"{tmp_path.name}: running",
+        "progress epoch 3.0 of 25, step 12 of 100, 2.00 steps/s, 0:00:44 to go",
+        "losses   layer2 3.890  layer3 3.500",
+        "saved    none",
+        "restarts 3, skipped: 0 images, 2 steps",
+    ]
+    log.close()
+
+
+def test_losses_of_many_units_take_lines_of_their_own(tmp_path: Path) -> None:
+    log = new_run(tmp_path)
+    log.write(0, epoch=0.25, lr=0.1, losses={f"layer{i // 18}.{i}/window": i + 0.5 for i in range(54)})
+    text = drawn(RunStatus(tmp_path), RunStatus(tmp_path))
+    for i in range(0, 54, 7):  # 8 of 54
+        assert text.count(f"layer{i // 18}.{i}/window {i}.500") == 2
+    assert text.count("/window") == 16 and text.count("progress") == 2
     log.close()
 
 

@@ -11,7 +11,7 @@ import pytest
 from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.runtime.errors import UserError
-from framework.tracking.metrics import MetricLog, read_log
+from framework.tracking.metric_log import MetricLog, read_log
 from framework.tracking.trackers import Logs, open_trackers
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"

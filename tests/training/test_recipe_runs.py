@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from framework.config import loading
-from framework.tracking.metrics import read_log
-from framework.train import train
+from framework.tracking.metric_log import read_log
+from framework.training.run import train
 from tests.support.commands import run_tool
 from tests.support.marks import slow, soak
 from tests.support.pool import Pool

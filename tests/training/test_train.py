@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,11 +15,17 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from framework.checkpoints.folder import read_files, write_files
 from framework.config import loading
 from framework.data.packing.digits import prepare_digits
 from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet
-from framework.tracking.metrics import read_log
+from framework.data.splits import Splits
+from framework.model import recipe_network
+from framework.tracking.measuring import Throughput
+from framework.tracking.metric_log import read_log
+from framework.training.engine_choice import build_engine
+from framework.training.loop import Loop, Position
 from tests.support.marks import slow, soak
 from tests.support.pool import Pool
 from tests.support.ports import free_port
@@ -48,7 +55,8 @@ def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
     assert result["method"] == "loco" and result["steps"] == 3
     assert {"knn_top1", "linear_top1", "images_per_second", "peak_memory_bytes", "versions"} <= set(result)
     assert 98 < result["knn_top1_pixels"] < 99
-    assert (folder / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("loss_curves.png", "neighbors.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     again = loading.load([str(folder / "recipe.yaml")])
     assert again == loading.load(argv)
     backbone = timm.create_model(
@@ -112,13 +120,86 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pool: PoolOf) -
     assert kept == ["step-00000001", "step-00000002"]
 
 
+def test_repeating_a_finished_command_keeps_what_tells_of_its_steps(tmp_path: Path, pool: PoolOf) -> None:
+    """With the same settings and with others; also for runs of versions whose checkpoints held no times."""
+    argv = arguments(tmp_path, "engine=ddp", "train.max_steps=4")
+    assert pool(1).run(run, argv) == [""]
+    folder = tmp_path / "run"
+    result, recipe, log = (folder / n for n in ("result.json", "recipe.yaml", "metrics.jsonl"))
+    made, settings, numbers = json.loads(result.read_text()), recipe.read_text(), log.read_text()
+    assert made["images_per_second"] > 0
+    scores = ["evaluate.knn=true", "evaluate.linear=false"]
+    for overrides in ([], ["optim.lr=0.125", "train.max_steps=3", *scores]):
+        assert pool(1).run(run, [*argv, *overrides]) == [""]
+        again = json.loads(result.read_text())
+        assert {key: value for key, value in again.items() if "knn" not in key} == made
+        assert ("knn_top1" in again) == bool(overrides)
+        assert (recipe.read_text(), log.read_text()) == (settings, numbers)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        state = json.loads((checkpoint / "state.json").read_text())
+        for key in ("images", "seconds", "peak_memory_bytes"):
+            del state["position"][key]
+        _, model, optimizer = read_files(checkpoint)
+        write_files(checkpoint, model, optimizer, state)
+    assert pool(1).run(run, argv) == [""]
+    assert json.loads(result.read_text()) == made
+    # A run that was killed while it was scored, and one that goes on after all.
+    result.unlink()
+    assert pool(1).run(run, [*argv, "train.max_steps=6", "optim.lr=0.125"]) == [""]
+    result.unlink()
+    assert pool(1).run(run, [*argv, "train.max_steps=6", "optim.lr=0.125"]) == [""]
+    on = json.loads(result.read_text())
+    assert on["steps"] == 6 and on["images_per_second"] > 0 and "lr: 0.125" in recipe.read_text()
+
+
+class Clock:
+    """A second a step; scoring takes a thousand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def speed_and_memory_with_scores(folder: Path) -> tuple[float, int, int]:
+    """What a loop says of both, and the memory that was there before, where each scoring takes 400 MB."""
+    recipe = loading.load(arguments(folder, "engine=ddp", "train.epochs=2", "evaluate.every_epochs=1"))
+    splits = Splits.open(recipe)
+    net = recipe_network(recipe, splits.num_classes)
+    clock = Clock()
+
+    def score() -> dict[str, float]:
+        torch.ones(10**8).sum()
+        clock.now += 1000
+        return {}
+
+    loop = Loop(recipe, build_engine(recipe, net), splits.train_loader(2), Position(), score)
+    loop.speed = Throughput(clock=clock)
+
+    def tick(steps: int) -> None:
+        clock.now += 1
+
+    loop.memory.step()
+    before = loop.memory.bytes
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        loop.run(tick)
+    summary = loop.summary()
+    return summary["images_per_second"], summary["peak_memory_bytes"], before
+
+
+def test_speed_and_memory_are_those_of_training_alone(tmp_path: Path, pool: PoolOf) -> None:
+    ((speed, peak, before),) = pool(1).run(speed_and_memory_with_scores, tmp_path)
+    assert speed == 64  # images of a step
+    assert peak - before < 2 * 10**8
+
+
 def test_images_without_labels_are_trained_on_and_not_scored(tmp_path: Path, pool: PoolOf) -> None:
     """As those of STL-10, whose test images have labels."""
     prepare_digits(tmp_path / "data")
     labeled = ShardSet.open(tmp_path / "data" / "train")
     images = ((f"{i}", labeled.read(i), "png", None) for i in range(len(labeled)))
     write_shards(images, tmp_path / "data" / "unlabeled", None)
-    data = ("data.source=shards", f"data.path={tmp_path / 'data'}", "data.train=unlabeled")
+    data = ("data.prepare=none", f"data.path={tmp_path / 'data'}", "data.train=unlabeled")
     short = ("train.max_steps=2", "evaluate.knn=true", "evaluate.every_epochs=1")
     assert pool(1).run(run, arguments(tmp_path, *data, *short)) == [""]
     assert not [key for key in json.loads((tmp_path / "run" / "result.json").read_text()) if "top1" in key]
@@ -130,16 +211,34 @@ def test_images_without_labels_are_trained_on_and_not_scored(tmp_path: Path, poo
 
 def test_a_run_goes_on_with_as_many_images_as_before_only(tmp_path: Path, pool: PoolOf) -> None:
     assert pool(1).run(run, arguments(tmp_path, "train.max_steps=2")) == [""]
-    (message,) = pool(1).run(run, arguments(tmp_path, "train.max_steps=4", "data.share=0.5"))
+    (message,) = pool(1).run(run, arguments(tmp_path, "train.max_steps=4", "data.fraction=0.5"))
     assert "step-00000002: an epoch of its images had 22 steps, and of those in data.path=" in message
-    assert "it has 11: set data.path, data.train and data.share as before" in message
+    assert "it has 11: set data.path, data.train and data.fraction as before" in message
+
+
+def test_the_folder_of_a_run_of_an_earlier_version_goes_on(tmp_path: Path, pool: PoolOf) -> None:
+    """By the recipe that lies in it, whose keys may have old names."""
+    assert pool(1).run(run, arguments(tmp_path, "train.max_steps=2")) == [""]
+    folder = tmp_path / "run"
+    names = {"prepare": "source", "fraction": "share", "neighbors": "neighbours"}
+    names |= {"center": "centre", "grayscale": "greyscale"}
+    text = (folder / "recipe.yaml").read_text()
+    for new, old in names.items():
+        assert text.count(f" {new}: ") == 1
+        text = text.replace(f" {new}: ", f" {old}: ")
+    (folder / "recipe.yaml").write_text(text)
+    assert pool(1).run(run, [str(folder / "recipe.yaml"), "train.max_steps=4"]) == [""]
+    assert len(steps(folder / "metrics.jsonl")) == 4
+    assert loading.load([str(folder / "recipe.yaml")]) == loading.load(
+        arguments(tmp_path, "train.max_steps=4")
+    )
 
 
 BAD = [
     (["network.cut=block", "method.window=7"], "method.window=7: the network has 3 segments, so 1 to 3"),
     (["network.name=resnet9"], "network.name=resnet9: no such network"),
     (["network.args.zero_int=true"], "network.args"),
-    (["data.path={tmp}/nowhere", "data.source=shards"], "{tmp}/nowhere/train: no such folder"),
+    (["data.path={tmp}/nowhere", "data.prepare=none"], "{tmp}/nowhere/train: no such folder"),
     (["evaluate.knn=true", "evaluate.neighbors=1438"], "evaluate.neighbors=1438: must be at most 1437"),
     (
         ["evaluate.knn=true", "evaluate.neighbors=20", "evaluate.every_epochs=1", "evaluate.images=19"],

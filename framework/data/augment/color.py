@@ -66,8 +66,8 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
     # 2 more circles keep ``frac`` from negative numbers, which it rounds towards 0.
     start = torch.tensor([2, 8 / 3, 7 / 3], dtype=images.dtype).to(images.device, non_blocking=True)
     turned = h.unsqueeze(1) + (shift + start.view(3, 1, 1))
-    share = turned.frac_().mul_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)
-    return share.mul_(chroma.unsqueeze(1)).add_(least.unsqueeze(1))
+    ramp = turned.frac_().mul_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)
+    return ramp.mul_(chroma.unsqueeze(1)).add_(least.unsqueeze(1))
 
 
 def gray(images: Tensor) -> Tensor:

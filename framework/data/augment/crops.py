@@ -19,10 +19,10 @@ ATTEMPTS = 10  # at a random crop, before the central one is taken
 
 
 def random_box(
-    width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], chance: np.ndarray
+    width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], uniforms: np.ndarray
 ) -> Box:
     """Random resized crop as torchvision draws it, from 40 numbers in [0, 1)."""
-    for for_area, for_aspect, for_x, for_y in chance.reshape(ATTEMPTS, 4).tolist():
+    for for_area, for_aspect, for_x, for_y in uniforms.reshape(ATTEMPTS, 4).tolist():
         pixels = width * height * (area[0] + for_area * (area[1] - area[0]))
         ratio = aspect[0] * (aspect[1] / aspect[0]) ** for_aspect
         w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
@@ -34,9 +34,9 @@ def random_box(
     return left, upper, left + w, upper + h
 
 
-def shifted_box(size: int, pad: int, chance: np.ndarray) -> Box:
+def shifted_box(size: int, pad: int, uniforms: np.ndarray) -> Box:
     """A box of ``size`` moved by up to ``pad`` pixels each way, so that it may stand out over the edges."""
-    left, upper = (int(number * (2 * pad + 1)) - pad for number in chance[:2].tolist())
+    left, upper = (int(number * (2 * pad + 1)) - pad for number in uniforms[:2].tolist())
     return left, upper, left + size, upper + size
 
 
@@ -49,10 +49,10 @@ def resized(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     return F.interpolate(cut, size, mode="bicubic", antialias=True)[0]
 
 
-def central(image: Tensor, size: int, share: float) -> Tensor:
-    """(3, size, size): the middle of the image, with ``share`` of its shorter side."""
+def central(image: Tensor, size: int, fraction: float) -> Tensor:
+    """(3, size, size): the middle of the image, with ``fraction`` of its shorter side."""
     height, width = image.shape[1:]
-    shorter = round(size / share)
+    shorter = round(size / fraction)
     if width <= height:
         whole = (int(shorter * height / width), shorter)
     else:

@@ -1,6 +1,6 @@
 """Loaders: the same samples and views for any number of ranks and workers, from any step on.
 
-Jobs (``order.py``) are pure functions of (seed, step, rank) and workers (``worker.py``) keep nothing between
+Jobs (``sample_order.py``) are pure functions of (seed, step, rank) and workers (``worker.py``) keep nothing between
 them, so that neither the number of workers nor the first step changes a byte.
 """
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from framework.data.augment.views import Views
+from framework.config.views import Views
+from framework.data.augment.views import finish_views
 from framework.data.batch import Batch
 from framework.data.loading.memory import Resident
 from framework.data.loading.prefetch import finished
@@ -76,7 +77,7 @@ class TrainLoader:
             window: samples among which the order is mixed, so that few shards are in use at a time; 0 mixes
                 the whole epoch.
             in_memory: decode every image now and keep it on the device.
-            max_broken: share of the images drawn above which broken ones stop the run.
+            max_broken: fraction of the images drawn above which broken ones stop the run.
 
         Raises:
             UserError: fewer samples than ``batch_size``; it is no multiple of ``world_size * accumulation``;
@@ -96,7 +97,7 @@ class TrainLoader:
         self._size, self._views_per_image, self._accumulation = image_size, views_per_image, accumulation
         self._jobs = TrainJobs(shards.table.shard, batch_size, accumulation, rank, world_size, seed, window)
         self._resident = Resident(shards, workers, self._device) if in_memory else None
-        draw = self._resident.boxer if self._resident else partial(Decoder, shards)
+        draw = self._resident.sampler if self._resident else partial(Decoder, shards)
         self._loader = _data_loader(
             draw(views, image_size, views_per_image, seed), self._jobs, workers, self._device
         )
@@ -122,7 +123,7 @@ class TrainLoader:
 
     def _images(self, drawn: WorkerBatch) -> Tensor:
         crops = self._resident.crops(drawn, self._views, self._size) if self._resident else drawn.crops
-        return self._views.finish(crops, drawn.look, self._device)
+        return finish_views(self._views, crops, drawn.params, self._device)
 
     def _batch(self, drawn: WorkerBatch, images: Tensor) -> Batch:
         self._tally.add(drawn)
@@ -160,7 +161,7 @@ class EvalLoader:
             world_size: processes that share the samples.
             workers: processes that decode; 0 decodes in this one.
             device: where batches are finished.
-            max_broken: share of the images above which broken ones stop the run.
+            max_broken: fraction of the images above which broken ones stop the run.
 
         Raises:
             UserError: fewer samples than ranks.
@@ -192,7 +193,7 @@ class EvalLoader:
             yield drawn.samples, images, _labels(self._shards, drawn.samples, self._device)
 
     def _images(self, drawn: WorkerBatch) -> Tensor:
-        return self._views.finish(drawn.crops, drawn.look, self._device)
+        return finish_views(self._views, drawn.crops, drawn.params, self._device)
 
 
 class _Tally:

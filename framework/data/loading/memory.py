@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from framework.config.views import Views
 from framework.data.augment import crops
-from framework.data.augment.views import Views
 from framework.data.loading.decode import BrokenImage, decode
 from framework.data.loading.worker import CropSampler, WorkerBatch
 from framework.data.shards.index import ShardSet
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class Resident:
     """Every image of a set as uint8 on the device, (N, 3, H, W); 50,000 of CIFAR's are 154 MB.
 
-    The order, the boxes and all other chance are those of the images on disk. Crops of "cifar" views are
+    Order, crop boxes and all other random choices are those of the images on disk. Crops of "cifar" views are
     equal to the bit, resized ones to one gray level (two where the filter clips).
 
     Attributes:
@@ -56,7 +56,7 @@ class Resident:
             raise UserError(f"{shards.folder}: all {len(shards)} images are broken")
         self.images = self._on_device(whole)
 
-    def boxer(self, views: Views, size: int, views_per_image: int, seed: int) -> CropSampler:
+    def sampler(self, views: Views, size: int, views_per_image: int, seed: int) -> CropSampler:
         """The workers' half for these images.
 
         Raises:

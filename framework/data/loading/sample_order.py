@@ -35,19 +35,21 @@ def windowed_order(sizes: np.ndarray, window: int, seed: int, epoch: int) -> np.
     return (np.repeat(start, sizes) + distance * (2.0**-53 * window)).argsort(kind="stable")
 
 
-def balanced(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Ascending numbers of ``share`` of the samples of every class, at least one; smaller shares are part of larger.
+def balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Ascending numbers of ``fraction`` of the samples of every class, at least one each.
+
+    A smaller fraction with the same seed is part of a larger one.
 
     Args:
         labels: (n,) class of every sample.
-        share: above 0, up to 1.
+        fraction: above 0, up to 1.
         seed: picks the samples.
     """
     mixed = epoch_order(len(labels), seed, 0)
     by_class = mixed[labels[mixed].argsort(kind="stable")]
     counts = np.unique(labels, return_counts=True)[1]
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    wanted = np.maximum(1, np.rint(share * counts)).astype(np.int64)
+    wanted = np.maximum(1, np.rint(fraction * counts)).astype(np.int64)
     return np.sort(by_class[rank < np.repeat(wanted, counts)])
 
 

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from framework.data.augment.views import CHANCES, AugmentParams, Views, chances
+from framework.config.views import Views
+from framework.data.augment.views import (
+    UNIFORMS,
+    AugmentParams,
+    augment_params,
+    crop_box,
+    crop_view,
+    draw_uniforms,
+)
 from framework.data.loading.decode import BrokenImage, decode
 from framework.data.loading.sample_order import Job
 from framework.data.shards.index import ShardSet
@@ -27,13 +35,13 @@ class WorkerBatch(NamedTuple):
 
     Attributes:
         crops: (V*B, 3, S, S) uint8, view-major; of ``CropSampler`` (V*B, 4) int64, the boxes to cut.
-        look: parameters of the device half, for V*B images.
+        params: of the device's half, for V*B images.
         samples: (B,) int64, the sample numbers used.
         broken: sample number and reason of every image that was passed over.
     """
 
     crops: Tensor
-    look: AugmentParams
+    params: AugmentParams
     samples: Tensor
     broken: dict[int, str]
 
@@ -71,8 +79,8 @@ class Decoder(Dataset[WorkerBatch | UserError]):
         crops = np.empty((self.views_per_image, job.size, 3, self.size, self.size), np.uint8)
         try:
             for row, image in draws.images(lambda sample: decode(self.shards.read(sample)), self.shards):
-                for view, chance in enumerate(draws.chance[:, row]):
-                    crops[view, row] = self.views.crop(image, self.size, chance).numpy()
+                for view, uniforms in enumerate(draws.uniforms[:, row]):
+                    crops[view, row] = crop_view(self.views, image, self.size, uniforms).numpy()
         except UserError as error:
             return error.alone()
         return draws.done(self.views, crops)
@@ -108,8 +116,8 @@ class CropSampler(Dataset[WorkerBatch | UserError]):
         boxes = np.empty((self.views_per_image, job.size, 4), np.int64)
         try:
             for row, _ in draws.images(self._present, self.shards):
-                for view, chance in enumerate(draws.chance[:, row]):
-                    boxes[view, row] = self.views.box(self.height, self.width, self.size, chance)
+                for view, uniforms in enumerate(draws.uniforms[:, row]):
+                    boxes[view, row] = crop_box(self.views, self.height, self.width, self.size, uniforms)
         except UserError as error:
             return error.alone()
         return draws.done(self.views, boxes)
@@ -120,13 +128,13 @@ class CropSampler(Dataset[WorkerBatch | UserError]):
 
 
 class Draws(Generic[T]):
-    """The rows of one job as they fill: which sample each took, its chances, what was passed over."""
+    """The rows of one job as they fill: which sample each took, its random numbers, what was passed over."""
 
     def __init__(self, job: Job, views_per_image: int, seed: int) -> None:
         self.job = job
         # By place in the job, moved up to the row where places before it are left out.
-        self.chance = np.stack(
-            [chances(seed, job.epoch, view, job.first, job.size) for view in range(views_per_image)]
+        self.uniforms = np.stack(
+            [draw_uniforms(seed, job.epoch, view, job.first, job.size) for view in range(views_per_image)]
         )
         self.samples: list[int] = []
         self.broken: dict[int, str] = {}
@@ -149,7 +157,7 @@ class Draws(Generic[T]):
                     self.broken[sample] = str(error)
                     continue
                 row = len(self.samples)
-                self.chance[:, row] = self.chance[:, place]
+                self.uniforms[:, row] = self.uniforms[:, place]
                 self.samples.append(sample)
                 yield row, image
                 break
@@ -163,6 +171,6 @@ class Draws(Generic[T]):
     def done(self, views: Views, crops: np.ndarray) -> WorkerBatch:
         """What the job came to; of ``crops`` (V, B, ...) the rows that were filled count."""
         whole = slice(len(self.samples))
-        look = views.look(self.chance[:, whole].reshape(-1, CHANCES))
+        params = augment_params(views, self.uniforms[:, whole].reshape(-1, UNIFORMS))
         flat = torch.from_numpy(crops[:, whole].reshape(-1, *crops.shape[2:]))
-        return WorkerBatch(flat, look, torch.tensor(self.samples, dtype=torch.int64), self.broken)
+        return WorkerBatch(flat, params, torch.tensor(self.samples, dtype=torch.int64), self.broken)

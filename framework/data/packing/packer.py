@@ -1,10 +1,10 @@
-"""A source packed into shards: in parallel, to the same bytes every time, going on where it was stopped."""
+"""Images packed into shards: in parallel, to the same bytes every time, going on where it was stopped."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from framework.data.loading.decode import BrokenImage, decode
-from framework.data.packing.sources import Source
+from framework.data.packing.images import Images
 from framework.data.packing.writer import Example, clear, new_folder, shard_name, write_classes, write_shard
-from framework.data.shards.index import save_contents
-from framework.data.shards.shard_contents import file_sha256, replace
+from framework.data.shards.index import index_shards
+from framework.data.shards.naming import is_held_out, is_split
+from framework.data.shards.shard_contents import INDEX
 from framework.runtime.errors import UserError
+from framework.runtime.files import sha256_of, write_whole
 
 _FORMATS = {
     "JPEG": "jpg",
@@ -28,7 +30,9 @@ _FORMATS = {
     "WEBP": "webp",
     "PPM": "ppm",
 }  # what a shard may hold, by Pillow's name
-_PLAN = "plan.json"
+_SETTINGS, _OLD_SETTINGS = "packing.json", "plan.json"  # what a stopped attempt packed, and how
+_FINISHED = ".packing.json"  # the splits that are finished, until all are
+_LEFT_OUT = "left_out.txt"
 _SHUFFLE = 0  # seed of the order in which samples are stored
 
 
@@ -50,49 +54,108 @@ class Packing:
     quality: int = 90
 
 
-def pack(source: Source, folder: Path, packing: Packing, workers: int) -> Iterator[tuple[int, list[str]]]:
+def pack_splits(
+    splits: dict[str, Images], dest: Path, packing: Packing, workers: int
+) -> Iterator[tuple[str, int, list[str]]]:
+    """Pack every split into a folder of its name below ``dest``, the split "" into ``dest``.
+
+    Yields, as ``pack``, samples and what is wrong with those left out, for each shard, with its split in front. Stopped
+    between two splits, the same call goes on with those that are not finished.
+    """
+    record = dest / _FINISHED
+    finished: dict[str, str] = json.loads(record.read_bytes()) if record.exists() else {}
+    for split, images in splits.items():
+        settings = sha256_of(json.dumps(_settings(images, packing)).encode())
+        if finished.get(split) == settings and (dest / split / INDEX.head).exists():
+            left_out = dest / split / _LEFT_OUT
+            yield split, len(images), left_out.read_text().splitlines() if left_out.exists() else []
+            continue
+        for samples, broken in pack(images, dest / split, packing, workers):
+            yield split, samples, broken
+        if len(splits) > 1:
+            finished[split] = settings
+            write_whole(record, json.dumps(finished))
+    record.unlink(missing_ok=True)
+
+
+def training_needs(dest: Path, splits: Collection[str]) -> str:
+    """The overrides with which a recipe trains on what was packed."""
+    if "" in splits:
+        if is_split(dest.name):
+            key = "train" if dest.name.startswith("train") else "test"
+            return f"data.path={dest.parent} data.{key}={dest.name}"
+        return f"data.path={dest} data.train=."
+    needs = [f"data.path={dest}"]
+    held_out = [split for split in splits if is_held_out(split)]
+    others = sorted(set(splits) - set(held_out), key=lambda split: not split.startswith("train"))
+    if others and others[0] != "train":
+        needs.append(f"data.train={others[0]}")
+    if held_out and not {"test", "val"} & set(held_out):
+        needs.append(f"data.test={held_out[0]}")
+    return " ".join(needs) + ("" if others else f", which has {' and '.join(held_out)} and still lacks train")
+
+
+def pack(images: Images, folder: Path, packing: Packing, workers: int) -> Iterator[tuple[int, list[str]]]:
     """Write the shards of ``folder``; yields the samples of each, and what is wrong with those left out.
 
     Samples are stored in an order mixed once and for all, so that classes are spread over shards. The folder
     appears when all are written. Stopped in between, the same call goes on after the last whole shard.
 
     Args:
-        source: the images.
+        images: of one split.
         folder: does not exist yet, or is empty.
         packing: how they are stored.
         workers: processes that write; 0 writes in this one.
 
     Raises:
-        UserError: the folder has contents; no image is whole; disk full.
+        UserError: the folder has contents; no image is whole, or none of a class; disk full; a worker was killed.
     """
-    plan = {"source": source.identity, "samples": len(source), **asdict(packing)}
+    settings = _settings(images, packing)
     with new_folder(folder) as partial:
-        _go_on(partial, plan)
-        shards = -(-len(source) // packing.samples_per_shard)
+        _go_on(partial, settings)
+        shards = -(-len(images) // packing.samples_per_shard)
         done = {number for number in range(shards) if _note(partial, number).exists()}
         for number in sorted(done):
             yield _report(partial, number)
         missing = [number for number in range(shards) if number not in done]
-        writer = _Writer(source, partial, packing)
-        loader = DataLoader(
-            writer, batch_size=None, sampler=missing, num_workers=workers, generator=torch.Generator()
-        )
-        for outcome in loader:
+        for outcome in _written(_Writer(images, partial, packing), missing, workers):
             if isinstance(outcome, UserError):
                 raise UserError(str(outcome))
             yield _report(partial, outcome)
-        _finish(partial, source.classes, shards)
+        _finish(partial, images, shards)
 
 
-def _go_on(partial: Path, plan: dict[str, Any]) -> None:
+def _settings(images: Images, packing: Packing) -> dict[str, Any]:
+    """What decides the bytes of shards."""
+    return {"source": images.identity, "samples": len(images), **asdict(packing)}
+
+
+def _written(writer: _Writer, numbers: list[int], workers: int) -> Iterator[int | UserError]:
+    """The shards of these numbers as they get written."""
+    loader = DataLoader(
+        writer, batch_size=None, sampler=numbers, num_workers=workers, generator=torch.Generator()
+    )
+    outcomes = iter(loader)
+    while True:
+        try:
+            outcome = next(outcomes, None)
+        except RuntimeError as error:
+            message = "a worker process was killed; was there enough memory? Try fewer --workers"
+            raise UserError.as_transient(f"{writer.folder}: {message} ({error})") from error
+        if outcome is None:
+            return
+        yield outcome
+
+
+def _go_on(partial: Path, settings: dict[str, Any]) -> None:
     """Keep the shards of an earlier, equal attempt, and nothing else."""
-    text = json.dumps(plan).encode()
-    path = partial / _PLAN
+    text = json.dumps(settings).encode()
     for half_written in partial.glob(".*.*"):
         half_written.unlink()
-    if not path.exists() or path.read_bytes() != text:
+    before = next((path for name in (_SETTINGS, _OLD_SETTINGS) if (path := partial / name).exists()), None)
+    if before is None or before.read_bytes() != text:
         clear(partial)
-        replace(path, text)
+        write_whole(partial / _SETTINGS, text)
 
 
 def _note(partial: Path, number: int) -> Path:
@@ -105,26 +168,46 @@ def _report(partial: Path, number: int) -> tuple[int, list[str]]:
     return done["samples"], done["broken"]
 
 
-def _finish(partial: Path, classes: list[str] | None, shards: int) -> None:
+def _finish(partial: Path, images: Images, shards: int) -> None:
     notes = [_note(partial, number) for number in range(shards)]
     done = [json.loads(note.read_bytes()) for note in notes]
     sha256 = {shard_name(number): note["sha256"] for number, note in enumerate(done) if note["sha256"]}
     if not sha256:
         raise UserError(f"{partial}: none of the {sum(n['samples'] for n in done)} images is whole")
-    write_classes(partial, classes)
-    save_contents(partial, sha256)
+    write_classes(partial, images.classes)
+    contents = index_shards(partial, sha256)
+    try:
+        _check_classes(partial, images, contents.table.label)
+    except UserError:  # the same command tries these images again
+        for note, was in zip(notes, done, strict=True):
+            if was["broken"]:
+                note.unlink()
+        raise
+    contents.save(partial)
     if broken := [line for note in done for line in note["broken"]]:
-        replace(partial / "left_out.txt", "".join(f"{line}\n" for line in broken).encode())
-    for path in [*notes, partial / _PLAN]:
-        path.unlink()
+        write_whole(partial / _LEFT_OUT, "".join(f"{line}\n" for line in broken))
+    for path in [*notes, partial / _SETTINGS, partial / _OLD_SETTINGS]:
+        path.unlink(missing_ok=True)
+
+
+def _check_classes(partial: Path, images: Images, whole: np.ndarray) -> None:
+    """Refuse shards in which a class has no image left; ``whole`` are the labels of the others."""
+    if images.labels is None:
+        return
+    for label in np.setdiff1d(images.labels, whole).tolist():
+        name = images.classes[label] if images.classes else label
+        count = int((images.labels == label).sum())
+        raise UserError(
+            f"{partial}: none of the {count} images of class {name} is whole, so it would be missing"
+        )
 
 
 class _Writer(Dataset[int | UserError]):
     """Number of a shard to the same number, the shard being written by then."""
 
-    def __init__(self, source: Source, folder: Path, packing: Packing) -> None:
-        self.source, self.folder, self.packing = source, folder, packing
-        self.order = np.random.Philox(key=[_SHUFFLE, 0]).random_raw(len(source)).argsort(kind="stable")
+    def __init__(self, images: Images, folder: Path, packing: Packing) -> None:
+        self.images, self.folder, self.packing = images, folder, packing
+        self.order = np.random.Philox(key=[_SHUFFLE, 0]).random_raw(len(images)).argsort(kind="stable")
 
     def __getitem__(self, number: int) -> int | UserError:
         size = self.packing.samples_per_shard
@@ -138,9 +221,9 @@ class _Writer(Dataset[int | UserError]):
             note = {
                 "samples": len(samples),
                 "broken": broken,
-                "sha256": file_sha256(path) if examples else None,
+                "sha256": sha256_of(path) if examples else None,
             }
-            replace(_note(self.folder, number), json.dumps(note).encode())
+            write_whole(_note(self.folder, number), json.dumps(note))
         except UserError as error:
             return error
         except OSError as error:
@@ -149,7 +232,7 @@ class _Writer(Dataset[int | UserError]):
 
     def _examples(self, samples: list[int], broken: list[str]) -> Iterator[Example]:
         for sample in samples:
-            item = self.source[sample]
+            item = self.images[sample]
             try:
                 image, extension = encoded(item.image, self.packing)
             except BrokenImage as error:

@@ -14,9 +14,10 @@ from typing import TextIO
 
 from webdataset import TarWriter
 
-from framework.data.shards.index import save_contents
-from framework.data.shards.scan import IMAGE_EXTENSIONS
+from framework.data.shards.image_types import IMAGE_EXTENSIONS
+from framework.data.shards.index import index_shards
 from framework.runtime.errors import UserError
+from framework.runtime.files import new_file
 
 Example = tuple[str, bytes, str, int | None]  # key, encoded image, its extension, label
 
@@ -49,7 +50,7 @@ def write_shards(
                 write_shard(partial / shard_name(number), chain([first], islice(rest, samples_per_shard - 1)))
                 number += 1
             write_classes(partial, classes)
-            save_contents(partial)
+            index_shards(partial).save(partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -100,14 +101,12 @@ def write_shard(path: Path, samples: Iterable[Example]) -> None:
     Raises:
         UserError: a key, extension or label is unusable.
     """
-    temporary = path.with_name(f".{path.name}")
-    with open(temporary, "wb") as file:
-        with TarWriter(file, encoder=False, mtime=0, user="root", group="root") as writer:
-            for sample in samples:
-                writer.write(_members(*sample))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with (
+        new_file(path) as file,
+        TarWriter(file, encoder=False, mtime=0, user="root", group="root") as writer,
+    ):
+        for sample in samples:
+            writer.write(_members(*sample))
 
 
 def write_classes(folder: Path, classes: list[str] | None) -> None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from framework.data.shards.index import OpenFile
+from framework.data.shards.folder import OpenFile
 from framework.data.shards.store import Store
 from framework.runtime.errors import UserError
 

@@ -3,84 +3,31 @@
 from __future__ import annotations
 
 import filecmp
-import functools
 import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
-from framework.data.shards.scan import UNLABELED, Sample, scan_shard
+from framework.data.places import check_folder
+from framework.data.shards.folder import Folder, ShardFiles
+from framework.data.shards.naming import check_one_series, is_compressed, matching
+from framework.data.shards.scan import UNLABELED, Sample, ShardScan, scan_shard
 from framework.data.shards.shard_contents import (
-    ARRAYS,
-    HEAD,
+    INDEX,
     Contents,
+    IndexFiles,
     Table,
-    file_sha256,
+    index_of,
+    is_foreign,
     parse_classes,
     tabulate,
 )
 from framework.runtime.errors import UserError
+from framework.runtime.files import sha256_of
 
 logger = logging.getLogger(__name__)
-
-_OPEN_FILES = 256  # per process; the usual limit is 1024 for everything
-
-
-class OpenFile:
-    """Closed when its last reader drops it, so that no cache pulls it from under another thread."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
-class Files(Protocol):
-    """Where shards come from. Safe to use from several threads, after a fork, and to pickle.
-
-    Attributes:
-        location: folder or URL.
-    """
-
-    location: Path | str
-
-    def open(self, name: str) -> OpenFile:
-        """A shard to read; raises ``OSError`` or ``UserError``."""
-        ...
-
-    def prefetch(self, names: list[str]) -> None:
-        """Say which shards will be opened next."""
-        ...
-
-    def close(self) -> None:
-        """Let go of open shards; they open again when needed."""
-        ...
-
-
-class Folder:
-    """Shards on a local disk."""
-
-    def __init__(self, location: Path) -> None:
-        self.location: Path | str = location
-        self._opened = functools.lru_cache(_OPEN_FILES)(OpenFile)
-
-    def open(self, name: str) -> OpenFile:
-        return self._opened(Path(self.location) / name)
-
-    def prefetch(self, names: list[str]) -> None:
-        """Nothing to do: the disk is near."""
-
-    def close(self) -> None:
-        self._opened.cache_clear()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Folder, (self.location,)
 
 
 class ShardSet:
@@ -95,35 +42,32 @@ class ShardSet:
         classes: names of the classes, from ``classes.json`` in the folder or its parent, or ``None``.
     """
 
-    def __init__(self, files: Files, contents: Contents) -> None:
+    def __init__(self, files: ShardFiles, contents: Contents) -> None:
         """Use ``open``, or ``remote.open_remote``."""
         self.files, self.contents = files, contents
         self.shards, self.table, self.classes = contents.shards, contents.table, contents.classes
         self._names = list(self.shards)
 
     @classmethod
-    def open(cls, folder: Path) -> ShardSet:
+    def open(cls, folder: Path, pattern: str | None = None, save_index: bool = True) -> ShardSet:
         """Open a folder; a folder without index is indexed first, which reads the headers of all shards.
 
         Where the index cannot be written it is kept in memory only.
+
+        Args:
+            folder: of the shards.
+            pattern: which of its shards, see ``naming.matching``; ``None`` for all, which must be one series.
+            save_index: write the index of a folder that has none.
 
         Raises:
             UserError: no such folder, no ``*.tar`` in it, a shard missing, truncated, damaged, or not as
                 indexed; a label that is no class; see also ``scan_shard``.
         """
         folder = Path(folder)
-        shards = _list_shards(folder)
+        shards = _list_shards(folder, pattern)
         classes = read_classes(folder)
-        if not (folder / HEAD).exists():
-            return cls(Folder(folder), _build(folder, shards, classes))
-        try:
-            head, arrays = (folder / HEAD).read_bytes(), (folder / ARRAYS).read_bytes()
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-        contents = Contents.parse(folder, head, arrays)
-        contents.check_unchanged(folder, shards)
-        contents.check_classes(folder, classes)
-        return cls(Folder(folder), contents)
+        contents = _indexed(folder, shards, classes, pattern)
+        return cls(Folder(folder), contents or _build(folder, shards, classes, pattern, save_index))
 
     @property
     def folder(self) -> Path | str:
@@ -138,6 +82,11 @@ class ShardSet:
     def labeled(self) -> bool:
         """Whether the samples carry labels: all of them do, or none."""
         return bool(self.table.label[0] != UNLABELED)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many members of the shards are neither an image nor its label, by extension."""
+        return self.contents.passed_over
 
     def __len__(self) -> int:
         return len(self.table.label)
@@ -197,8 +146,8 @@ def read_classes(folder: Path) -> list[str] | None:
     return None
 
 
-def save_contents(folder: Path, sha256: dict[str, str] | None = None) -> None:
-    """Index a folder of shards that was just written.
+def index_shards(folder: Path, sha256: dict[str, str] | None = None) -> Contents:
+    """The contents of a folder of shards that was just written; nothing is saved yet.
 
     Args:
         folder: of the shards.
@@ -206,47 +155,91 @@ def save_contents(folder: Path, sha256: dict[str, str] | None = None) -> None:
 
     Raises:
         UserError: as ``ShardSet.open``.
-        OSError: the index cannot be written.
     """
-    shards = _list_shards(folder)
+    shards = _list_shards(folder, None)
     contents = _scan(folder, shards, read_classes(folder))
-    sha256 = sha256 or {name: file_sha256(folder / name) for name in shards}
-    contents._replace(sha256=sha256).save(folder)
+    return contents._replace(sha256=sha256 or {name: sha256_of(folder / name) for name in shards})
 
 
-def _list_shards(folder: Path) -> dict[str, int]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it must hold the shards (*.tar)")
+def _list_shards(folder: Path, pattern: str | None) -> dict[str, int]:
+    """Sizes of the shards of a folder by name, sorted."""
+    check_folder(folder)
     try:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and name[0] != ".")
+        there = sorted(name for name in os.listdir(folder) if name[0] != ".")
+        names = [name for name in there if name.endswith(".tar")]
+        compressed = [name for name in there if is_compressed(name)]
+        if compressed and pattern is None:
+            raise UserError(
+                f"{folder}: holds {len(names)} .tar and {len(compressed)} compressed ones such as {compressed[0]}; "
+                f"shards are read at random, so unpack these to .tar (gunzip, unxz, zstd -d), or move them away"
+            )
         if not names:
-            raise UserError(f"{folder}: holds no shards (*.tar)")
+            raise UserError(
+                f"{folder}: holds no shards (*.tar); images become shards by tools/make_shards.py"
+            )
+        if pattern is None:
+            check_one_series(folder, names)
+        else:
+            names = matching(folder, names, pattern)
         return {name: (folder / name).stat().st_size for name in names}
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def _build(folder: Path, shards: dict[str, int], classes: list[str] | None) -> Contents:
+def _indexed(
+    folder: Path, shards: dict[str, int], classes: list[str] | None, pattern: str | None
+) -> Contents | None:
+    """The contents by an index that is there: that of the folder, if it has the shards asked for, or their own."""
+    whole = _parsed(folder, INDEX)
+    if whole is not None and (pattern is None or shards.keys() <= whole.shards.keys()):
+        contents, files = whole.only(list(shards)) if pattern else whole, INDEX
+    else:
+        files = index_of(pattern)
+        own = _parsed(folder, files)
+        if own is None:
+            return None
+        contents = own
+    contents.check_unchanged(folder, shards, files)
+    contents.check_classes(folder, classes, files)
+    return contents
+
+
+def _parsed(folder: Path, files: IndexFiles) -> Contents | None:
+    """An index of a folder; ``None`` if it has none, or another tool's."""
+    if not (folder / files.head).exists():
+        return None
+    try:
+        head = (folder / files.head).read_bytes()
+        if is_foreign(head):
+            return None
+        return Contents.parse(folder, head, (folder / files.arrays).read_bytes(), files)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def _build(
+    folder: Path, shards: dict[str, int], classes: list[str] | None, pattern: str | None, save: bool
+) -> Contents:
     logger.info("indexing %d shards in %s", len(shards), folder)
     contents = _scan(folder, shards, classes)
-    try:
-        contents.save(folder)
-    except OSError as error:
-        logger.warning(
-            "%s: the index cannot be saved (%s) and is built anew by every run", folder, error.strerror
-        )
+    if save:
+        files = index_of(pattern) if pattern or (folder / INDEX.head).exists() else INDEX
+        try:
+            contents.save(folder, files)
+        except UserError as error:
+            logger.warning("%s; every run will index the folder anew", error)
     return contents
 
 
 def _scan(folder: Path, shards: dict[str, int], classes: list[str] | None) -> Contents:
-    samples: dict[str, list[Sample]] = {}
+    scans: dict[str, ShardScan] = {}
     twins: dict[bytes, str] = {}
     for name in shards:
-        samples[name] = scan_shard(folder / name)
-        twin = twins.setdefault(_fingerprint(samples[name]), name)
+        scans[name] = scan_shard(folder / name)
+        twin = twins.setdefault(_fingerprint(scans[name].samples), name)
         if twin != name and filecmp.cmp(folder / name, folder / twin, shallow=False):
             raise UserError(f"{folder / name}: is a copy of {twin}; remove one")
-    return Contents(shards, tabulate(folder, samples, classes), classes, sha256={})
+    return tabulate(folder, shards, scans, classes)
 
 
 def _fingerprint(samples: list[Sample]) -> bytes:

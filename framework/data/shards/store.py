@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from framework.data.shards.shard_contents import HEAD
+from framework.data.shards.shard_contents import INDEX
 from framework.runtime.errors import UserError
 
 _RANGE = 8 << 20  # bytes of one request: what a dropped connection costs
@@ -45,10 +45,13 @@ class Store:
             UserError: no connection.
         """
         files, root = self._open()
-        looks = (lambda: files.cat_file(f"{root}/{HEAD}"), lambda: files.ls(root, detail=True, refresh=True))
-        for look in looks:
+        attempts = (
+            lambda: files.cat_file(f"{root}/{INDEX.head}"),
+            lambda: files.ls(root, detail=True, refresh=True),
+        )
+        for attempt in attempts:
             with suppress(FileNotFoundError):
-                self._retried(self.url, look, missing=True)
+                self._retried(self.url, attempt, missing=True)
                 return True
         return False
 

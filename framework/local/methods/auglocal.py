@@ -1,81 +1,92 @@
-"""AugLocal (Ma et al. 2024): auxiliary networks built like some of the blocks that follow."""
+"""AugLocal (Ma et al. 2024): auxiliary networks built like some of the blocks that follow.
+
+Windows: ``[i..i]`` for every segment i. Heads: new blocks, as wide as evenly spaced later ones, pooling and a linear
+layer; the last segment has pooling and a linear layer.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from timm.models.resnet import Bottleneck
-from torch import nn
+from typing import TYPE_CHECKING
 
 from framework.config.schema import NonNegative, PositiveInt
-from framework.local.blocks import blocks_of
-from framework.local.heads import Head
-from framework.local.objectives import CrossEntropy
-from framework.local.trunks import residual_block
-from framework.local.units import LocalUnit, Plan, Task
-from framework.network import Shape
-from framework.network.layers import GlobalAveragePool
+from framework.local import LocalUnit, MethodOptions, NetworkInfo, Plan
 from framework.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from framework.local.head import Head
 
 
 @dataclass
-class Options:
+class Options(MethodOptions):
     """The authors' command for ResNet-32; for ResNet-110 it has ``depth: 3``.
 
     Attributes:
         depth: d, blocks in the first auxiliary network.
-        pyramid: how far the depth falls towards 1 at the last segment but one (the paper's tau is 1 - that).
+        pyramid: 0 keeps the depth d, 1 lets it fall to 1 at the last segment but one (the paper's tau is 1 - that).
     """
 
     depth: PositiveInt = 2
     pyramid: NonNegative = 0.5
 
 
-def plan(task: Task, options: Options) -> Plan:
-    """``[i..i]`` for every segment i; the last has pooling and a linear layer.
+def plan(network: NetworkInfo, options: Options) -> Plan:
+    """One unit a segment.
 
     Raises:
-        UserError: the network has no residual blocks to sample from.
+        UserError: a segment but the last is followed by no block.
     """
-    n = len(task)
-    units = []
-    for i in range(n):
-        depth = auxiliary_depth(i, n, options) if i < n - 1 else 0
-        layers, shape = _sampled_blocks(task, i, depth)
-        norm = [nn.BatchNorm1d(shape.channels)] if depth == 1 else []
-        trunk = nn.Sequential(
-            *layers, GlobalAveragePool(), *norm, nn.Linear(shape.channels, task.num_classes)
-        )
-        units.append(LocalUnit(task.names[i], i, i, Head(trunk, CrossEntropy())))
-    return Plan(tuple(units), n, supervised=True)
+    n = len(network)
+    depths = [auxiliary_depth(i, n, options) if i < n - 1 else 0 for i in range(n)]
+    units = [LocalUnit(network.names[i], i, i, _head(network, i, depth)) for i, depth in enumerate(depths)]
+    return Plan(tuple(units), n)
 
 
 def auxiliary_depth(segment: int, segments: int, options: Options) -> int:
     """Blocks on top of a segment: falls linearly from ``depth``, at least 1."""
-    share = options.pyramid * segment / max(1, segments - 2)
-    return max(1, round(options.depth * (1 - share) + share))
+    fraction = options.pyramid * segment / max(1, segments - 2)
+    return max(1, round(options.depth * (1 - fraction) + fraction))
 
 
-def _sampled_blocks(task: Task, segment: int, depth: int) -> tuple[list[nn.Module], Shape]:
-    """New blocks as wide as ``depth`` evenly spaced later ones; each doubling of the width halves the map."""
-    blocks = blocks_of(task.segments)
-    later = [b for b in blocks if b.segment > segment]
+def _head(network: NetworkInfo, segment: int, depth: int) -> Head:
+    """The auxiliary network with ``depth`` blocks."""
+    from torch import nn
+
+    from framework.local.head import TrunkHead
+    from framework.local.objectives import CrossEntropy
+    from framework.network.layers import GlobalAveragePool
+
+    blocks, channels = _sampled_blocks(network, segment, depth)
+    norm = [nn.BatchNorm1d(channels)] if depth == 1 else []
+    classifier = nn.Linear(channels, network.num_classes)
+    return TrunkHead(nn.Sequential(*blocks, GlobalAveragePool(), *norm, classifier), CrossEntropy())
+
+
+def _sampled_blocks(network: NetworkInfo, segment: int, depth: int) -> tuple[list[nn.Module], int]:
+    """New blocks as wide as ``depth`` evenly spaced later ones, and their output channels.
+
+    Each doubling of the width halves the map.
+    """
+    from timm.models.resnet import Bottleneck
+
+    from framework.local.trunks import residual_block
+
+    later = [block for block in network.blocks if block.segment > segment]
     if depth and not later:
-        raise UserError(
-            f"method: auglocal samples later blocks, and none follows segment {task.names[segment]}"
-        )
-    steps, position = min(depth, len(later)), len(blocks) - len(later)
-    sampled = [blocks[round(position + len(later) * i / steps) - 1] for i in range(1, steps + 1)]
+        name = network.names[segment]
+        raise UserError(f"method: auglocal samples later blocks, and none follows segment {name}")
+    steps, position = min(depth, len(later)), len(network.blocks) - len(later)
     layers: list[nn.Module] = []
-    channels, height, width = task.shapes[segment]
+    channels = network.shapes[segment].channels
     halvings = 0
-    for block in sampled:
-        out = block.channels(task.segments)
+    for i in range(1, steps + 1):
+        block = network.blocks[round(position + len(later) * i / steps) - 1]
+        out, original = block.channels(network.segments), block.module(network.segments)
         halvings += (out // channels).bit_length() - 1
         stride = 2 if halvings > 0 else 1
         halvings -= stride - 1
-        layers.append(
-            residual_block(channels, out, stride, isinstance(block.module(task.segments), Bottleneck))
-        )
-        channels, height, width = out, -(-height // stride), -(-width // stride)
-    return layers, Shape(channels, height, width)
+        layers.append(residual_block(channels, out, stride, isinstance(original, Bottleneck)))
+        channels = out
+    return layers, channels

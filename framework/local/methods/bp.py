@@ -1,19 +1,22 @@
-"""End-to-end backpropagation: one window over the whole network, one classifier."""
+"""End-to-end backpropagation.
+
+Windows: ``[0..N-1]``. Head: pooling, a linear classifier, cross entropy.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from framework.local.heads import Classifier
-from framework.local.units import LocalUnit, Plan, Task
+from framework.local import Classifier, LocalUnit, MethodOptions, NetworkInfo, Plan
 
 
 @dataclass
-class Options:
+class Options(MethodOptions):
     """End-to-end backpropagation has nothing to choose."""
 
 
-def plan(task: Task, options: Options) -> Plan:
-    """``[0..N-1]`` with pooling, a linear classifier and cross entropy."""
-    unit = LocalUnit(task.names[-1], 0, len(task) - 1, Classifier().build(task.shapes[-1], task.num_classes))
-    return Plan((unit,), len(task), supervised=True)
+def plan(network: NetworkInfo, options: Options) -> Plan:
+    """One unit over the whole network."""
+    last = len(network) - 1
+    unit = LocalUnit(network.names[last], 0, last, Classifier().build(network, last))
+    return Plan((unit,), len(network))

@@ -1,25 +1,32 @@
-"""Decoupled Greedy Learning (Belilovsky et al. 2020): every segment under its own classifier."""
+"""Decoupled Greedy Learning (Belilovsky et al. 2020).
+
+Windows: ``[i..i]`` for every segment i. Heads: an auxiliary classifier; the last segment has pooling and a linear
+layer, as in the code of later papers.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from framework.local.heads import Classifier
-from framework.local.units import Asynchronous, LocalUnit, Plan, Task
+from framework.local import Asynchronous, Classifier, LocalUnit, NetworkInfo, Plan
 
 
 @dataclass
 class Options(Asynchronous):
-    """``head``: the auxiliary classifier; the last segment has pooling and a linear layer, as in later papers' code."""
+    """DGL as later papers compare with it.
+
+    Attributes:
+        head: the auxiliary classifier.
+    """
 
     head: Classifier = field(default_factory=lambda: Classifier("mlp_sr_auglocal"))
 
 
-def plan(task: Task, options: Options) -> Plan:
-    """``[i..i]`` for every segment i."""
-    last = len(task) - 1
+def plan(network: NetworkInfo, options: Options) -> Plan:
+    """One unit a segment."""
+    last = len(network) - 1
     units = []
-    for i in range(len(task)):
+    for i, name in enumerate(network.names):
         head = Classifier() if i == last else options.head
-        units.append(LocalUnit(task.names[i], i, i, head.build(task.shapes[i], task.num_classes)))
-    return Plan(tuple(units), len(task), supervised=True, asynchronous=options)
+        units.append(LocalUnit(name, i, i, head.build(network, i)))
+    return Plan(tuple(units), len(network), execution=options.execution)

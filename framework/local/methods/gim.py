@@ -1,4 +1,7 @@
-"""Greedy InfoMax in the SimCLR framework, the local baseline of LoCo (LoCo, section 3.2)."""
+"""Greedy InfoMax in the SimCLR framework, the local baseline of LoCo (LoCo, section 3.2).
+
+Windows: ``[i..i]`` for every segment i. Heads: pooling, an MLP, InfoNCE of two views.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from framework.config.schema import Positive
-from framework.local.heads import Projection
-from framework.local.units import LocalUnit, Plan, Task, weigh
+from framework.local import LocalUnit, MethodOptions, NetworkInfo, Plan, Projection
+from framework.local.units import weigh
 
 
 @dataclass
-class Options:
+class Options(MethodOptions):
     """GIM as LoCo compares with it.
 
     Attributes:
-        unit_loss_weights: of the units in order; none means all 1. LoCo gives none.
+        unit_loss_weights: weights of the units in order; none means all 1. LoCo gives none.
         unit_loss_reduce: the weighted losses add up, or are averaged.
         head: pooling and a 2-layer MLP, without a convolution block (LoCo Table 4, row 2).
     """
@@ -25,8 +28,8 @@ class Options:
     head: Projection = field(default_factory=Projection)
 
 
-def plan(task: Task, options: Options) -> Plan:
-    """``[i..i]`` for every segment i."""
-    units = [LocalUnit(task.names[i], i, i, options.head.build(task, i)) for i in range(len(task))]
+def plan(network: NetworkInfo, options: Options) -> Plan:
+    """One unit a segment."""
+    units = [LocalUnit(name, i, i, options.head.build(network, i)) for i, name in enumerate(network.names)]
     weighed = weigh(units, options.unit_loss_weights, options.unit_loss_reduce)
-    return Plan(weighed, len(task), views=2)
+    return Plan(weighed, len(network), views=2)

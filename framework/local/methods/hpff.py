@@ -1,7 +1,8 @@
 """HPFF (Su et al. 2024): MLAAN's two levels of windows without LAM, and a decoder that works in patches.
 
-From the authors' code: windows ``[i..i]`` and ``[i-1..i]`` for i >= 1, weights 0.001 and 0.999; on the
-windows InfoPro's two terms, with a decoder for each quarter of the image, on single modules a classifier.
+From the authors' code. Windows: ``[i..i]`` and ``[i-1..i]`` for i >= 1, with weights 0.001 and 0.999. Heads: a
+classifier on single modules; on windows InfoPro's two terms, with a decoder for each quarter of the image. The last
+two units share pooling and a linear layer.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from framework.config.schema import Positive
-from framework.local.heads import Classifier
+from framework.local import Classifier, LocalUnit, MethodOptions, NetworkInfo, Plan, sliding_windows
 from framework.local.reconstruction import Reconstruction
-from framework.local.units import LocalUnit, Plan, Task, sliding_windows
 
 
 @dataclass
-class Options:
+class Options(MethodOptions):
     """InfoPro with HPFF, as the authors run it.
 
     Attributes:
@@ -33,22 +33,21 @@ class Options:
     reconstruction: Reconstruction = field(default_factory=lambda: Reconstruction(patches=4))
 
 
-def plan(task: Task, options: Options) -> Plan:
-    """``[i..i]`` and ``[i-k+1..i]`` for i >= k-1; the last two share pooling and a linear layer.
+def plan(network: NetworkInfo, options: Options) -> Plan:
+    """``[i..i]`` and ``[i-k+1..i]`` for i >= k-1.
 
     Raises:
         UserError: the window is longer than the network.
     """
     units = []
-    for first, last in sliding_windows(len(task), options.window):
-        name, shape = task.names[last], task.shapes[last]
-        if last < len(task) - 1:
-            single = options.head.build(shape, task.num_classes)
-            classifier = options.head.build(shape, task.num_classes)
-            window = options.reconstruction.beside(classifier, task, last, shape)
+    for first, last in sliding_windows(len(network), options.window):
+        name = network.names[last]
+        if last < len(network) - 1:
+            single = options.head.build(network, last)
+            window = options.reconstruction.beside(options.head.build(network, last), network, last)
         else:
-            single = window = Classifier().build(shape, task.num_classes)
+            single = window = Classifier().build(network, last)
         units.append(LocalUnit(f"{name}/single", last, last, single, options.w_indep))
         if window is not None:
             units.append(LocalUnit(f"{name}/window", first, last, window, options.w_casc))
-    return Plan(tuple(units), len(task), supervised=True)
+    return Plan(tuple(units), len(network))

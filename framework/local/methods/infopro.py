@@ -1,12 +1,15 @@
-"""InfoPro (Wang et al. 2021): every segment keeps what the image and the task need."""
+"""InfoPro (Wang et al. 2021): every segment keeps what is needed of the image and for the labels.
+
+Windows: ``[i..i]`` for every segment i. Heads: a decoder that reconstructs the images beside a classifier; the last
+segment has pooling, a linear layer and cross entropy alone.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from framework.local.heads import Classifier
+from framework.local import Asynchronous, Classifier, LocalUnit, NetworkInfo, Plan
 from framework.local.reconstruction import Reconstruction
-from framework.local.units import Asynchronous, LocalUnit, Plan, Task
 from framework.runtime.errors import UserError
 
 
@@ -18,7 +21,7 @@ class Options(Asynchronous):
     or 4, with ``{reconstruction: {lambdas: cifar10_balanced}}``.
 
     Attributes:
-        head: the task term; ``{task: contrast}`` is the supervised contrast of InfoPro's own code.
+        head: the classifier; ``{task: contrast}`` is the supervised contrast of InfoPro's own code.
         reconstruction: the decoder, and the weights of the two terms.
     """
 
@@ -26,20 +29,18 @@ class Options(Asynchronous):
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
 
 
-def plan(task: Task, options: Options) -> Plan:
-    """``[i..i]`` for every segment i; the last has pooling, a linear layer and cross entropy alone.
+def plan(network: NetworkInfo, options: Options) -> Plan:
+    """One unit a segment.
 
     Raises:
         UserError: both lambdas of a module are 0, so that nothing would train it.
     """
-    last = len(task) - 1
+    last = len(network) - 1
     units = []
-    for i in range(last):
-        head = options.head.build(task.shapes[i], task.num_classes)
-        local = options.reconstruction.beside(head, task, i, task.shapes[i])
-        if local is None:
-            raise UserError(f"method.reconstruction: both lambdas are 0 at segment {task.names[i]}")
-        units.append(LocalUnit(task.names[i], i, i, local))
-    head = Classifier().build(task.shapes[last], task.num_classes)
-    units.append(LocalUnit(task.names[last], last, last, head))
-    return Plan(tuple(units), len(task), supervised=True, asynchronous=options)
+    for i, name in enumerate(network.names[:last]):
+        head = options.reconstruction.beside(options.head.build(network, i), network, i)
+        if head is None:
+            raise UserError(f"method.reconstruction: both lambdas are 0 at segment {name}")
+        units.append(LocalUnit(name, i, i, head))
+    units.append(LocalUnit(network.names[last], last, last, Classifier().build(network, last)))
+    return Plan(tuple(units), len(network), execution=options.execution)

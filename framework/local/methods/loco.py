@@ -1,4 +1,8 @@
-"""LoCo (Xiong et al. 2020): overlapping units of two stages, a contrastive loss on each (Figure 1)."""
+"""LoCo (Xiong et al. 2020): overlapping units of two stages, a contrastive loss on each (Figure 1).
+
+Windows: ``[i..i+1]`` for every i but the last; ``Options`` has the variants of Table 5. Heads: a residual block,
+pooling, an MLP, InfoNCE of two views.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,29 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from framework.config.schema import NonNegative, Positive
-from framework.local.blocks import blocks_of
-from framework.local.heads import Projection
-from framework.local.soft_sharing import SoftSharedHead
-from framework.local.units import LocalUnit, Plan, Task, Window, sliding_windows, weigh
+from framework.local import LocalUnit, MethodOptions, NetworkInfo, Plan, Projection, sliding_windows
+from framework.local.units import Window, weigh
 from framework.runtime.errors import UserError
 
 
 @dataclass
-class Options:
+class Options(MethodOptions):
     """The published LoCo, and the rows of its Table 5 (section 5.5).
 
     Attributes:
-        window: segments a unit spans; neighboring units share all but one.
-        share_blocks: share only the first 1 or 2 blocks of the next stage, on a network cut at its blocks: a
-            unit is a stage and these, the last stage is one of its own (our reading). ``None`` shares whole
-            segments.
-        shared_grad: whether shared weights learn from all their units, or from the uppermost or lowest
-            alone; gradients pass through them in any case (the paper doesn't say).
-        soft_share: coefficient of the L2 penalty between two copies of every shared segment; 0 shares one.
-        soft_share_norm: the penalty holds BatchNorm's weights, too; the paper doesn't say.
-        loco_losses: the units of Figure 1, or one on the first segment more, which trains it too or, as a
-            ``monitor``, only its own head. Figure 1 has no loss there; the appendix plots one of res2.
-        unit_loss_weights: of the units in order; none means all 1. The paper gives none.
+        window: segments in a unit; neighboring units share all but one.
+        share_blocks: share only the first 1 or 2 blocks of the next stage, on a network that is cut at its blocks: a
+            unit is a stage and these blocks, and the last stage is a unit of its own (our reading). ``None`` shares
+            whole segments.
+        shared_grad: whether shared weights learn from all their units, or only from the uppermost or the lowest;
+            gradients pass through them in any case (the paper doesn't say).
+        soft_share: coefficient of the L2 penalty between two copies of every shared segment; with 0 there is one copy,
+            which the units share.
+        soft_share_norm: whether the penalty includes BatchNorm's weights; the paper doesn't say.
+        loco_losses: ``figure1``: the units of Figure 1. ``with_first_stage``: one more, on the first segment.
+            ``monitor_first_stage``: the same, but it trains its own head only. Figure 1 has no loss there; the
+            appendix plots one of res2.
+        unit_loss_weights: weights of the units in order; none means all 1. The paper gives none.
         unit_loss_reduce: the weighted losses add up, or are averaged.
         head: one strided residual block, pooling and a 2-layer MLP (section 5.4, Table 4 row 11).
     """
@@ -44,18 +48,18 @@ class Options:
     head: Projection = field(default_factory=lambda: Projection(conv_blocks=1))
 
 
-def plan(task: Task, options: Options) -> Plan:
+def plan(network: NetworkInfo, options: Options) -> Plan:
     """``[i..i+window-1]`` for every i, so three units on ResNet-50: res2-3, res3-4, res4-5.
 
     Raises:
         UserError: the window is longer than the network, or the options ask for segments that are not there.
     """
     if options.soft_share > 0:
-        return _softly_shared(task, options)
+        return _softly_shared(network, options)
     if options.share_blocks is None:
-        windows = sliding_windows(len(task), options.window)
+        windows = sliding_windows(len(network), options.window)
     else:
-        windows = _partly_shared(task, options.share_blocks)
+        windows = _partly_shared(network, options.share_blocks)
     if options.loco_losses == "with_first_stage":
         windows.insert(0, (0, 0))
     learners = _learners(windows, options.shared_grad)
@@ -63,23 +67,27 @@ def plan(task: Task, options: Options) -> Plan:
     for u, (first, last) in enumerate(windows):
         trains = frozenset(s for s in range(first, last + 1) if u in learners[s])
         whole = len(trains) == last - first + 1
-        head = options.head.build(task, last)
-        name = task.names[last] if options.share_blocks is None else f"{task.names[first]}-{task.names[last]}"
+        head = options.head.build(network, last)
+        name = (
+            network.names[last]
+            if options.share_blocks is None
+            else f"{network.names[first]}-{network.names[last]}"
+        )
         units.append(LocalUnit(name, first, last, head, trains=None if whole else trains))
     if options.loco_losses == "monitor_first_stage":
-        head = options.head.build(task, 0)
-        units.insert(0, LocalUnit(f"{task.names[0]}/monitor", 0, 0, head, trains=frozenset()))
-    return _plan(units, task, options)
+        head = options.head.build(network, 0)
+        units.insert(0, LocalUnit(f"{network.names[0]}/monitor", 0, 0, head, trains=frozenset()))
+    return _plan(units, network, options)
 
 
-def _plan(units: list[LocalUnit], task: Task, options: Options) -> Plan:
+def _plan(units: list[LocalUnit], network: NetworkInfo, options: Options) -> Plan:
     weighed = weigh(units, options.unit_loss_weights, options.unit_loss_reduce)
-    return Plan(weighed, len(task), views=2)
+    return Plan(weighed, len(network), views=2)
 
 
-def _partly_shared(task: Task, shared: int) -> list[Window]:
-    blocks = blocks_of(task.segments)
-    if [b.segment for b in blocks] != list(range(len(task))) or shared < 1:
+def _partly_shared(network: NetworkInfo, shared: int) -> list[Window]:
+    blocks = network.blocks
+    if [b.segment for b in blocks] != list(range(len(network))) or shared < 1:
         raise UserError(
             f"method.share_blocks={shared}: must be at least 1, on a network with network.cut=block"
         )
@@ -100,9 +108,11 @@ def _learners(windows: list[Window], shared_grad: str) -> dict[int, set[int]]:
     return {s: {pick(units)} for s, units in learners.items()}
 
 
-def _softly_shared(task: Task, options: Options) -> Plan:
-    """``[i..i]`` under a copy of segment i+1, and the last two segments: the path that inference takes."""
-    n = len(task)
+def _softly_shared(network: NetworkInfo, options: Options) -> Plan:
+    """``[i..i]`` under a copy of segment i+1, and the last two segments, which the trained network runs as they are."""
+    from framework.local.soft_sharing import SoftSharedHead
+
+    n = len(network)
     changed = (options.window, options.share_blocks, options.shared_grad, options.loco_losses)
     if n < 2 or changed != (2, None, "both", "figure1"):
         raise UserError(
@@ -111,9 +121,8 @@ def _softly_shared(task: Task, options: Options) -> Plan:
         )
     units = []
     for i in range(n - 2):
-        head = SoftSharedHead(
-            task, i + 1, options.head.build(task, i + 1), options.soft_share, options.soft_share_norm
-        )
-        units.append(LocalUnit(task.names[i + 1], i, i, head))
-    units.append(LocalUnit(task.names[-1], n - 2, n - 1, options.head.build(task, n - 1)))
-    return _plan(units, task, options)
+        inner = options.head.build(network, i + 1)
+        head = SoftSharedHead(network, i + 1, inner, options.soft_share, options.soft_share_norm)
+        units.append(LocalUnit(network.names[i + 1], i, i, head))
+    units.append(LocalUnit(network.names[-1], n - 2, n - 1, options.head.build(network, n - 1)))
+    return _plan(units, network, options)

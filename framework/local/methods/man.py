@@ -1,24 +1,28 @@
 """MAN (Su et al. 2024): between a segment and its head, the sum of two copies of the next block.
 
 One copy is trained, the other is the block's moving average; so it is MLAAN's LAM with a list of one block.
+Windows: ``[i..i]`` for every segment i. Heads: a classifier (and InfoPro's decoder) behind the copies; the last
+segment has pooling and a linear layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from framework.config.schema import Fraction
-from framework.local.heads import Classifier
-from framework.local.lam import Copies, LamBuilder, LamHead
+from framework.local import Classifier, LocalUnit, MethodOptions, NetworkInfo, Plan
+from framework.local.lam import LamBuilder
+from framework.local.lam_copies import Copies
 from framework.local.reconstruction import Reconstruction
-from framework.local.units import LocalUnit, Plan, Task
 from framework.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from framework.local.head import Head
 
 
 @dataclass
-class Options:
+class Options(MethodOptions):
     """DGL with MAN; InfoPro with MAN is ``{head: {kind: 1c2f}, reconstruction: {lambdas: auglocal}}``.
 
     Attributes:
@@ -32,24 +36,23 @@ class Options:
     ema_m: Fraction = 0.995
 
 
-def plan(task: Task, options: Options) -> Plan:
-    """``[i..i]`` for every segment i; the last has pooling and a linear layer.
+def plan(network: NetworkInfo, options: Options) -> Plan:
+    """One unit a segment.
 
     Raises:
-        UserError: the next block's structure is not known, or a module's lambdas are both 0.
+        UserError: the next block can't be copied, or a module's lambdas are both 0.
     """
-    last = len(task) - 1
-    lams = LamBuilder(task, {}, Copies(momentum=options.ema_m))
+    last = len(network) - 1
+    lams = LamBuilder(network, {}, Copies(momentum=options.ema_m))
     units = []
-    for i in range(last):
+    for i, name in enumerate(network.names[:last]):
         lam, shape = lams.next_block(i)
-        classifier = options.head.build(shape, task.num_classes)
-        head: nn.Module | None = classifier
+        classifier = options.head.build(network, i, shape)
+        head: Head | None = classifier
         if options.reconstruction is not None:
-            head = options.reconstruction.beside(classifier, task, i, shape)
+            head = options.reconstruction.beside(classifier, network, i, shape)
         if head is None:
-            raise UserError(f"method.reconstruction: both lambdas are 0 at segment {task.names[i]}")
-        units.append(LocalUnit(task.names[i], i, i, LamHead(lam, head)))
-    top = Classifier().build(task.shapes[last], task.num_classes)
-    units.append(LocalUnit(task.names[last], last, last, top))
-    return Plan(tuple(units), len(task), supervised=True)
+            raise UserError(f"method.reconstruction: both lambdas are 0 at segment {name}")
+        units.append(LocalUnit(name, i, i, lam.under(head)))
+    units.append(LocalUnit(network.names[last], last, last, Classifier().build(network, last)))
+    return Plan(tuple(units), len(network))

@@ -1,5 +1,8 @@
 """MLAAN (Zhang et al. 2024): multilaminar and leap augmented local modules (Eqs. 1, 2, 9-12).
 
+Windows: ``[i..i]`` (weight 0.001) and ``[i-k+1..i]`` (weight 0.999), both for i >= k-1 only. Heads: a classifier; on
+the windows behind a LAM, copies of later blocks. The last module has one classifier for both of its units.
+
 Defaults beyond the paper are those of the authors' code, github.com/Wendy231015/MLAAN; where its CIFAR runs differ, the
 option says so.
 """
@@ -7,19 +10,20 @@ option says so.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from framework.config.schema import Fraction, NonNegative
-from framework.local.heads import Classifier
-from framework.local.lam import Copies, LamBuilder, LamHead
+from framework.local import Classifier, LocalUnit, MethodOptions, NetworkInfo, Plan, sliding_windows
+from framework.local.lam import LamBuilder
+from framework.local.lam_copies import Copies
 from framework.local.reconstruction import Reconstruction
-from framework.local.units import LocalUnit, Plan, Task, sliding_windows
+
+if TYPE_CHECKING:
+    from framework.local.head import Head
 
 
 @dataclass
-class Options:
+class Options(MethodOptions):
     """The row "MLAAN", as the authors' code has it on ImageNet; on CIFAR it sets ``last_loss`` and ``ema_update``.
 
     MLM alone is ``lam_on: none``; LAM alone ``{window: 1, w_indep: 1, w_casc: 0, lam_on: independent}``.
@@ -56,59 +60,67 @@ class Options:
     lam_on: Literal["cascaded", "independent", "both", "none"] = "cascaded"
     lam_blocks: dict[str, list[str]] = field(default_factory=dict)
     lam_form: Literal["sum_first", "ema_chain"] = "sum_first"
-    lam_weights: Literal["two_copies", "single_pulled"] = "two_copies"
+    lam_weights: Literal["two_copies", "trained_and_pulled"] = "two_copies"
     ema_m: Fraction = 0.995
     ema_update: Literal["all", "last_only"] = "all"
     ema_when: Literal["before", "after"] = "before"
     ema_buffers: bool = False
 
 
-def plan(task: Task, options: Options) -> Plan:
+def plan(network: NetworkInfo, options: Options) -> Plan:
     """``[i..i]`` and ``[i-k+1..i]``, both for i >= k-1 only; the last module has one shared head.
 
     Raises:
         UserError: the window is longer than the network, or a LAM can't be built.
     """
-    n, k = len(task), options.window
+    n, k = len(network), options.window
     windows = sliding_windows(n, k)
     copies = Copies(
-        options.lam_form, options.lam_weights, options.ema_m, options.ema_buffers, options.ema_when
+        options.lam_form,
+        "two_copies" if options.lam_weights == "two_copies" else "trained_and_pulled",
+        options.ema_m,
+        options.ema_buffers,
+        options.ema_when,
     )
-    lams = LamBuilder(task, options.lam_blocks, copies)
+    lams = LamBuilder(network, options.lam_blocks, copies)
     extra = range(k - 1) if options.indep_on_first else ()
-    units = [_unit(task, options, lams, "single", i, i) for i in extra]
+    units = [_unit(network, options, lams, "single", i, i) for i in extra]
     for first, last in windows[:-1]:
-        units.append(_unit(task, options, lams, "single", last, last))
-        units.append(_unit(task, options, lams, "window", first, last))
-    units += _last_module(task, options)
-    return Plan(tuple(u for u in units if u is not None), n, supervised=True)
+        units.append(_unit(network, options, lams, "single", last, last))
+        units.append(_unit(network, options, lams, "window", first, last))
+    units += _last_module(network, options)
+    return Plan(tuple(u for u in units if u is not None), n)
 
 
 def _unit(
-    task: Task, options: Options, lams: LamBuilder, kind: Literal["single", "window"], first: int, last: int
+    network: NetworkInfo,
+    options: Options,
+    lams: LamBuilder,
+    kind: Literal["single", "window"],
+    first: int,
+    last: int,
 ) -> LocalUnit | None:
     single = kind == "single"
     weight = options.w_indep if single else options.w_casc
-    lam, shape = None, task.shapes[last]
+    lam, shape = None, network.shapes[last]
     if options.lam_on in ("both", "independent" if single else "cascaded"):
         lam, shape = lams.build(last)
-    classifier = (options.indep_head if single else options.casc_head).build(shape, task.num_classes)
-    head: nn.Module | None = classifier
+    classifier = (options.indep_head if single else options.casc_head).build(network, last, shape)
+    head: Head | None = classifier
     if options.reconstruction is not None:
-        head = options.reconstruction.beside(classifier, task, last, shape)
+        head = options.reconstruction.beside(classifier, network, last, shape)
     if head is None or not weight:
         return None
     if lam is not None:
-        updated = options.ema_update == "all" or last == len(task) - 2
-        head = LamHead(lam, head, updated, options.ema_when)
-    return LocalUnit(f"{task.names[last]}/{kind}", first, last, head, weight)
+        head = lam.under(head, updated=options.ema_update == "all" or last == len(network) - 2)
+    return LocalUnit(f"{network.names[last]}/{kind}", first, last, head, weight)
 
 
-def _last_module(task: Task, options: Options) -> list[LocalUnit]:
-    n, name = len(task), task.names[-1]
-    head = Classifier().build(task.shapes[-1], task.num_classes)
+def _last_module(network: NetworkInfo, options: Options) -> list[LocalUnit]:
+    last, name = len(network) - 1, network.names[-1]
+    head = Classifier().build(network, last)
     weighted = options.last_loss == "weighted"
     w_indep, w_casc = (options.w_indep, options.w_casc) if weighted else (0.0, 1.0)
-    single = LocalUnit(f"{name}/single", n - 1, n - 1, head, w_indep) if w_indep else None
-    window = LocalUnit(f"{name}/window", n - options.window, n - 1, head, w_casc) if w_casc else None
+    single = LocalUnit(f"{name}/single", last, last, head, w_indep) if w_indep else None
+    window = LocalUnit(f"{name}/window", last - options.window + 1, last, head, w_casc) if w_casc else None
     return [unit for unit in (single, window) if unit is not None]

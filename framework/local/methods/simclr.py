@@ -1,21 +1,28 @@
-"""SimCLR (Chen et al. 2020): one window over the whole network, contrasted at the top."""
+"""SimCLR (Chen et al. 2020), end to end.
+
+Windows: ``[0..N-1]``. Head: pooling, an MLP, InfoNCE of two views.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from framework.local.heads import Projection
-from framework.local.units import LocalUnit, Plan, Task
+from framework.local import LocalUnit, MethodOptions, NetworkInfo, Plan, Projection
 
 
 @dataclass
-class Options:
-    """``head``: pooling and a 2-layer MLP to 128 dimensions (LoCo Table 4, row 1)."""
+class Options(MethodOptions):
+    """Head as in LoCo Table 4, row 1.
+
+    Attributes:
+        head: pooling and a 2-layer MLP to 128 dimensions.
+    """
 
     head: Projection = field(default_factory=Projection)
 
 
-def plan(task: Task, options: Options) -> Plan:
-    """``[0..N-1]``."""
-    unit = LocalUnit(task.names[-1], 0, len(task) - 1, options.head.build(task, len(task) - 1))
-    return Plan((unit,), len(task), views=2)
+def plan(network: NetworkInfo, options: Options) -> Plan:
+    """One unit over the whole network."""
+    last = len(network) - 1
+    unit = LocalUnit(network.names[last], 0, last, options.head.build(network, last))
+    return Plan((unit,), len(network), views=2)

@@ -1,4 +1,4 @@
-"""Which stage gets which segments, by counted or measured cost."""
+"""Place segments on stages by counted or measured cost, and forecast how busy the stages will be."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from framework.config.recipe import Recipe
 from framework.cost.counting import PlanCost, plan_cost
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
-from framework.execution.program import SegmentProgram, WeightGradient, moments
-from framework.execution.step import RoutedStep, contrasts
+from framework.execution.program import SegmentProgram, WeightGradient, segment_programs
+from framework.execution.step import RoutedStep
 from framework.local import LocalUnit, Plan
 from framework.network.norm import frozen_statistics
-from framework.pipeline.rank.following import Following
 from framework.pipeline.scheduling.placement import Costs, Placement, balanced, listed
 from framework.pipeline.scheduling.schedule import Layout
 from framework.pipeline.scheduling.simulation import costs_of, simulate
+from framework.pipeline.scheduling.weight_readers import WeightReaders
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 
@@ -29,21 +29,21 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class StageForecast:
-    """What a stage has, and how it fares if time goes as FLOPs do and messages are free.
+    """What a stage has, and how busy it is if time is proportional to FLOPs and messages take none.
 
     Attributes:
         segments: their names.
         parameters: of segments and heads.
         flops: of a micro-batch's training.
-        follows: stages whose weights heads here follow.
+        reads: stages whose weights heads here read.
         utilization: share of the time at work.
-        speedup: throughput of the pipeline, in that of end-to-end 1F1B on the same stages.
+        speedup: throughput of the pipeline / that of end-to-end 1F1B on the same stages.
     """
 
     segments: tuple[str, ...]
     parameters: int
     flops: float
-    follows: tuple[int, ...]
+    reads: tuple[int, ...]
     utilization: float
     speedup: float
 
@@ -51,14 +51,19 @@ class StageForecast:
 def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
     """The recipe's placement, the same on all ranks; collective with ``balance=time``.
 
+    Args:
+        recipe: of the run.
+        net: its network.
+        num_classes: of the data; for the cost of heads.
+
     Raises:
-        UserError: more stages than segments, or a list that does not fit; heads that can't do ``contrast=batch``.
+        UserError: more stages than segments; a list that doesn't fit; a plan or a head that can't be split over stages.
     """
     pipeline, segments = recipe.pipeline, len(net.segments)
     _check_alone(recipe, net)
     if pipeline.contrast == "batch":
         for unit in net.plan.units:
-            if contrasts(unit.head) and not hasattr(unit.head, "embed"):
+            if unit.head.contrasts and not unit.head.separable:
                 raise UserError(
                     f"pipeline.contrast=batch: the head of unit {unit.name} mixes a contrast with other losses; "
                     "only pipeline.contrast=micro_batch can have it"
@@ -68,39 +73,39 @@ def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
     balanced([1.0] * segments, pipeline.stages)  # too many stages are an error before anything is counted
     images = recipe.train.batch_size // recipe.micro_batches
     if pipeline.balance == "time":
-        costs = distributed.from_main(measured(recipe, net, images).per_segment(net.moments))
+        costs = distributed.from_main(measured(recipe, net, images).per_segment(net.program.segment_programs))
         return balanced(costs, pipeline.stages)
     with distributed.replicas("alone"):
         cost = plan_cost(recipe, num_classes, images)
-    return balanced(counted(cost, net.moments, pipeline.balance), pipeline.stages)
+    return balanced(counted(cost, net.program.segment_programs, pipeline.balance), pipeline.stages)
 
 
 def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[StageForecast]:
-    """What each stage would have and do, without running anything.
+    """What each stage would have and do, simulated.
 
     Raises:
         UserError: as ``place``.
     """
-    pipeline = recipe.pipeline
+    pipeline, programs = recipe.pipeline, net.program.segment_programs
     if isinstance(pipeline.balance, list):
         placement = listed(pipeline.balance, len(net.segments), pipeline.stages)
     else:
         balance = "flops" if pipeline.balance == "time" else pipeline.balance
-        placement = balanced(counted(cost, net.moments, balance), pipeline.stages)
-    following, costs = Following(net, placement), flops(cost, net.moments)
+        placement = balanced(counted(cost, programs, balance), pipeline.stages)
+    readers, costs = WeightReaders(net, placement), flops(cost, programs)
     contrast = pipeline.contrast == "batch"
-    layout = Layout(net.moments, placement, recipe.micro_batches, following.reads, contrast, pipeline.lam_lag)
+    layout = Layout(programs, placement, recipe.micro_batches, readers.reads, contrast, pipeline.lam_lag)
     ran = simulate(layout, costs_of(layout, costs))
     top = LocalUnit("end-to-end", 0, len(net.segments) - 1, net.plan.units[-1].head)
-    whole = Layout(moments(Plan((top,), len(net.segments))), placement, recipe.micro_batches)
+    whole = Layout(segment_programs(Plan((top,), len(net.segments))), placement, recipe.micro_batches)
     end_to_end = simulate(whole, costs_of(whole, replace(costs, heads=costs.heads[-1:])))
-    parameters, per_segment = counted(cost, net.moments, "parameters"), costs.per_segment(net.moments)
+    parameters, per_segment = counted(cost, programs, "parameters"), costs.per_segment(programs)
     return [
         StageForecast(
             tuple(net.segments[s].name for s in placement.span(stage)),
             round(sum(parameters[s] for s in placement.span(stage))),
             sum(per_segment[s] for s in placement.span(stage)),
-            tuple(sorted(owner for reader, owner in following.reads if reader == stage)),
+            tuple(sorted(owner for reader, owner in readers.reads if reader == stage)),
             ran.utilization()[stage],
             end_to_end.period() / ran.period(),
         )
@@ -109,21 +114,21 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
 
 
 def _check_alone(recipe: Recipe, net: LocalNetwork) -> None:
-    """Refuse what needs the whole network in one process."""
-    if net.turns is not None and recipe.pipeline.stages > 1:
+    """Refuse plans that need all segments in one process."""
+    if net.plan.execution.kind == "replay buffer" and recipe.pipeline.stages > 1:
         raise UserError(
             f"method.async_mode=buffer: must be none with pipeline.stages={recipe.pipeline.stages}"
         )
 
 
-def counted(cost: PlanCost, kinds: Sequence[SegmentProgram], balance: str) -> list[float]:
+def counted(cost: PlanCost, programs: Sequence[SegmentProgram], balance: str) -> list[float]:
     """What each segment and the heads on it cost: training FLOPs, parameters or bytes.
 
     Bytes are the activations that autograd keeps, and weight, gradient and momentum in float32.
     """
     if balance == "flops":
-        return flops(cost, kinds).per_segment(kinds)
-    units = [[u for u in cost.units if u.last == s] for s in range(len(kinds))]
+        return flops(cost, programs).per_segment(programs)
+    units = [[u for u in cost.units if u.last == s] for s in range(len(programs))]
     parameters = [
         float(segment.parameters + sum(u.parameters for u in above))
         for segment, above in zip(cost.segments, units, strict=True)
@@ -137,18 +142,18 @@ def counted(cost: PlanCost, kinds: Sequence[SegmentProgram], balance: str) -> li
     return [a + h + 12 * p for a, h, p in zip(saved, heads, parameters, strict=True)]
 
 
-def flops(cost: PlanCost, kinds: Sequence[SegmentProgram]) -> Costs:
-    """Costs in FLOPs: a pass for input gradients costs a forward, one for weight gradients two.
+def flops(cost: PlanCost, programs: Sequence[SegmentProgram]) -> Costs:
+    """Costs in FLOPs: an input-gradient pass costs as much as a forward pass, a weight-gradient pass twice as much.
 
-    The latter needs the input gradients between the layers of a segment, too.
+    The latter computes the input gradients between the layers of a segment, too.
     """
     forward = tuple(float(segment.flops) for segment in cost.segments)
-    heads = tuple(3.0 * cost.units[call.units[0]].flops for moment in kinds for call in moment.heads)
+    heads = tuple(3.0 * cost.units[call.units[0]].flops for program in programs for call in program.heads)
     return Costs(forward, forward, tuple(2 * f for f in forward), heads)
 
 
 def measured(recipe: Recipe, net: LocalNetwork, images: int) -> Costs:
-    """Costs in seconds on this rank's device, for a micro-batch of noise; ``net`` moves there."""
+    """Costs in seconds on this rank's device, to which ``net`` is moved, for a micro-batch of noise."""
     device, size, views = distributed.device(), recipe.data.image_size, net.plan.views
     net.to(device)
     dtype = next(net.parameters()).dtype
@@ -158,7 +163,7 @@ def measured(recipe: Recipe, net: LocalNetwork, images: int) -> Costs:
 
 
 def measured_costs(net: LocalNetwork, batch: Batch) -> Costs:
-    """Seconds that this rank takes for a micro-batch: medians of three after one to warm up. Changes no state."""
+    """Seconds on this rank for a micro-batch: medians of three rounds after one to warm up. No state changes."""
     with frozen_statistics(net), distributed.replicas("alone"):
         rounds = [_measure(net, batch) for _ in range(1 + _ROUNDS)][1:]
     return Costs(
@@ -170,30 +175,35 @@ def measured_costs(net: LocalNetwork, batch: Batch) -> Costs:
 
 
 def _measure(net: LocalNetwork, batch: Batch) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Seconds of each forward, input pass (a forward's where there is none), release and head call."""
+    """Seconds of each forward, input-gradient and weight-gradient pass, and head call.
+
+    A segment without an input-gradient pass gets the time of its forward pass.
+    """
     scales = net.scales.current() if net.scales is not None else None
-    step, clock = RoutedStep(net, batch, scales=scales), _Clock(batch.images.device)
-    forward, release, heads = [0.0] * net.plan.segments, [0.0] * net.plan.segments, [0.0] * len(net.calls)
-    passes: dict[int, float] = {}
-    x = batch.images
-    for s, moment in enumerate(net.moments):
+    step, clock = RoutedStep(net.program, batch, scales=scales), _Clock(batch.images.device)
+    forward, heads = [0.0] * net.plan.segments, [0.0] * len(net.program.calls)
+    weight_gradients = [0.0] * net.plan.segments
+    input_gradients: dict[int, float] = {}
+    x = net.run_frozen(batch.images)
+    for s, program in enumerate(net.program.segment_programs):
         x = step.forward(s, x)
         forward[s] = clock.lap()
         step.run_heads(s)
         taken = clock.lap()
-        for call in moment.heads:
-            heads[call.number] = taken / len(moment.heads)
-        for work in moment.walk:
+        for call in program.heads:
+            heads[call.number] = taken / len(program.heads)
+        for work in program.walk:
             step.backward(work)
             if isinstance(work, WeightGradient):
-                release[work.segment] = clock.lap()
+                weight_gradients[work.segment] = clock.lap()
             else:
-                passes[work.segment] = clock.lap()
-    return forward, [passes.get(s, forward[s]) for s in range(net.plan.segments)], release, heads
+                input_gradients[work.segment] = clock.lap()
+    passes = [input_gradients.get(s, forward[s]) for s in range(net.plan.segments)]
+    return forward, passes, weight_gradients, heads
 
 
 class _Clock:
-    """Seconds between calls, of finished work."""
+    """Seconds between two calls of ``lap``, with the device's work done."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

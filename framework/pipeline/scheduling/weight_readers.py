@@ -1,4 +1,4 @@
-"""Heads that follow the weights of segments, and where both are."""
+"""Heads that read the weights of segments (``Head.reads``), and on which stages both are."""
 
 from __future__ import annotations
 
@@ -7,36 +7,40 @@ from collections import defaultdict
 from torch import nn
 
 from framework.execution import LocalNetwork
-from framework.local.units import ReadingHead
+from framework.local.head import Head
 from framework.pipeline.scheduling.placement import Placement
 from framework.runtime.errors import UserError
 
 
-class Following:
-    """Who follows whom.
+class WeightReaders:
+    """Which heads read weights, of which stages.
 
     Args:
         net: the network.
         placement: segments of the stages.
 
     Attributes:
-        local: heads by stage that follow weights of their own stage, or none.
-        remote: heads by stage that follow weights of later stages.
+        local: heads by stage that read weights of their own stage, or none.
+        remote: heads by stage that read weights of later stages.
 
     Raises:
-        UserError: a head follows weights both of its own and of other stages, has a penalty on others', or needs
-            what comes too late.
+        UserError: a head stands on several stages, reads weights both of its own and of other stages, has a penalty
+            on others' weights, or must read them earlier than they can arrive.
     """
 
     def __init__(self, net: LocalNetwork, placement: Placement) -> None:
-        self.local: dict[int, list[ReadingHead]] = defaultdict(list)
-        self.remote: dict[int, list[ReadingHead]] = defaultdict(list)
+        self.local: dict[int, list[Head]] = defaultdict(list)
+        self.remote: dict[int, list[Head]] = defaultdict(list)
         self._weights: dict[tuple[int, int], dict[nn.Parameter, None]] = defaultdict(dict)
         owner = {p: placement.stage_of(s) for s, seg in enumerate(net.segments) for p in seg.parameters()}
-        units = {unit.head: unit for unit in net.plan.units if isinstance(unit.head, ReadingHead)}
-        for head, unit in units.items():
-            assert isinstance(head, ReadingHead)
-            stage = placement.stage_of(unit.last)
+        for head in net.plan.heads:
+            units = [unit for unit in net.plan.units if unit.head is head]
+            unit, stage = units[0], placement.stage_of(units[0].last)
+            if any(placement.stage_of(other.last) != stage for other in units):
+                raise UserError(
+                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} stands on segments of several "
+                    "stages; put them on one stage with pipeline.balance=[...]"
+                )
             weights = head.read_parameters(net.segments)
             others = {owner[p] for p in weights} - {stage}
             if not others:
@@ -44,17 +48,17 @@ class Following:
                 continue
             if stage in {owner[p] for p in weights}:
                 raise UserError(
-                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} follows weights of its own "
+                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} reads weights of its own "
                     "stage and of others; put them on one stage with pipeline.balance=[...]"
                 )
-            if type(head).penalty is not ReadingHead.penalty:
+            if head.penalizes:
                 raise UserError(
                     f"pipeline.stages={placement.stages}: the head of unit {unit.name} pulls at the weights of "
                     "another stage (soft sharing); put the two on one stage with pipeline.balance=[...]"
                 )
-            if head.when == "after" or not head.may_be_late:
+            if not head.may_lag:
                 raise UserError(
-                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} follows another stage in a way "
+                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} reads another stage in a way "
                     "that would stop the pipeline at every step (after it, with BatchNorm's statistics, or pulled); "
                     "put the two on one stage with pipeline.balance=[...]"
                 )
@@ -68,5 +72,5 @@ class Following:
         return frozenset(self._weights)
 
     def weights(self, reader: int, owner: int) -> list[nn.Parameter]:
-        """What the heads of one stage follow on another, in the same order on both."""
+        """Weights of stage ``owner`` that heads of stage ``reader`` read, in the same order on both."""
         return list(self._weights[reader, owner])

@@ -1,19 +1,59 @@
-"""Arguments of ``tools/linear_eval.py``, and what its result says of them."""
+"""The papers' protocols of linear evaluation, the options that change them, and how results name them.
+
+Imports nothing that takes long: a command's ``--help`` lists the protocols.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from framework.checkpoints.folder import MANIFEST
-from framework.evaluation.linear_eval import PROTOCOLS, Protocol, settings
 from framework.runtime.errors import UserError
 
 PLACES = {"run_dir", "data.path", "data.cache_dir", "data.workers"}  # may change between pieces of a run
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the classifier learns; no weight decay: MoCo and SimCLR have none, LoCo doesn't say.
+
+    Attributes:
+        lr: for a batch of 256; grows in proportion to the batch.
+        momentum: of SGD.
+        nesterov: kind of momentum.
+        epochs: passes over the training images.
+        batch_size: over all ranks.
+        drops: epochs at which the rate is divided by ten; without any it falls as a cosine.
+    """
+
+    lr: float
+    momentum: float
+    nesterov: bool
+    epochs: int
+    batch_size: int
+    drops: tuple[int, ...] = ()
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """Of a step, counted from 0."""
+        peak = self.lr * self.batch_size / 256
+        if self.drops:
+            return peak * 0.1 ** sum(step // steps_per_epoch >= drop for drop in self.drops)
+        return peak * (1 + math.cos(math.pi * step / (self.epochs * steps_per_epoch))) / 2
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """The protocol and whatever else a fit depends on, for JSON."""
+        return {**asdict(self), "drops": list(self.drops), **more}
+
+
+#: SimCLR's has the cosine of its released code.
+PROTOCOLS = {
+    "loco": Protocol(lr=30.0, momentum=0.0, nesterov=False, epochs=100, batch_size=256, drops=(30, 60, 90)),
+    "moco": Protocol(lr=30.0, momentum=0.9, nesterov=False, epochs=100, batch_size=256, drops=(60, 80)),
+    "simclr": Protocol(lr=0.1, momentum=0.9, nesterov=True, epochs=90, batch_size=4096),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +79,12 @@ def protocol_of(arguments: argparse.Namespace) -> Protocol:
 
 
 def conditions(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
-    """What the result depends on but for the checkpoint, as the result says it."""
+    """What a result depends on, the checkpoint apart, as the result states it."""
     return {
         "preset": arguments.preset,
         "cached": arguments.cached,
         "overrides": [text for text in overrides if text.split("=")[0] not in PLACES],
-        **settings(protocol_of(arguments)),
+        **protocol_of(arguments).settings(),
     }
 
 
@@ -60,12 +100,6 @@ def conditions_asked(texts: Sequence[str]) -> dict[str, Any]:
         return conditions(*parser.parse_known_args(texts))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-
-
-def of_checkpoint(folder: Path) -> dict[str, str]:
-    """A checkpoint's name and the SHA-256 of its weights, for a run that is trained again has the same names."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    return {"checkpoint": folder.name, "weights": manifest["model.safetensors"]}
 
 
 def result_name(found: dict[str, Any]) -> str:

@@ -6,24 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from framework.checkpoints.folder import identity_of
 from framework.data.shards.index import ShardSet
-from framework.evaluation import features
-from framework.evaluation.linear_eval import Rows
+from framework.evaluation.features import extract
+from framework.evaluation.linear_classifier import Rows
 from framework.evaluation.run_folder import Run
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
 
-def cached_rows(run: Run, shards: ShardSet, trained: bool = True) -> Rows:
+def cached_features(run: Run, shards: ShardSet, trained: bool = True) -> Rows:
     """This rank's share of the pooled features of a split, from ``RUN/features`` if they are there.
 
     Central crops, no augmentation, float32. The files are those of this checkpoint, these images and this
     number of ranks, or they are computed anew.
+
+    Args:
+        run: whose newest checkpoint is the encoder.
+        shards: the split.
+        trained: else the encoder is the network as the run's seed makes it.
 
     Raises:
         UserError: no checkpoint, no labels, or features that are not finite.
@@ -35,25 +40,18 @@ def cached_rows(run: Run, shards: ShardSet, trained: bool = True) -> Rows:
     rows = _read(path, key)
     everywhere = all(text == "yes" for text in distributed.gather_text("yes" if rows else "no"))
     if rows is None or not everywhere:
-        rows = _compute(run, shards, trained)
+        if not shards.labeled:
+            raise UserError(
+                f"{shards.folder}: has no labels; name a split that has, such as data.train=train"
+            )
+        _, x, y = extract(run.encoder(trained).features, run.splits.eval_loader(shards))
+        rows = Rows(x.float(), y)
         with distributed.same_outcome():
             write_whole(path, save({"x": rows.x.cpu(), "y": rows.y.cpu()}, {"key": key}))
     with distributed.same_outcome():
         if broken := int((~rows.x.isfinite()).any(1).sum()):
             raise UserError(f"features of {broken} of {len(rows.x)} images are not finite: training diverged")
     return Rows(rows.x.to(distributed.device()), rows.y.to(distributed.device()))
-
-
-def _compute(run: Run, shards: ShardSet, trained: bool) -> Rows:
-    if not shards.labeled:
-        raise UserError(f"{shards.folder}: has no labels; name a split that has, such as data.train=train")
-    net = run.encoder(trained)
-    x, y = [], []
-    for _, images, labels in features.own(run.splits.eval_loader(shards)):
-        assert labels is not None
-        x.append(net.features(images).float())
-        y.append(labels)
-    return Rows(torch.cat(x), torch.cat(y))
 
 
 def _read(path: Path, key: str) -> Rows | None:
@@ -69,9 +67,8 @@ def _read(path: Path, key: str) -> Rows | None:
 def _key(run: Run, shards: ShardSet, trained: bool) -> dict[str, Any]:
     """What the features depend on."""
     recipe = run.recipe
-    manifest = json.loads((run.checkpoint / "manifest.json").read_text()) if trained else {}
     return {
-        "weights": manifest.get("model.safetensors", f"seed {recipe.seed}"),
+        "weights": identity_of(run.checkpoint)["weights"] if trained else f"seed {recipe.seed}",
         "network": [recipe.network.name, recipe.network.args, recipe.train.precision],
         "images": [str(shards.folder), len(shards), int(shards.table.length.sum())],
         "size": recipe.data.image_size,

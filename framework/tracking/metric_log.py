@@ -1,33 +1,21 @@
-"""What a run measures: the JSONL log, images per second, memory, the environment, ``result.json``."""
+"""The numbers of a run in files: ``metrics.jsonl``, line by line, and ``result.json``."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
-import platform
 import re
-import resource
-import subprocess
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 _STEP = re.compile(rb'\{"step": (\d+)')  # every line begins so
-PACKAGES = ("stagewise", "torch", "torchvision", "deepspeed", "timm", "numpy", "scikit-learn", "webdataset")
 
 
 class MetricLog:
@@ -131,81 +119,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Throughput:
-    """Images per second: over the last steps, and over all but the first.
-
-    The first step, which pays for compilation, caches and the filling of the loader's queues, is left out.
-    """
-
-    def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._recent: deque[tuple[float, int]] = deque(maxlen=window + 1)  # time, images up to then
-        self._first: tuple[float, int] | None = None
-
-    def step(self, images: int) -> float:
-        """Note that ``images`` more are done; the rate over the last ``window`` steps, 0 after the first."""
-        seen = self._recent[-1][1] if self._recent else 0
-        self._recent.append((self._clock(), seen + images))
-        self._first = self._first or self._recent[0]
-        return _rate(self._recent[0], self._recent[-1])
-
-    @property
-    def mean(self) -> float:
-        """Rate from the end of the first step to the end of the last; 0 with fewer than two."""
-        return _rate(self._first, self._recent[-1]) if self._first else 0.0
-
-
-def _rate(start: tuple[float, int], end: tuple[float, int]) -> float:
-    return (end[1] - start[1]) / (end[0] - start[0]) if end[0] > start[0] else 0.0
-
-
-def environment(world_size: int, device: torch.device) -> dict[str, Any]:
-    """What a number needs beside it to be compared: versions, commit, devices, ranks."""
-    return {
-        "versions": versions(),
-        "commit": commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "world_size": world_size,
-    }
-
-
-def _processor() -> str:
-    """The CPU's name; Python knows only its architecture on Linux."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Version of Python and of every package that can move a number."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
-
-
-def commit(root: Path = ROOT) -> str | None:
-    """Commit of the checkout at ``root``, "-dirty" if edited; ``None`` if ``root`` is not one."""
-    try:
-        top = _git(root, "rev-parse", "--show-toplevel")
-        if Path(top).resolve() != root:  # installed below somebody else's repository
-            return None
-        return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory so far: the tensors' on a GPU, the resident set of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB on Linux

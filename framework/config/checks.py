@@ -1,0 +1,66 @@
+"""What no single key of a recipe can show."""
+
+from __future__ import annotations
+
+from framework.config.recipe import Recipe
+from framework.config.schema import Fault
+
+
+def check(recipe: Recipe) -> None:
+    """Check keys against each other.
+
+    Raises:
+        Fault: the first that does not go with another.
+    """
+    warmup, epochs = recipe.optim.warmup_epochs, recipe.train.epochs
+    if warmup > epochs:
+        raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}")
+    recipe.method.options.check()
+    _check_pipeline(recipe)
+    _check_execution(recipe)
+
+
+def _check_pipeline(recipe: Recipe) -> None:
+    pipeline, train = recipe.pipeline, recipe.train
+    if pipeline.micro_batches is not None and train.accumulation not in (1, pipeline.micro_batches):
+        raise Fault(
+            "pipeline.micro_batches",
+            pipeline.micro_batches,
+            f"train.accumulation={train.accumulation} says otherwise",
+        )
+    if recipe.micro_batches > 1 and train.batch_size % recipe.micro_batches:
+        key = "train.accumulation" if pipeline.micro_batches is None else "pipeline.micro_batches"
+        raise Fault(key, recipe.micro_batches, f"must divide train.batch_size={train.batch_size}")
+    if recipe.pipelined and recipe.engine != "deepspeed":
+        raise Fault("engine", recipe.engine, "pipeline stages need engine=deepspeed")
+    if recipe.pipelined and recipe.zero_stage > 1:
+        raise Fault("zero_stage", recipe.zero_stage, "must be 0 or 1 with pipeline stages")
+    if recipe.pipelined and recipe.faults.nonfinite == "skip":
+        raise Fault(
+            "faults.nonfinite", "skip", "must be stop with pipeline stages, which do not wait for each other"
+        )
+
+
+def _check_execution(recipe: Recipe) -> None:
+    execution = recipe.execution
+    buffered = recipe.method.options.execution.kind == "replay buffer"
+    hindrances = {
+        "compile": {
+            "engine=fsdp, which swaps the weights around every step": recipe.engine == "fsdp",
+            "pipeline stages": recipe.pipelined,
+        },
+        "cuda_graph": {
+            "execution.compile=true": execution.compile,
+            "pipeline stages": recipe.pipelined,
+            "train.accumulation above 1": recipe.train.accumulation > 1,
+            "train.precision=fp16, whose loss scales the host reads": recipe.train.precision == "fp16",
+            "faults.nonfinite=skip, where the host looks at every step": recipe.faults.nonfinite == "skip",
+            "method.async_mode=buffer, where the host draws the batches": buffered,
+            "keys of deepspeed:, in whose place it steps": bool(recipe.deepspeed),
+        },
+    }
+    asked = {"compile": execution.compile, "cuda_graph": execution.cuda_graph}
+    for key, found in hindrances.items():
+        for hindrance, present in found.items():
+            if asked[key] and present:
+                raise Fault(f"execution.{key}", "true", f"can't be combined with {hindrance}")

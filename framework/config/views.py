@@ -1,0 +1,66 @@
+"""How views of an image are made: the ``views:`` section of a recipe.
+
+``framework/data/augment/views.py`` makes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from framework.config.schema import NonNegative, NonNegativeInt, Positive, Probability
+
+
+@dataclass(frozen=True)
+class Views:
+    """How views are made; the defaults are SimCLR's for ImageNet.
+
+    Attributes:
+        kind: "simclr": random resized crop, flip, color jitter, grayscale, blur. "supervised": random
+            resized crop, flip. "cifar": crop from the image with wider edges, flip. "none": central crop, for
+            evaluation.
+        area: of the random resized crop, smallest and largest fraction of the image.
+        aspect: of the random resized crop, smallest and largest width / height.
+        flip: probability of a mirror image.
+        jitter: largest change of brightness, contrast, saturation (factor 1 +- this) and hue (circles).
+        jitter_strength: multiplies ``jitter``.
+        jitter_probability: of jittering at all.
+        grayscale: probability.
+        blur: probability.
+        blur_sigma: smallest and largest, in pixels.
+        blur_kernel: taps of the blur as a fraction of the side of a view.
+        pad: pixels of added edge, "cifar" only.
+        edge: what is added: "reflect" the image mirrored at its outermost pixels, "zeros" black.
+        center: fraction of the shorter side that the central crop keeps, "none" only.
+        mean: of the channels, subtracted.
+        std: of the channels, divided by.
+    """
+
+    kind: Literal["simclr", "supervised", "cifar", "none"] = "simclr"
+    area: tuple[Positive, Positive] = (0.08, 1.0)
+    aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    flip: Probability = 0.5
+    jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.8, 0.8, 0.8, 0.2)
+    jitter_strength: NonNegative = 1.0
+    jitter_probability: Probability = 0.8
+    grayscale: Probability = 0.2
+    blur: Probability = 0.5
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    blur_kernel: Probability = 0.1
+    pad: NonNegativeInt = 4
+    edge: Literal["reflect", "zeros"] = "reflect"
+    center: Probability = 0.875
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("area", "aspect", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be [smallest, largest] with 0 < smallest <= largest")
+        if self.area[1] > 1:
+            raise ValueError("area must be at most 1, the whole image")
+        if self.jitter[3] * self.jitter_strength > 0.5:
+            raise ValueError("jitter's hue times jitter_strength must be at most 0.5, half the color circle")
+        if self.center == 0:
+            raise ValueError("center must be above 0")

@@ -1,0 +1,245 @@
+"""Images whose folders say their split and class."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from framework.data.packing.images import FileImages, Images
+from framework.data.packing.place import Place, kind, kinds_text
+from framework.data.packing.reading import Choices, Reader, Reading
+from framework.data.shards.naming import is_split
+from framework.runtime.errors import UserError
+from framework.runtime.text import printable
+
+# What folders that only hold images are called; as the only class they are none.
+_CONTAINERS = {"images", "image", "imgs", "img", "jpg", "jpegs", "jpegimages", "pictures", "photos", "data"}
+
+
+class _Layout(NamedTuple):
+    """What the folders of images say.
+
+    Attributes:
+        around: folder around all of it, with a slash, or "".
+        names: the readers that fit.
+    """
+
+    around: str
+    names: tuple[str, ...]
+
+
+def split_name(folder: str) -> str:
+    """What a split is called after its folder: ``Train`` is ``train``."""
+    return folder.lower() if is_split(folder) else folder
+
+
+def labeled_files(
+    place: Place, rows: Iterable[tuple[str, str, str]], classes: Sequence[str]
+) -> dict[str, Images]:
+    """Images by split from rows (file, split, class or ""); ``classes`` is empty where there are no labels."""
+    number = {name: i for i, name in enumerate(classes)}
+    splits: dict[str, tuple[list[str], list[int]]] = {}
+    for name, split, label in rows:
+        names, labels = splits.setdefault(split, ([], []))
+        names.append(name)
+        if classes:
+            labels.append(number[label])
+    shown = [printable(name) for name in classes] or None
+    return {
+        split: FileImages(names, labels if classes else None, shown, _reader(place, names), str(place.path))
+        for split, (names, labels) in splits.items()
+    }
+
+
+def _reader(place: Place, names: list[str]) -> Callable[[int], bytes]:
+    return lambda i: place.read(names[i])
+
+
+def _find(name: str, place: Place, choices: Choices) -> Reading | None:
+    if not place.images:
+        return None
+    asked = choices.reader == name
+    layout = _asked(name, place) if asked else _guess(place)
+    return _build(name, layout.around, place) if name in layout.names else None
+
+
+def _guess(place: Place) -> _Layout:
+    """Which readings the folders allow.
+
+    Raises:
+        UserError: they are not alike, or of several data sets.
+    """
+    images = place.images
+    common = _common_folders(images)
+    for depth in range(len(common) + 1):
+        around = "".join(f"{folder}/" for folder in common[:depth])
+        if all("/" in name[len(around) :] and is_split(_top(name, around)) for name in images):
+            return _guess_in_splits(place, around)
+    parts = _parts(images, "")
+    _check_sets(place, parts)
+    depth = _check_depth(place, parts)
+    if depth == 1:
+        return _Layout("", ("images",))
+    tops = {part[0] for part in parts}
+    if depth == 2:
+        splits = [top for top in tops if is_split(top)]
+        unsure = len(splits) > 1 and any(split_name(top).startswith("train") for top in splits)
+        if unsure:
+            return _Layout("", ("class", "split"))
+        return _Layout("", ("class", "images") if _is_container(tops) else ("class",))
+    if len(tops) == 1:
+        return _Layout(f"{common[0]}/", ("class",))
+    return _Layout("", ("split/class", "class"))
+
+
+def _guess_in_splits(place: Place, around: str) -> _Layout:
+    parts = _parts(place.images, around)
+    if _check_depth(place, parts) == 2:
+        return _Layout(around, ("split",))
+    classes = {part[1] for part in parts}
+    if all(part[1] == part[0] for part in parts):
+        return _Layout(around, ("split",))  # test/test/1.jpg
+    if _is_container(classes):
+        return _Layout(around, ("split", "split/class"))
+    return _Layout(around, ("split/class",))
+
+
+def _is_container(folders: set[str]) -> bool:
+    """Whether the only class would be called after what it holds."""
+    return len(folders) == 1 and next(iter(folders)).lower() in _CONTAINERS
+
+
+def _asked(name: str, place: Place) -> _Layout:
+    """The layout that the user names: folders around it are found, deeper ones play no part."""
+    common, need = _common_folders(place.images), len(_LEVELS[name])
+    shallowest = min(name.count("/") for name in place.images)
+    depth = 0
+    while depth < len(common) and shallowest - depth > need and not is_split(common[depth]):
+        depth += 1
+    around = "".join(f"{folder}/" for folder in common[:depth])
+    for image in place.images:
+        if image[len(around) :].count("/") < need:
+            raise UserError(
+                f"{place.path}: --as '{name}' needs {name}/IMAGE, which {printable(image)} is not"
+            )
+    return _Layout(around, (name,))
+
+
+def _check_depth(place: Place, parts: list[list[str]]) -> int:
+    """How many names a path has: that of the image and those of its folders."""
+    depths = Counter(map(len, parts))
+    depth = depths.most_common(1)[0][0]
+    if odd := [part for part in parts if len(part) != depth or depth > 3]:
+        where = printable("/".join(odd[0]))
+        flat = f"; sort {odd[0][0]}/ into folders of classes, or leave it out (--skip {odd[0][0]})"
+        help_ = (
+            flat if len(odd[0]) < depth and len(odd[0]) > 1 else "; --as 'images' packs all without labels"
+        )
+        raise UserError(
+            f"{place.path}: images must lie in split/class/, split/, class/ or no folder, all alike; {where} does not"
+            + help_
+        )
+    return depth
+
+
+def _check_sets(place: Place, parts: list[list[str]]) -> None:
+    """Refuse several data sets beside each other, each with its splits."""
+    if all(len(part) > 2 and is_split(part[1]) for part in parts):
+        sets = sorted({part[0] for part in parts})
+        raise UserError(
+            f"{place.path}: holds splits in each of {', '.join(map(printable, sets[:5]))}; name one of these folders"
+        )
+
+
+def _build(name: str, around: str, place: Place) -> Reading:
+    levels = _LEVELS[name]
+    parts = _parts(place.images, around)
+    splits = [split_name(part[0]) if "split" in levels else "" for part in parts]
+    labels = [part[levels.index("class")] if "class" in levels else "" for part in parts]
+    _check_same_split(place, parts if "split" in levels else [])
+    classes = sorted(set(labels), key=os.fsencode) if "class" in levels else []
+    _check_none_vanishes(name, around, place, parts)
+    counts = Counter(splits)
+    text = [f"{split} {count} images".strip() for split, count in sorted(counts.items())]
+    return Reading(
+        name,
+        f"{', '.join(text)}, {len(classes) or 'no'} classes",
+        lambda: labeled_files(place, zip(place.images, splits, labels, strict=True), classes),
+        place.unpacked(place.images),
+    )
+
+
+def _check_same_split(place: Place, parts: list[list[str]]) -> None:
+    folders: dict[str, str] = {}
+    for part in parts:
+        other = folders.setdefault(split_name(part[0]), part[0])
+        if other != part[0]:
+            raise UserError(f"{place.path}: {other}/ and {part[0]}/ are the same split; rename or --skip one")
+
+
+def _check_none_vanishes(name: str, around: str, place: Place, parts: list[list[str]]) -> None:
+    """Refuse folders of splits and classes in which nothing is an image.
+
+    Raises:
+        UserError: a class, or a split, would silently be missing.
+    """
+    levels = _LEVELS[name]
+    full = {"/".join(part[:depth]) for part in parts for depth in range(1, len(levels) + 1)}
+    classes = {part[levels.index("class")] for part in parts} if "class" in levels else set()
+    for folder in sorted(place.folders):
+        inner = folder[len(around) :] if folder.startswith(around) else ""
+        depth = inner.count("/") + 1
+        if not inner or inner in full or depth > len(levels):
+            continue
+        level = levels[depth - 1]
+        if level == "split" and not is_split(inner):
+            continue
+        if level == "class" and depth == 2 and inner.partition("/")[0] not in full:
+            continue
+        files = Counter(kind(file) for file in place.files if file.startswith(f"{folder}/"))
+        if not files and (level == "split" or inner.rpartition("/")[2] in classes):
+            continue
+        found = f"none of its files is an image ({kinds_text(files)})" if files else "it is empty"
+        raise UserError(
+            f"{place.path}: the {level} {printable(inner)} would be missing: {found}; "
+            f"convert its files, or leave it out (--skip '{printable(folder)}')"
+        )
+
+
+def _common_folders(names: list[str]) -> list[str]:
+    """The folders that all paths begin with; ``names`` are sorted."""
+    first, last = names[0].split("/")[:-1], names[-1].split("/")[:-1]
+    return [a for a, _ in _while_equal(first, last)]
+
+
+def _while_equal(first: list[str], last: list[str]) -> Iterable[tuple[str, str]]:
+    for a, b in zip(first, last, strict=False):
+        if a != b:
+            return
+        yield a, b
+
+
+def _parts(names: list[str], around: str) -> list[list[str]]:
+    return [name[len(around) :].split("/") for name in names]
+
+
+def _top(name: str, around: str) -> str:
+    return name[len(around) :].partition("/")[0]
+
+
+def _reader_of(name: str, recognizes: str, becomes: str) -> Reader:
+    return Reader(name, recognizes, becomes, lambda place, choices: _find(name, place, choices))
+
+
+_LEVELS = {"split/class": ("split", "class"), "class": ("class",), "split": ("split",), "images": ()}
+
+READERS = (
+    _reader_of(
+        "split/class", "`train/cat/1.jpg ...`, in a folder or archive", "a split for every outer folder"
+    ),
+    _reader_of("class", "`cat/1.jpg ...`; deeper folders only if asked for", "one split"),
+    _reader_of("split", "`train/1.jpg ...`, all in folders named like splits", "the splits, without labels"),
+    _reader_of("images", "`1.jpg ...`; deeper folders only if asked for", "one split without labels"),
+)

@@ -1,0 +1,75 @@
+"""Where a recipe's images are, told without opening them and without PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from framework.config.recipe import Data
+from framework.data.shards.naming import cut_pattern, is_held_out, series, split_of
+from framework.data.shards.store import is_url
+from framework.runtime.errors import UserError
+
+
+def check_train_folder(data: Data) -> None:
+    """Check that the folder of the training split is there, unless its images are packed first or behind a URL.
+
+    Raises:
+        UserError: no such folder; or ``data.path`` names shards.
+    """
+    if data.prepare == "none" and not is_url(data.path):
+        check_path(data)
+        check_split(data, data.train)
+
+
+def place(data: Data, split: str) -> tuple[str, str | None]:
+    """The folder of a split, and which of its shards; "." is ``data.path`` itself."""
+    split = split.removeprefix("./").rstrip("/")
+    folder, pattern = cut_pattern(f"{data.path.rstrip('/') or '/'}/{split}")
+    return folder.removesuffix("/."), pattern
+
+
+def check_path(data: Data) -> None:
+    """Refuse a path that names shards rather than the folder of the splits."""
+    folder, pattern = cut_pattern(data.path)
+    if pattern is not None and (is_url(data.path) or not Path(data.path).is_dir()):
+        raise UserError(
+            f"data.path={data.path}: names shards, and must be a folder; set data.path={folder} "
+            f"data.train='{pattern}', and data.test to those that are held out"
+        )
+
+
+def check_split(data: Data, split: str) -> None:
+    """Check that the folder of a split is there.
+
+    Raises:
+        UserError: no such folder; says which keys would name the shards that lie in ``data.path`` itself.
+    """
+    folder = Path(place(data, split)[0])
+    if not folder.is_dir():
+        _explain_missing(data, folder)
+    check_folder(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder of shards is there.
+
+    Raises:
+        UserError: no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; it must hold the shards (*.tar)")
+
+
+def _explain_missing(data: Data, folder: Path) -> None:
+    """Where a split has no folder, say which keys would name the shards that lie in ``data.path`` itself."""
+    if folder.exists() or not (root := Path(data.path)).is_dir():
+        return
+    names = [path.name for path in root.glob("*.tar")]
+    if not names:
+        return
+    found = series(names)
+    train = next((glob for glob in found if split_of(glob).startswith("train")), next(iter(found)))
+    test = next((glob for glob in found if is_held_out(split_of(glob))), None)
+    keys = f"data.train='{train}'" if len(found) > 1 else "data.train=."
+    held_out = f" data.test='{test}'" if len(found) > 1 and test else ""
+    raise UserError(f"{folder}: no such folder; the shards lie in {root} itself, so set {keys}{held_out}")

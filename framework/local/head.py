@@ -1,0 +1,208 @@
+"""What a head is: the contract between local units and whatever executes them.
+
+Everything that a head needs or offers stands in ``Head``. Nobody asks a head for anything else, and nobody asks what
+kind of head it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from framework.data.batch import Batch
+from framework.local.needs import Need
+from framework.local.objectives import Objective
+from framework.network import Segment
+from framework.network.layers import initialize
+
+
+class Head(nn.Module):
+    """An auxiliary network and its objective, on the output of a segment.
+
+    A head of your own sets what differs from the defaults below, and implements ``loss``.
+
+    Attributes:
+        needs: what the head uses besides its input. With ``Need.LABELS`` the method is a supervised one.
+        contrasts: whether the loss compares the images of a batch with each other, so that it depends on which of
+            them are in the batch.
+        separable: whether ``loss(x, batch)`` equals ``score(embed(x), batch)``. A loss that contrasts over several
+            micro-batches (``pipeline.contrast=batch``) must be.
+        classifies: whether ``predict`` gives logits of the classes.
+        reads: segments whose weights the head looks at, in one of the last three methods below.
+        penalizes: whether ``penalty`` gives one.
+        may_lag: whether ``before_step`` may be called later than the optimizer's step, as long as it is called with
+            the same weights and before the head's next forward. Pipeline stages then need not wait for each other.
+    """
+
+    needs: frozenset[Need] = frozenset()
+    contrasts: bool = False
+    separable: bool = False
+    classifies: bool = False
+    reads: tuple[int, ...] = ()
+    penalizes: bool = False
+    may_lag: bool = True
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """The loss."""
+        return self.loss(x, batch)
+
+    def loss(self, x: Tensor, batch: Batch) -> Tensor:
+        """Scalar loss of a segment's output as a map ``x`` (V*B, C, H, W)."""
+        raise NotImplementedError
+
+    def embed(self, x: Tensor) -> Tensor:
+        """What the loss is a function of: (V*B, C, H, W) -> (V*B, D). Of separable heads."""
+        raise NotImplementedError
+
+    def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """Scalar loss of embeddings (V*B, D), which may come from several micro-batches. Of separable heads."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits: (B, C, H, W) -> (B, classes). Of heads that classify."""
+        raise NotImplementedError
+
+    def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
+        """The weights that the head looks at; fewer than all of ``reads`` make a pipeline send less."""
+        return [parameter for s in self.reads for parameter in segments[s].parameters()]
+
+    def penalty(self, segments: Sequence[Segment]) -> Tensor | None:
+        """A scalar function of weights that is added to the loss as it is; all of them get its gradient.
+
+        Weights are whole here and in the two methods below, under every engine.
+        """
+        return None
+
+    def before_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
+        """Called once an optimizer step, after the last micro-batch's gradients, with the weights before the step.
+
+        Args:
+            segments: all of the network's.
+            taken: 1, or 0 where the step is skipped (float16, ``faults.nonfinite=skip``); there it is a tensor, which
+                must not be read by the host.
+        """
+
+    def after_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
+        """The same with the weights after the step: called before the first micro-batch of the next step."""
+
+
+class TrunkHead(Head):
+    """``objective(trunk(x), batch)``; trunk and objective can be exchanged independently of each other.
+
+    Args:
+        trunk: maps a segment's output (N, C, H, W) to logits or embeddings (N, D); its convolutions are initialized
+            here.
+        objective: maps those and the batch to a scalar loss.
+    """
+
+    separable = True
+
+    def __init__(self, trunk: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.trunk, self.objective = trunk, objective
+        self.needs, self.contrasts = objective.needs, objective.contrasts
+        self.classifies = objective.classifies
+        initialize(self.trunk)
+
+    def loss(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.objective(self.trunk(x), batch)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.trunk(x)
+
+    def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        return self.objective(embeddings, batch)
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.trunk(x)
+
+
+class WrappingHead(Head):
+    """A head behind a module that transforms its input; everything else is the inner head's.
+
+    Args:
+        name: attribute under which the module is registered; part of its parameters' names.
+        module: maps the segment's output to the inner head's input.
+        head: the inner head.
+    """
+
+    head: Head
+
+    def __init__(self, name: str, module: nn.Module, head: Head) -> None:
+        super().__init__()
+        self._name = name
+        self.add_module(name, module)
+        self.head = head
+        self.needs, self.contrasts = head.needs, head.contrasts
+        self.separable, self.classifies = head.separable, head.classifies
+        self.reads, self.penalizes, self.may_lag = head.reads, head.penalizes, head.may_lag
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The inner head's input."""
+        return self.get_submodule(self._name)(x)
+
+    def loss(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.head(self.transform(x), batch)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.head.embed(self.transform(x))
+
+    def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        return self.head.score(embeddings, batch)
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.head.predict(self.transform(x))
+
+    def penalty(self, segments: Sequence[Segment]) -> Tensor | None:
+        return self.head.penalty(segments)
+
+    def before_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
+        self.head.before_step(segments, taken)
+
+    def after_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
+        self.head.after_step(segments, taken)
+
+
+class WeightedHeads(Head):
+    """Several heads on one input; loss and penalty are the weighted sums of theirs.
+
+    It is not separable, and does not predict, whatever its parts are.
+
+    Args:
+        parts: pairs (weight, head).
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Head]]) -> None:
+        super().__init__()
+        heads = [head for _, head in parts]
+        self.weights = [weight for weight, _ in parts]
+        self.parts = nn.ModuleList(heads)
+        self.needs = frozenset().union(*(head.needs for head in heads))
+        self.contrasts = any(head.contrasts for head in heads)
+        self.reads = tuple(dict.fromkeys(s for head in heads for s in head.reads))
+        self.penalizes = any(head.penalizes for head in heads)
+        self.may_lag = all(head.may_lag for head in heads)
+
+    def loss(self, x: Tensor, batch: Batch) -> Tensor:
+        losses = [w * part(x, batch) for w, part in zip(self.weights, self.parts, strict=True)]
+        return sum(losses[1:], losses[0])
+
+    def penalty(self, segments: Sequence[Segment]) -> Tensor | None:
+        pairs = zip(self.weights, (head.penalty(segments) for head in self._heads), strict=True)
+        penalties = [weight * penalty for weight, penalty in pairs if penalty is not None]
+        return torch.stack(penalties).sum() if penalties else None
+
+    def before_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
+        for head in self._heads:
+            head.before_step(segments, taken)
+
+    def after_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
+        for head in self._heads:
+            head.after_step(segments, taken)
+
+    @property
+    def _heads(self) -> list[Head]:
+        return [cast(Head, part) for part in self.parts]

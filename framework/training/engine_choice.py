@@ -1,0 +1,54 @@
+"""Which engine a recipe gets: the one it names, pipeline stages, or a CUDA graph."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from framework import engines
+from framework.config.recipe import Recipe
+from framework.engines.base import Engine, EngineSettings, prepare
+from framework.execution import LocalNetwork
+from framework.optim import build_optimizer
+from framework.pipeline.scheduling.balance import place
+
+
+def build_engine(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Engine:
+    """The network under the recipe's engine and optimizer; collective.
+
+    Args:
+        recipe: of the run.
+        net: the network, the same on all ranks.
+        num_classes: of the data; for the cost of heads, where pipeline stages are balanced.
+
+    Raises:
+        UserError: settings that the engine refuses, a batch size that can't be divided, stages that can't be placed.
+    """
+    optim = recipe.optim
+    make_optimizer = partial(
+        build_optimizer,
+        name=optim.name,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        weight_decay=optim.weight_decay,
+        decay=optim.decay,
+        trust=optim.trust,
+    )
+    settings = EngineSettings(
+        batch_size=recipe.train.batch_size,
+        micro_batches=recipe.micro_batches,
+        clip=optim.clip,
+        zero_stage=recipe.zero_stage,
+        deepspeed=recipe.deepspeed,
+    )
+    if recipe.pipelined:
+        from framework.pipeline.engine import PipelinedEngine  # DeepSpeed takes seconds to import
+
+        placement = place(recipe, net, num_classes)
+        return PipelinedEngine(net, make_optimizer, settings, placement, recipe.pipeline)
+    if recipe.execution.cuda_graph:
+        from framework.engines import cuda_graph
+
+        cuda_graph.check_one_gpu()
+        prepare(net, settings)
+        return cuda_graph.build(net, make_optimizer, settings)
+    return engines.build(recipe.engine, net, make_optimizer, settings)

@@ -1,0 +1,557 @@
+"""What lies at a source: which reader takes it, or what would choose one; never a silent guess."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import os
+import re
+import shlex
+import subprocess
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from framework.data.packing.images import Images
+from framework.data.packing.packer import Packing, pack_splits
+from framework.data.packing.readers import READERS, read
+from framework.data.packing.reading import Choices, Reading, check_apart
+from framework.data.shards.index import ShardSet
+from framework.runtime.errors import UserError
+from framework.runtime.exit_status import EXIT_USAGE
+from tests.support.commands import run_tool
+from tests.support.toy_images import (
+    VAL_CLASSES,
+    WNIDS,
+    image,
+    imagenet_kit,
+    imagenet_train,
+    imagenet_val,
+    photographs,
+    shard,
+    tar,
+    tree,
+)
+
+
+def reading(source: Path | str, work: Path, **choices: object) -> Reading:
+    work.mkdir(exist_ok=True)
+    return read([str(source)], Choices(**choices), work, work / "cache", 10**9)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    return tmp_path / "work"
+
+
+def refused(source: Path | str, work: Path, **choices: object) -> str:
+    with pytest.raises(UserError) as error:
+        reading(source, work, **choices).open()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def classes_of(images: Images) -> dict[str, str]:
+    """File name -> name of its class."""
+    names = images.classes or []
+    return {images[i].where: names[images[i].label] for i in range(len(images))}
+
+
+def sizes(found: dict[str, Images]) -> dict[str, int]:
+    return {split: len(images) for split, images in found.items()}
+
+
+def some(files: dict[str, bytes], count: int) -> dict[str, bytes]:
+    """The first of them."""
+    return dict(list(files.items())[:count])
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+PHOTOS = photographs()
+TRAIN = photographs(("train/",))
+FLAT = {f"{split}/{i}.png": image(i) for split in ("train", "test") for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "splits"),
+    [
+        (lambda name: f"imagenette2/{name}", {"train", "val"}),
+        (lambda name: f"a/b/c/{name}", {"train", "val"}),
+        (lambda name: name.replace("train", "Train").replace("val", "VAL"), {"train", "val"}),
+        (lambda name: name.replace("val", "Validation"), {"train", "validation"}),
+        (lambda name: name.replace("train/", "train2017/"), {"train2017", "val"}),
+    ],
+)
+def test_splits_are_found_below_other_folders_and_in_other_capitals(tmp_path, work, change, splits):
+    found = reading(tree(tmp_path / "src", {change(name): data for name, data in PHOTOS.items()}), work)
+    assert found.reader == "split/class"
+    images = found.open()
+    assert images.keys() == splits
+    for split in images.values():
+        assert split.classes == ["cat", "dog"]
+        assert all(f"/{name}/" in file for file, name in classes_of(split).items())
+
+
+def test_one_folder_around_unlabeled_splits_or_classes_is_no_class(tmp_path, work):
+    splits = reading(tree(tmp_path / "a", {f"data/{name}": data for name, data in FLAT.items()}), work)
+    assert (splits.reader, sizes(splits.open())) == ("split", {"train": 3, "test": 3})
+    classes = tree(tmp_path / "b", {f"photos/{name}": data for name, data in photographs(("",)).items()})
+    (images,) = reading(classes, work).open().values()
+    assert images.classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "litter", [".ipynb_checkpoints/0.png", "__MACOSX/0.png", ".git/a", "@eaDir/0.png", "lost+found/0.png"]
+)
+def test_hidden_folders_are_no_classes(tmp_path, work, litter):
+    files = {f"train/{litter}": image(0), f"val/{litter}": image(0), **PHOTOS}
+    found = reading(tree(tmp_path / "src", files), work)
+    assert [images.classes for images in found.open().values()] == [["cat", "dog"]] * 2
+    assert found.unpacked == {"hidden folder": 2}
+
+
+@pytest.mark.parametrize(
+    ("files", "options"),
+    [
+        ({"animals/cat/0.png": b"", "vehicles/bus/0.png": b""}, {"split/class", "class"}),
+        ({"train/0.png": b"", "test/0.png": b"", "other/0.png": b""}, {"class", "split"}),
+        ({"train/images/0.png": b"", "val/images/0.png": b""}, {"split", "split/class"}),
+        ({**PHOTOS, "data.tar": shard(0)}, {"split/class", "shards"}),
+        ({"cifar-10-batches-py/data_batch_1": b"", "stl10_binary/train_X.bin": b""}, {"cifar10", "stl10"}),
+        ({"cifar-10-batches-py/data_batch_1": b"", "cifar-100-python/train": b""}, {"cifar10", "cifar100"}),
+        ({"cifar-10-batches-py/data_batch_1": b"", "train_32x32.mat": b""}, {"cifar10", "svhn"}),
+        ({**PHOTOS, "test_32x32.mat": b""}, {"split/class", "svhn"}),
+        ({**PHOTOS, "ILSVRC2012_img_train.tar": tar(imagenet_train())}, {"split/class", "imagenet"}),
+        (
+            {"train/n01440764.tar": tar({"a.JPEG": image(0)}), "train/n01440764/0.png": b""},
+            {"split/class", "imagenet"},
+        ),
+        ({"cat/0.png": image(0), "a-0.tar": shard(0)}, {"class", "shards"}),
+        ({"0.png": image(0), "train/n01440764.tar": tar({"a.JPEG": image(0)})}, {"images", "imagenet"}),
+        ({**PHOTOS, "labels.csv": b"file,label\ntrain/cat/0.png,x\n"}, {"split/class", "table"}),
+    ],
+)
+def test_what_can_be_read_in_several_ways_is_refused_with_the_options(tmp_path, work, files, options):
+    source = tree(tmp_path / "src", files)
+    before = snapshot(source)
+    message = refused(source, work)
+    assert f"can be read in {len(options)} ways" in message
+    assert all(f"--as '{option}'" in message for option in options)
+    for option in options:
+        assert reading(source, work, reader=option).reader == option
+    assert snapshot(source) == before
+
+
+def test_a_choice_decides_what_splits_and_classes_are(tmp_path, work):
+    files = {
+        f"{a}/{b}/{i}.png": image(i) for a, b in (("animals", "cat"), ("vehicles", "bus")) for i in (0, 1)
+    }
+    source = tree(
+        tmp_path / "src", {name.replace("/0.png", "/deep/0.png"): data for name, data in files.items()}
+    )
+    as_classes = reading(source, work, reader="class").open()[""]
+    assert as_classes.classes == ["animals", "vehicles"]
+    as_splits = reading(source, work, reader="split/class").open()
+    assert {split: set(classes_of(images).values()) for split, images in as_splits.items()} == {
+        "animals": {"cat"},
+        "vehicles": {"bus"},
+    }
+    flat = reading(source, work, reader="images").open()[""]
+    assert (len(flat), flat.labels) == (4, None)
+    assert sizes(reading(source, work, reader="split").open()) == {"animals": 2, "vehicles": 2}
+    assert "needs split/class/IMAGE, which 0.png is not" in refused(
+        tree(tmp_path / "flat", {"0.png": image(0)}), work, reader="split/class"
+    )
+    assert "is not what --as 'svhn' reads" in refused(source, work, reader="svhn")
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"a/train/0.png": b"", "b/train/0.png": b"", "b/test/0.png": b""}, "holds splits in each of a, b"),
+        ({f"{s}/{n}": b"" for s in ("cifar", "stl") for n in PHOTOS}, "holds splits in each of cifar, stl"),
+        (
+            {**TRAIN, "val/0.png": b""},
+            r"all alike; val/0.png does not; sort val/ into folders of classes.*--skip val",
+        ),
+        ({"Train/cat/0.png": b"", "train/cat/0.png": b""}, "Train/ and train/ are the same split"),
+        ({"train/a-0.tar": shard(0), "Train/a-0.tar": shard(1)}, "are the same split"),
+        ({"a-0.tar": shard(0), "train/a-0.tar": shard(1)}, "holds shards, and so do its folders train"),
+        (
+            {**TRAIN, "val/a-0.tar": shard(0)},
+            r"the split val would be missing: .*1 .tar.* or choose --as 'shards'",
+        ),
+        ({"a-0.tar": shard(0), "a-1.tar.gz": b""}, "1 .tar and 1 compressed ones such as a-1.tar.gz"),
+        ({"a-0.tar": shard(0), "a-1.tgz": b""}, "1 .tar and 1 compressed ones such as a-1.tgz"),
+        (
+            {"images.tar.gz": b"", "notes.txt": b""},
+            "holds no images but 1 archives such as images.tar.gz; name one",
+        ),
+        ({"a.mp4": b"", "b.mp4": b"", "c": b"x"}, "holds no images .* but 2 .mp4, 1 without suffix"),
+    ],
+)
+def test_what_fits_no_reading_gets_one_line_that_says_what_to_do(tmp_path, work, files, problem):
+    source = tree(tmp_path / "src", files)
+    message = refused(source, work)
+    assert re.search(problem, message), message
+
+
+def test_the_command_says_what_it_read_before_it_packs(tmp_path, capsys):
+    source = tree(
+        tmp_path / "src", {**PHOTOS, "train/.ipynb_checkpoints/0.png": b"", "notes.txt": b"", "x.csv": b""}
+    )
+    before = snapshot(source)
+    assert run_tool("make_shards", source, tmp_path / "out", "--workers", 0) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        printed[0] == f"{source}: read as 'split/class': train 12 images, val 12 images; 2 classes, cat, dog"
+    )
+    assert printed[1].startswith(f"{source}: not packed: ")
+    assert set(printed[1].partition("packed: ")[2].split(", ")) == {"1 hidden folder", "1 .txt", "1 .csv"}
+    assert printed[-1] == f"to train on them: data.path={tmp_path / 'out'}"
+    assert snapshot(source) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--as", "nonsense"], ["--workers", "-1"], ["--quality", "101"], ["--cache-gb", "nan"]]
+)
+def test_a_wrong_argument_is_one_line(tmp_path, capsys, arguments):
+    assert run_tool("make_shards", tmp_path, tmp_path / "out", *arguments) == EXIT_USAGE
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: argument ")
+
+
+def test_nothing_is_written_into_the_source(tmp_path, work):
+    source = tree(tmp_path / "src", {"a-000.tar": shard(0), "a-001.tar": shard(10)})
+    before = snapshot(source)
+    assert sizes(reading(source, work).open()) == {"": 8}
+    assert snapshot(source) == before
+    for inside in (source, source / "out", tmp_path / "src" / ".." / "src" / "a"):
+        with pytest.raises(UserError, match=r"lies in .*src, which is only read"):
+            check_apart(str(source), inside)
+    check_apart(str(source), tmp_path / "src2")
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(UserError, match="which is only read"):
+        check_apart(str(source), tmp_path / "link" / "out")
+
+
+# Shards
+
+
+def test_shards_of_several_sets_are_never_mixed(tmp_path, work):
+    files = {
+        f"imagenet-{split}-{i:03d}.tar": shard(100 * len(split) + 10 * i)
+        for split in ("train", "val")
+        for i in range(2)
+    }
+    source = tree(tmp_path / "src", files)
+    message = refused(source, work)
+    assert "imagenet-train-*.tar (2), imagenet-val-*.tar (2)" in message
+    found = reading(f"{source}/imagenet-train-{{000..001}}.tar", work).open()[""]
+    expected = [image(500 + 10 * k + i) for k in range(2) for i in range(4)]
+    assert [found[i].image for i in range(8)] == expected
+    assert len(reading(f"{source}/*val*.tar", work).open()[""]) == 8
+    assert len(reading(f"{source}/*.tar", work).open()[""]) == 16  # who says so may
+    several = [str(source / name) for name in sorted(files)[:2]]
+    assert len(read(several, Choices(), work, work, 1).open()[""]) == 8
+    assert "no such shard; the folder has imagenet-train-*.tar (2)" in refused(
+        f"{source}/a-{{0..1}}.tar", work
+    )
+    with pytest.raises(UserError, match="name one source, or shards"):
+        read([str(source), str(tmp_path)], Choices(), work, work, 1)
+
+
+def test_identifiers_become_numbers_the_same_in_all_splits(tmp_path, work):
+    def labeled(first: int, labels: list[int]) -> bytes:
+        return tar({f"{i}.{end}": data for i, label in enumerate(labels)
+                    for end, data in (("png", image(first + i)), ("cls", b"%d" % label))})  # fmt: skip
+
+    source = tree(
+        tmp_path / "src",
+        {"train/a-0.tar": labeled(0, [1440764, 2084071, 1440764]), "val/a-0.tar": labeled(9, [2084071])},
+    )
+    found = reading(source, work).open()
+    assert found["train"].labels.tolist() == [0, 1, 0]
+    assert found["val"].labels.tolist() == [1]
+    assert found["val"].classes == found["train"].classes == ["1440764", "2084071"]
+    small = tree(tmp_path / "small", {"a-0.tar": labeled(0, [7, 999])})  # numbers of classes
+    assert reading(small, work).open()[""].labels.tolist() == [7, 999]
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "classes"),
+    [([1, 0, 1], [1, 0, 1], None), (["dog", "cat", "dog"], [1, 0, 1], ["cat", "dog"])],
+)
+def test_labels_in_json_are_taken_over(tmp_path, work, values, labels, classes):
+    members = {}
+    for i, value in enumerate(values):
+        members |= {f"{i}.png": image(i), f"{i}.json": json.dumps({"label": value, "width": 12}).encode()}
+    found = reading(tree(tmp_path / "src", {"a-0.tar": tar(members)}), work)
+    images = found.open()[""]
+    assert (images.labels.tolist(), images.classes) == (labels, classes)
+    assert not found.unpacked
+    by_width = reading(tmp_path / "src", work, label_column="width").open()[""]
+    assert by_width.labels.tolist() == [12] * 3
+    assert "not every sample's .json has a number or text as height" in refused(
+        tmp_path / "src", work, label_column="height"
+    )
+
+
+# ImageNet
+
+
+@pytest.fixture
+def downloads(tmp_path: Path) -> Path:
+    files = {
+        "ILSVRC2012_img_train.tar": tar(imagenet_train()),
+        "ILSVRC2012_img_val.tar": tar(imagenet_val()),
+        "ILSVRC2012_devkit_t12.tar.gz": gzip.compress(tar(imagenet_kit())),
+    }
+    return tree(tmp_path / "downloads", files)
+
+
+@pytest.mark.parametrize("kit", ["packed", "unpacked"])
+def test_imagenets_downloads_are_read_as_they_are(downloads, work, kit):
+    if kit == "unpacked":
+        (downloads / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+        tree(downloads, imagenet_kit())
+    before = snapshot(downloads)
+    found = reading(downloads, work)
+    assert found.reader == "imagenet" and not found.unpacked
+    images = found.open()
+    assert sizes(images) == {"train": 9, "val": 4}
+    assert images["train"].classes == images["val"].classes == list(WNIDS)
+    for k, wnid in enumerate(WNIDS):
+        for i in range(3):
+            where, data, label = images["train"][3 * k + i]
+            assert (where, data, label) == (f"{wnid}/{wnid}_{i}.JPEG", image(10 * k + i, form="jpeg"), k)
+    assert images["val"].labels.tolist() == list(VAL_CLASSES)
+    assert [images["val"][i].image for i in range(4)] == list(imagenet_val().values())
+    assert snapshot(downloads) == before
+    assert not any(work.iterdir())
+
+
+def test_imagenets_archives_give_the_shards_of_its_folders(downloads, tmp_path, work):
+    folders = {
+        f"train/{wnid}/{wnid}_{i}.JPEG": image(10 * k + i, form="jpeg")
+        for k, wnid in enumerate(WNIDS)
+        for i in range(3)
+    }
+    for dest, source in (("a", downloads), ("b", tree(tmp_path / "folders", folders))):
+        splits = {"train": reading(source, work).open()["train"]}
+        list(pack_splits(splits, tmp_path / dest, Packing(4), workers=2 if dest == "a" else 0))
+    a, b = ({path.name: path.read_bytes() for path in (tmp_path / dest / "train").iterdir()} for dest in "ab")
+    assert a == b
+
+
+def test_each_of_imagenets_archives_alone(downloads, work):
+    train = reading(downloads / "ILSVRC2012_img_train.tar", work).open()
+    assert sizes(train) == {"train": 9} and train["train"].classes == list(WNIDS)
+    val = reading(downloads / "ILSVRC2012_img_val.tar", work).open()
+    assert val["val"].labels.tolist() == list(VAL_CLASSES)
+    (downloads / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    assert "has no labels; lay ILSVRC2012_devkit_t12.tar.gz" in refused(
+        downloads / "ILSVRC2012_img_val.tar", work
+    )
+    assert "has no labels; lay ILSVRC2012_devkit_t12.tar.gz" in refused(downloads, work)
+    only = reading(downloads, work, skip=["ILSVRC2012_img_val.tar"])
+    assert sizes(only.open()) == {"train": 9} and only.unpacked == {"skipped as asked": 1}
+
+
+def test_archives_of_classes(tmp_path, work):
+    source = tree(tmp_path / "src", {f"train/{name}": data for name, data in imagenet_train().items()})
+    found = reading(source, work).open()
+    assert sizes(found) == {"train": 9} and found["train"].classes == list(WNIDS)
+    assert found["train"][3].image == image(10, form="jpeg")
+    assert sizes(reading(source / "train", work).open()) == {"": 9}
+
+
+def test_a_download_beside_folders(downloads, tmp_path, work):
+    """With its labels it can be read, too; without, the folders are all there is."""
+    source = tree(tmp_path / "src", PHOTOS)
+    (source / "ILSVRC2012_img_val.tar").write_bytes((downloads / "ILSVRC2012_img_val.tar").read_bytes())
+    found = reading(source, work)
+    assert (found.reader, found.unpacked) == ("split/class", {".tar": 1})
+    kit = "ILSVRC2012_devkit_t12.tar.gz"
+    (source / kit).write_bytes((downloads / kit).read_bytes())
+    assert "--as 'imagenet' (val from ILSVRC2012_img_val.tar) or --as 'split/class'" in refused(source, work)
+    assert sizes(reading(source, work, reader="imagenet").open()) == {"val": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        (
+            "ILSVRC2012_img_val.tar",
+            tar(dict(list(imagenet_val().items())[:3])),
+            "has 3 validation images, and .* labels 4",
+        ),
+        (
+            "ILSVRC2012_img_train.tar",
+            tar(dict(list(imagenet_train().items())[:2])),
+            "n02084071.* and not in its archives",
+        ),
+        ("ILSVRC2012_img_train.tar", tar(imagenet_train())[:-11000], "not a whole tar|truncated or damaged"),
+        ("ILSVRC2012_devkit_t12.tar.gz", b"\x1f\x8bx", "not a whole development kit"),
+        (
+            "ILSVRC2012_devkit_t12.tar.gz",
+            gzip.compress(tar({"a/data/meta.mat": b"x"})),
+            "not a whole development kit",
+        ),
+    ],
+)
+def test_damaged_downloads_are_named(downloads, work, name, content, problem):
+    (downloads / name).write_bytes(content)
+    message = refused(downloads, work)
+    assert re.search(problem, message), message
+
+
+def test_validation_images_without_classes_get_advice(tmp_path, work):
+    flat = {f"val/{name}": data for name, data in imagenet_val().items()}
+    assert "val/ holds ImageNet's validation images without folders of classes; sort" in refused(
+        tree(tmp_path / "a", {**TRAIN, **flat}), work
+    )
+    message = refused(tree(tmp_path / "b", imagenet_val()), work)
+    assert "without folders of classes" in message and "--as 'images' (4 images, no classes)" in message
+    assert len(reading(tmp_path / "b", work, reader="images").open()[""]) == 4
+
+
+def test_kaggles_imagenet_gets_a_command_that_works(tmp_path, work):
+    root = "ILSVRC/Data/CLS-LOC"
+    files = {f"{root}/train/{wnid}/{wnid}_1.JPEG": image(k) for k, wnid in enumerate(WNIDS)}
+    files |= {f"{root}/val/{name}": data for name, data in imagenet_val().items()}
+    files |= {f"{root}/test/ILSVRC2012_test_00000001.JPEG": image(9), "ILSVRC/Annotations/a.xml": b""}
+    source = tree(tmp_path / "src", files)
+    with (source / "LOC_val_solution.csv").open("w") as file:
+        csv.writer(file).writerows(
+            [("ImageId", "PredictionString"),
+             *((name[:-5], f"{WNIDS[c]} 1 2 3 4 ") for name, c in zip(imagenet_val(), VAL_CLASSES, strict=True))]
+        )  # fmt: skip
+    message = refused(source, work)
+    assert (
+        message == refused(source / root, work).replace(f"{root}:", ":", 1) or "Kaggle's ImageNet" in message
+    )
+    command = message.partition("CLS-LOC run: ")[2].partition("; then pack")[0]
+    subprocess.run(["bash", "-c", command], cwd=source / root, check=True)
+    assert "--skip test" in message
+    found = reading(source / root, work, skip=["test"]).open()
+    assert sizes(found) == {"train": 3, "val": 4}
+    where = {Path(name).name: wnid for name, wnid in classes_of(found["val"]).items()}
+    assert where == {name: WNIDS[c] for name, c in zip(imagenet_val(), VAL_CLASSES, strict=True)}
+
+
+# Torchvision's sets
+
+
+@pytest.mark.parametrize(
+    "archive", ["cifar-10-python.tar.gz", "cifar-100-python.tar.gz", "stl10_binary.tar.gz"]
+)
+def test_a_download_that_is_still_packed_says_how_to_unpack_it(tmp_path, work, archive):
+    inside = {
+        "cifar-10-python": "cifar-10-batches-py",
+        "cifar-100-python": "cifar-100-python",
+        "stl10_binary": "stl10_binary",
+    }
+    folder = inside[archive.partition(".")[0]]
+    tree(tmp_path / "src", {archive: gzip.compress(tar({f"{folder}/data": b"x"}))})
+    for source in (tmp_path / "src", tmp_path / "src" / archive):
+        message = refused(source, work)
+        assert f"unpack it (tar xf {archive}) and name the folder in which {folder} then lies" in message
+
+
+@pytest.mark.parametrize("root", ["", "stl10_binary", ".."])
+def test_an_incomplete_set_names_the_file(tmp_path, work, root):
+    source = tree(tmp_path / "up" / "src", {"stl10_binary/train_X.bin": b"x"})
+    message = refused(os.path.normpath(source / root), work)
+    assert "STL-10 not found or corrupted: stl10_binary/train_X.bin is damaged" in message
+    assert "it comes in stl10_binary.tar.gz" in message and "download=True" not in message
+    (source / "stl10_binary" / "train_X.bin").rename(source / "stl10_binary" / "test_X.bin")
+    assert "stl10_binary/train_X.bin is missing" in refused(source, work)
+
+
+# Archives
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.bz2", "tar.xz"])
+def test_other_archives_give_the_images_of_the_folder(tmp_path, work, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in PHOTOS.items():
+                archive.writestr(name, data)
+    else:
+        pack = {"tar": bytes, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}[kind]
+        path.write_bytes(pack(tar(PHOTOS)))
+    found = reading(path, work).open()
+    assert sizes(found) == {"train": 12, "val": 12}
+    assert {found["val"][i].where: found["val"][i].image for i in range(12)} == {
+        name: data for name, data in PHOTOS.items() if name.startswith("val")
+    }
+    assert not any(work.iterdir())
+
+
+# Going on
+
+
+def test_a_source_of_several_splits_goes_on_with_those_that_are_not_finished(tmp_path, work):
+    splits = reading(tree(tmp_path / "src", PHOTOS), work).open()
+    dest, packing = tmp_path / "out", Packing(5)
+    for split, _, _ in pack_splits(splits, dest, packing, 0):
+        if split == "val":
+            break
+    finished = snapshot(dest / "train")
+    counts = Counter()
+    for split, samples, _ in pack_splits(splits, dest, packing, 0):
+        counts[split] += samples
+    assert counts == {"train": 12, "val": 12}
+    assert snapshot(dest / "train") == finished
+    assert sorted(path.name for path in dest.iterdir()) == ["train", "val"]
+    assert np.bincount(ShardSet.open(dest / "val").labels).tolist() == [6, 6]
+    with pytest.raises(UserError, match="train: is not empty"):
+        list(pack_splits(splits, dest, packing, 0))
+
+
+# The registry
+
+
+README = Path(__file__).parents[2] / "framework" / "data" / "README.md"
+
+
+def table() -> list[str]:
+    return [f"| `{reader.name}` | {reader.recognizes} | {reader.becomes} |" for reader in READERS]
+
+
+def test_every_reader_is_in_the_help_and_in_the_readme(capsys):
+    assert run_tool("make_shards", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for reader in READERS:
+        assert f"{reader.name} {reader.recognizes} -> {reader.becomes}".replace("`", "") in shown
+    lines = README.read_text().splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("| `--as` |"))
+    assert lines[head + 2 : head + 3 + len(READERS)] == [*table(), ""]
+
+
+def test_names_of_readers_need_no_quotes_but_a_slash():
+    assert all(shlex.quote(reader.name) == reader.name for reader in READERS)
+    assert len({reader.name for reader in READERS}) == len(READERS)
+
+
+def write_table() -> None:
+    """Write the README's table of readers anew: ``python -m tests.data.test_readers``."""
+    lines = README.read_text().splitlines(keepends=True)
+    head = next(number for number, line in enumerate(lines) if line.startswith("| `--as` |")) + 2
+    end = next(number for number in range(head, len(lines)) if not lines[number].startswith("|"))
+    README.write_text("".join([*lines[:head], *(f"{row}\n" for row in table()), *lines[end:]]))
+
+
+if __name__ == "__main__":
+    write_table()
