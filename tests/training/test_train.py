@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from framework.checkpoints.folder import read_files, write_files
@@ -57,6 +58,9 @@ def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
     assert 98 < result["knn_top1_pixels"] < 99
     for picture in ("loss_curves.png", "neighbors.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    with safe_open(folder / "backbone.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["network"] == "resnet8" and json.loads(about["views"])["mean"] == [0.5, 0.5, 0.5]
     again = loading.load([str(folder / "recipe.yaml")])
     assert again == loading.load(argv)
     backbone = timm.create_model(
