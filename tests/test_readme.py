@@ -26,9 +26,9 @@ import pytest
 import torch
 
 import framework
-from framework.config import loading
+from framework.config import loading, methods
 from framework.data.splits import Splits
-from framework.local import methods
+from framework.local import methods as local_methods
 from framework.model import recipe_network
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def commands(path: Path) -> Iterator[list[str]]:
         text = BLOCK.sub(
             lambda found: "" if found[1] else re.sub("^", "    ", found[2], flags=re.M), path.read_text()
         )
-    text = text.replace("\\\n", " ")
+    text = re.sub(r"\\\n\s*", "", text)
     for line in text.splitlines():
         shown = [line] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
         for code in shown:
@@ -83,6 +83,7 @@ def commands(path: Path) -> Iterator[list[str]]:
 
 def split(line: str) -> Iterator[list[str]]:
     """The commands of a line, without assignments, ``uv run`` and the brackets and dots of a usage text."""
+    line = re.sub(r"(?<=\S) {3,}.*", "", line)  # what a usage text says about the command
     try:
         lexer = shlex.shlex(
             re.sub(r"(?<!\S)\[([^\[\]]*)\](?!\S)", r"\1", line), posix=True, punctuation_chars=";&"
@@ -129,8 +130,10 @@ def stop_after(parse: Callable[..., object]) -> Callable[..., None]:
 @pytest.fixture
 def triples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The method of one's own, among ours."""
-    (tmp_path / "triples.py").write_text(block(README, "python", "def plan"))
-    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    folder = shutil.copytree(methods.FOLDER, tmp_path / "methods")
+    (folder / "triples.py").write_text(block(README, "python", "def plan"))
+    monkeypatch.setattr(methods, "FOLDER", folder)
+    monkeypatch.setattr(local_methods, "__path__", [*local_methods.__path__, str(folder)])
 
 
 @pytest.mark.parametrize("shown", COMMANDS, ids=list(COMMANDS))
@@ -256,11 +259,14 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def numbered(path: Path, text: str, target: str) -> int:
-    """The line that begins with what the link's text says, in the file that it leads to."""
-    file, start = (path.parent / target.partition("#")[0]).resolve(), text.strip("`")
-    found = [number for number, line in enumerate(file.read_text().splitlines(), 1) if start in line]
-    assert found, f"{name(path)}: no line of {name(file)} has {start}"
-    return found[0]
+    """The line of what the link's text names, in its file: the definition, or else the first mention."""
+    file, named = (path.parent / target.partition("#")[0]).resolve(), re.escape(text.strip("`"))
+    lines = file.read_text().splitlines()
+    for pattern in (rf"(def |class )?{named}\b", rf"(def |class )?{named}", rf".*{named}"):
+        for number, line in enumerate(lines, 1):
+            if re.match(pattern, line.strip()):
+                return number
+    raise AssertionError(f"{name(path)}: no line of {name(file)} has {text}")
 
 
 def test_links_to_a_line_lead_to_the_definition_they_name() -> None:

@@ -3,8 +3,8 @@
     python tools/convert_to_detectron2.py RUN_DIR -o backbone.pkl [--verify]
     python tools/convert_to_detectron2.py --timm resnet50.tv_in1k --pretrained -o supervised.pkl
 
-The source is a run folder, a checkpoint, or a safetensors or .pth file with timm's names, of a ResNet-18, 34, 50,
-101 or 152, a PResNet-50 or a ShuffleNet v2-50. Every tensor of the network must be there, or nothing is written.
+It takes a run folder, a checkpoint, or a safetensors or .pth file with timm's names, of a ResNet-18, 34, 50, 101 or
+152, a PResNet-50 or a ShuffleNet v2-50. Every tensor of the network must be there, or nothing is written.
 --verify loads the file into Detectron2's backbone and compares the features of one image, level by level.
 """
 
@@ -34,15 +34,16 @@ def main() -> None:
     from framework.detection import conversion, weight_files
 
     if arguments.timm:
-        source = conversion.from_timm(arguments.timm, arguments.pretrained)
+        weights = conversion.from_timm(arguments.timm, arguments.pretrained)
     else:
-        source = conversion.read(arguments.source)
-    match = conversion.match(source)
+        weights = conversion.read(arguments.weights)
+    match = conversion.match(weights)
     names = layout(arguments.to, match.network)
     if names is None:
         raise UserError(f"--to {arguments.to}: {arguments.to} has no {match.network}; --to detectron2 has")
-    weight_files.write(arguments.output, arguments.to, match.network, match.renamed(names))
-    _report(source.where, match, arguments.output)
+    weight_files.write(arguments.output, arguments.to, match.network, match.renamed(names), match.pixels)
+    _report(weights.where, match, arguments.output)
+    _report_normalization(match, arguments.to)
     if arguments.verify:
         _verify(match, arguments.output)
 
@@ -53,6 +54,20 @@ def _report(where: str, match: Match, output: Path) -> None:
     for why, number in Counter(match.unused.values()).items():
         names = [name for name, reason in match.unused.items() if reason == why]
         print(f"not used: {number} ({why}): {', '.join(names[:3])}{' ...' if number > 3 else ''}")
+
+
+def _report_normalization(match: Match, to: str) -> None:
+    """Where images are not to be normalized as every recipe for detectors does it."""
+    from framework.detection.normalization import Normalization
+
+    if match.normalization is None:
+        print("it is not known how images were normalized: ImageNet's mean and std are assumed")
+    elif match.normalization != Normalization():
+        told = "the file says so, and tools/train_detectron2.py does the same"
+        print(
+            f"images were normalized by {match.normalization}: "
+            f"{told if to == 'detectron2' else f'set this in {to}, since its files can not carry it'}"
+        )
 
 
 def _verify(match: Match, output: Path) -> None:
@@ -75,11 +90,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "source", nargs="?", type=Path, help="run folder, checkpoint, .safetensors or .pth file"
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument(
+        "weights", nargs="?", type=Path, help="run folder, checkpoint, .safetensors or .pth file"
     )
-    source.add_argument("--timm", metavar="ARCH", help=f"random weights of {', '.join(NETWORKS)}")
+    weights.add_argument("--timm", metavar="ARCH", help=f"random weights of {', '.join(NETWORKS)}")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights instead (downloads them)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     parser.add_argument("--to", choices=list(SUFFIXES), default="detectron2", help="whose names and format")

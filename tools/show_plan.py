@@ -22,6 +22,7 @@ from rich.table import Table
 
 from framework.config import loading
 from framework.config.recipe import Recipe
+from framework.cost import readable
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
 
@@ -82,48 +83,62 @@ def list_recipes() -> None:
 def show(recipe: Recipe, cost: PlanCost) -> None:
     """Print both tables and the memory line."""
     console = Console(width=110)
-    segments = Table(title=f"{recipe.network.name}: {len(cost.segments)} segments")
-    units = Table(title=f"{recipe.method.name}: {len(cost.units)} local units")
-    for table, columns in (
-        (segments, ("segment", "parameters", "forward GFLOP", "activations MiB")),
-        (units, ("unit", "window", "head", "parameters", "forward GFLOP", "activations MiB", "weight")),
-    ):
-        for column in columns:
-            left = column in ("segment", "unit", "window", "head")
-            table.add_column(column, justify="left" if left else "right")
-    for s in cost.segments:
-        segments.add_row(
-            s.name, f"{s.parameters:,}", f"{s.flops / 1e9:.2f}", f"{s.activation_bytes / 2**20:.1f}"
-        )
-    for u in cost.units:
-        window = " ".join(s.name for s in cost.segments[u.first : u.last + 1][:3])
-        window += f" .. {cost.segments[u.last].name}" if u.last - u.first > 2 else ""
-        sizes = f"{u.parameters:,}", f"{u.flops / 1e9:.2f}", f"{u.activation_bytes / 2**20:.1f}"
-        units.add_row(u.name, window, u.head, *sizes, f"{u.weight:g}")
-    console.print(segments)
-    console.print(units)
+    segments, units = cost.segments, cost.units
+    flop, segment_flops = readable.column([s.flops for s in segments], readable.FLOPS)
+    size, segment_sizes = readable.column([s.activation_bytes for s in segments], readable.BYTES)
+    table = _table(
+        f"{recipe.network.name}: {len(segments)} segments",
+        ("segment",),
+        ("parameters", f"forward {flop}", f"activations {size}"),
+    )
+    for s, *sizes in zip(segments, segment_flops, segment_sizes, strict=True):
+        table.add_row(s.name, f"{s.parameters:,}", *sizes)
+    console.print(table)
+    flop, unit_flops = readable.column([u.flops for u in units], readable.FLOPS)
+    size, unit_sizes = readable.column([u.activation_bytes for u in units], readable.BYTES)
+    table = _table(
+        f"{recipe.method.name}: {len(units)} local units",
+        ("unit", "window", "head"),
+        ("parameters", f"forward {flop}", f"activations {size}", "weight"),
+    )
+    for u, *sizes in zip(units, unit_flops, unit_sizes, strict=True):
+        window = " ".join(s.name for s in segments[u.first : u.last + 1][:3])
+        window += f" .. {segments[u.last].name}" if u.last - u.first > 2 else ""
+        table.add_row(u.name, window, u.head, f"{u.parameters:,}", *sizes, f"{u.weight:g}")
+    console.print(table)
     console.print(
         f"At {cost.images} images of {recipe.data.image_size} px: peak activations "
-        f"{cost.peak_activation_bytes / 2**20:.1f} MiB, end-to-end {cost.end_to_end_activation_bytes / 2**20:.1f} MiB, "
+        f"{readable.text(cost.peak_activation_bytes, readable.BYTES)}, end-to-end "
+        f"{readable.text(cost.end_to_end_activation_bytes, readable.BYTES)}, "
         f"so {cost.memory_saving:.2f}x less memory for activations.",
         highlight=False,
         soft_wrap=True,
     )
 
 
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for name in texts:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
 def show_stages(recipe: Recipe, stages: Sequence[StageForecast]) -> None:
     """Print what each pipeline stage has and how busy it will be."""
     console, pipeline = Console(width=110), recipe.pipeline
     balance = f"balance={pipeline.balance}" if isinstance(pipeline.balance, str) else "as listed"
-    table = Table(
-        title=f"{len(stages)} pipeline stages, {balance}, {recipe.micro_batches} micro-batch(es) a step"
+    flop, flops = readable.column([stage.flops for stage in stages], readable.FLOPS)
+    table = _table(
+        f"{len(stages)} pipeline stages, {balance}, {recipe.micro_batches} micro-batch(es) a step",
+        ("stage", "segments"),
+        ("parameters", f"{flop} a micro-batch", "reads stage", "utilization"),
     )
-    for column in ("stage", "segments", "parameters", "GFLOP a micro-batch", "follows stage", "utilization"):
-        table.add_column(column, justify="left" if column == "segments" else "right")
-    for number, stage in enumerate(stages):
+    for number, (stage, work) in enumerate(zip(stages, flops, strict=True)):
         names = stage.segments if len(stage.segments) < 4 else (stage.segments[0], "..", stage.segments[-1])
-        follows = ", ".join(map(str, stage.follows)) or "-"
-        sizes = f"{stage.parameters:,}", f"{stage.flops / 1e9:.2f}", follows, f"{stage.utilization:.2f}"
+        reads = ", ".join(map(str, stage.reads)) or "-"
+        sizes = f"{stage.parameters:,}", work, reads, f"{stage.utilization:.2f}"
         table.add_row(str(number), " ".join(names), *sizes)
     console.print(table)
     mean = sum(stage.utilization for stage in stages) / len(stages)

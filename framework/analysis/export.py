@@ -62,9 +62,8 @@ def export_torchvision(run: Run, backbone: nn.Module, path: Path) -> None:
             f"torchvision's {name} has other parameters: {[*missing, *result.unexpected_keys][0]}"
         )
     save_file(state, path, metadata={"format": "pt"})
-    for classifier in ("fc", "classifier"):
-        if hasattr(theirs, classifier):
-            setattr(theirs, classifier, nn.Identity())
+    for classifier in {"fc", "classifier"} & dict(theirs.named_children()).keys():
+        setattr(theirs, classifier, nn.Identity())
     _compare(backbone, theirs.eval(), _images(run), path)
 
 

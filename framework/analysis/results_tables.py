@@ -17,8 +17,8 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from framework.analysis.curves import read_losses, read_scores
-from framework.checkpoints import snapshot
 from framework.checkpoints.folder import identity_of
+from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.config.schema import Fault, NonNegativeInt, build
@@ -185,7 +185,7 @@ class RowRun:
     def _checkpoint(self) -> dict[str, str]:
         """What a linear evaluation says of the newest checkpoint; nothing where that is gone or damaged."""
         with suppress(UserError):
-            if folder := snapshot.newest(self.folder):
+            if folder := newest_checkpoint(self.folder):
                 return identity_of(folder)
         return {}
 

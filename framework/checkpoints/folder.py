@@ -1,4 +1,14 @@
-"""The files of one checkpoint: written whole or not at all, and compared with their checksums when read."""
+"""The files of one checkpoint, from which any engine on any number of ranks can go on.
+
+A folder holds
+
+* ``model.safetensors``: parameters and buffers by name;
+* ``optimizer.safetensors``: full tensors named ``<parameter>/<key>``;
+* ``state.json``: step, optimizer and whatever the training loop adds (recipe, position in the data);
+* ``manifest.json``: SHA-256 of the other three, with which they are compared when they are read.
+
+It gets its name only when it is whole and on the disk, so a crash at any moment leaves the earlier ones.
+"""
 
 from __future__ import annotations
 

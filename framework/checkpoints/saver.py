@@ -8,8 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from framework.checkpoints import snapshot
 from framework.checkpoints.retention import Keep
+from framework.checkpoints.run_checkpoints import write_checkpoint
+from framework.checkpoints.snapshot import take_snapshot
 from framework.engines import Engine
 from framework.runtime.distributed import is_main, same_outcome
 from framework.runtime.errors import UserError
@@ -42,15 +43,15 @@ class Saver:
         self._thread.shutdown()
 
     def save(self, engine: Engine, step: int, state: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint; all ranks must call it. Arguments as ``checkpoint.snapshot``.
+        """Begin to write a checkpoint; all ranks must call it. Arguments as ``take_snapshot``.
 
         Raises:
             UserError: on every rank, if a weight is not finite.
         """
         self._finish()
-        moment = snapshot.snapshot(engine, step, state)
+        snapshot = take_snapshot(engine, step, state)
         if is_main():
-            self._writing = self._thread.submit(snapshot.write, self._run_dir, moment, self._keep)
+            self._writing = self._thread.submit(write_checkpoint, self._run_dir, snapshot, self._keep)
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk; all ranks must call it.

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from framework.config.method_options import MethodOptions
+from framework.config.schema import check_declaration
 from framework.runtime.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "local" / "methods"
@@ -46,7 +47,8 @@ def load(name: str) -> Method:
     """The method ``name``.
 
     Raises:
-        UserError: there is no such method; its file can't be imported, or lacks ``Options`` or ``plan``.
+        UserError: there is no such method; its file can't be imported; ``Options`` or ``plan`` is missing or not as it
+            must be.
     """
     if name not in names():
         raise UserError(f"method.name={name}: must be one of {', '.join(names())}")
@@ -55,6 +57,10 @@ def load(name: str) -> Method:
     options, plan = defined.get("Options"), defined.get("plan")
     if not (isinstance(options, type) and is_dataclass(options)):
         raise UserError(f"{module.__file__}: must define a dataclass Options, the method's part of a recipe")
+    try:
+        check_declaration(options)
+    except TypeError as error:
+        raise UserError(f"{module.__file__}: Options: {error}") from error
     if not callable(plan):
         raise UserError(
             f"{module.__file__}: must define a function plan(network, options) that returns a Plan"

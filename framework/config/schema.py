@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, is_dataclass
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import astuple, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import MISSING
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -63,10 +65,8 @@ def build(cls: type[T], node: Any, key: str = "") -> T:
     """
     _refuse_missing(node, key)
     try:
-        # As JSON, whose arrays serve as tuples and whose objects as dataclasses. The list hands its configuration on to
-        # the dataclasses in it; pydantic gives a dataclass none directly.
-        text = json.dumps([node])
-        (built,) = TypeAdapter(list[cls], config=_CONFIG).validate_json(text)  # type: ignore[valid-type]
+        # As JSON, whose arrays serve as tuples and whose objects as dataclasses.
+        (built,) = _adapter(cls).validate_json(json.dumps([node]))
     except TypeError as error:
         raise Fault(key, node, f"must be text, numbers, lists and sections ({error})") from error
     except ValidationError as error:
@@ -76,12 +76,32 @@ def build(cls: type[T], node: Any, key: str = "") -> T:
     return cast(T, built)
 
 
+def check_declaration(cls: type) -> None:
+    """Check that a dataclass can be a section of a recipe.
+
+    Raises:
+        TypeError: a field without a default, or of a type that pydantic can't check.
+    """
+    for field in fields(cls):
+        if field.default is NO_DEFAULT and field.default_factory is NO_DEFAULT:
+            raise TypeError(f"{field.name} must have a default")
+    try:
+        _adapter(cls)
+    except (NameError, PydanticUserError) as error:
+        raise TypeError(str(error).splitlines()[0]) from error
+
+
 def keys(cls: type, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a dataclass, sections included."""
     for name, kind in get_type_hints(cls).items():
         yield _join(prefix, name)
         if is_dataclass(section := _optional(kind)):
             yield from keys(cast(type, section), _join(prefix, name))
+
+
+def _adapter(cls: type) -> TypeAdapter[list[Any]]:
+    """Checks a list of ``cls``, which hands its configuration on to the dataclasses in it: they take none directly."""
+    return TypeAdapter(list[cls], config=_CONFIG)  # type: ignore[valid-type]
 
 
 def _refuse_missing(node: Any, key: str) -> None:

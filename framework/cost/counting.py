@@ -1,7 +1,7 @@
-"""What a plan costs, counted without running it: parameters, FLOPs and the activations that autograd keeps.
+"""Parameters, FLOPs and saved activations of a plan.
 
-Everything happens with PyTorch's fake tensors, which have shapes and no values: ResNet-152 at the recipe's
-batch takes seconds and no memory.
+Counted on PyTorch's fake tensors, which have shapes and no values: ResNet-152 at the recipe's batch takes
+seconds and no memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from framework.config.recipe import Method, Recipe
+from framework.config.recipe import Execution, Faults, Method, Recipe
 from framework.cost.activations import LiveActivations
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
@@ -67,13 +67,13 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """A whole plan.
+    """A whole plan. Where one module is trained alone, its segment is all there is, and the frozen ones cost nothing.
 
     Attributes:
         segments: in forward order.
         units: in the plan's order.
         images: in the micro-batch that was counted, all views together.
-        peak_activation_bytes: most that autograd holds at once in a routed step.
+        peak_activation_bytes: most that autograd holds at once in a training step.
         end_to_end_activation_bytes: the same with one loss on top of the network.
         memory_saving: end-to-end / this plan, as in LoCo Table 7.
     """
@@ -111,12 +111,12 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
 
 
 def likely_classes(recipe: Recipe) -> int:
-    """As many as the recipe says, else those of ImageNet: its images are not looked at."""
+    """Number of classes that the recipe says, or else ImageNet's: no data is opened."""
     return 10 if recipe.data.prepare == "digits" else recipe.data.num_classes or 1000
 
 
 def peak_bytes(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]:
-    """``peak_activation_bytes`` and ``end_to_end_activation_bytes`` of a ``PlanCost`` alone, much sooner."""
+    """``peak_activation_bytes`` and ``end_to_end_activation_bytes`` of a ``PlanCost``, at a fraction of its time."""
     net, whole_net = _networks(recipe, num_classes)
     with FakeTensorMode() as mode:
         return _peaks(net, whole_net, mode, images, recipe.data.image_size)
@@ -129,9 +129,17 @@ def end_to_end(recipe: Recipe, supervised: bool) -> Recipe:
 
 
 def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetwork]:
+    """The recipe's network and the same trained end-to-end, without what costs the same but needs values or a GPU."""
     recipe = replace(
-        recipe, network=replace(recipe.network, sync_bn=False)
-    )  # costs the same, and needs no GPU
+        recipe,
+        network=replace(recipe.network, sync_bn=False),
+        execution=Execution(),
+        faults=Faults(),
+        train=replace(
+            recipe.train,
+            precision="bf16" if recipe.train.precision == "fp16" else recipe.train.precision,
+        ),
+    )
     net = recipe_network(recipe, num_classes)
     return net, recipe_network(end_to_end(recipe, net.plan.supervised), num_classes)
 
@@ -165,7 +173,7 @@ def _peak(net: LocalNetwork, batch: Batch) -> int:
 
 
 def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
-    x = batch.images
+    x = net.run_frozen(batch.images)
     for segment in net.segments:
         flops, saved, x = _forward(segment, x, net)
         yield SegmentCost(segment.name, sum(p.numel() for p in segment.parameters()), flops, saved)
@@ -173,7 +181,7 @@ def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
 
 def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
     for unit in net.plan.units:
-        x = batch.images
+        x = net.run_frozen(batch.images)
         with torch.no_grad():
             for segment in net.segments[: unit.first]:
                 x = segment(x)

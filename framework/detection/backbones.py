@@ -79,8 +79,8 @@ class StagedBackbone(Backbone):
             self.add_module(name, net.get_submodule(stage.name))
             self.stages.append(name)
             shape[name] = info["num_chs"]
+        self.tail = _sequence(net, parts.tail) if tail else None
         if tail:
-            self.tail = _sequence(net, parts.tail)
             shape[self.stages[-1]] = net.num_features
         self._out_features = list(strides)
         self._out_feature_strides = dict(strides)
@@ -93,7 +93,7 @@ class StagedBackbone(Backbone):
         x = self.stem(x)
         for name in self.stages:
             x = self.get_submodule(name)(x)
-            if name == self.stages[-1] and hasattr(self, "tail"):
+            if name == self.stages[-1] and self.tail is not None:
                 x = self.tail(x)
             if stride := self._out_feature_strides.get(name):
                 features[name] = at_size(x, height // stride, width // stride)
@@ -103,7 +103,7 @@ class StagedBackbone(Backbone):
         """Freeze the stem (1), and the stages up to res2 (2), res3 (3) ...; their BatchNorms become FrozenBN."""
         last = len(self.stages) + 1
         for number, name in enumerate(["stem", *self.stages], start=1):
-            parts = [name, "tail"] if number == last and hasattr(self, "tail") else [name]
+            parts = [name, "tail"] if number == last and self.tail is not None else [name]
             for part in parts if number <= freeze_at else ():
                 module = self.get_submodule(part)
                 module.requires_grad_(False)

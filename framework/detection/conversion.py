@@ -5,6 +5,7 @@ Nothing is unpickled but tensors: safetensors, or ``torch.load`` with ``weights_
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,32 +15,38 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from framework import network
-from framework.checkpoints import snapshot
 from framework.checkpoints.folder import MANIFEST
+from framework.checkpoints.run_checkpoints import newest_checkpoint
+from framework.checkpoints.snapshot import read_model
 from framework.detection.layouts import NETWORKS, Layout
+from framework.detection.normalization import Normalization
 from framework.runtime.errors import UserError
 
 #: ``network.args`` that change training or initial values, but not what the trained network computes
 HARMLESS = {"zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"}
 
 
-class Source(NamedTuple):
-    """Where tensors came from.
+class Weights(NamedTuple):
+    """Tensors from somewhere.
 
     Attributes:
-        where: for messages.
+        where: they came from, for messages.
         tensors: by timm's names.
         network: timm's name of the network, None if the file does not say.
+        normalization: of the images in pretraining, None if the file does not say.
+        unused: name of every other tensor or set of tensors there -> why it is not used.
     """
 
     where: str
     tensors: dict[str, Tensor]
     network: str | None = None
+    normalization: Normalization | None = None
+    unused: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,26 @@ class Match:
     Attributes:
         network: one of ``layouts.NETWORKS``.
         tensors: by timm's names; no classifier, no step counters.
-        unused: name of every other tensor -> why it is not used.
+        unused: name of every other tensor or set of tensors -> why it is not used.
+        normalization: of the images in pretraining, None if nobody says.
     """
 
     network: str
     tensors: dict[str, Tensor]
     unused: dict[str, str]
+    normalization: Normalization | None = None
+
+    @property
+    def pixels(self) -> dict[str, list[float]]:
+        """The normalization in Detectron2's terms; empty if nobody says."""
+        return self.normalization.pixels if self.normalization else {}
 
     def renamed(self, names: Layout) -> dict[str, Tensor]:
         """The tensors under another library's names."""
         return {names(name): tensor for name, tensor in self.tensors.items()}
 
 
-def read(path: Path) -> Source:
+def read(path: Path) -> Weights:
     """The backbone of a run folder, a checkpoint, or a safetensors or PyTorch file with timm's names.
 
     Raises:
@@ -72,16 +86,17 @@ def read(path: Path) -> Source:
     if not path.exists():
         raise UserError(f"{path}: no such run folder, checkpoint or file")
     if path.suffix == ".safetensors":
-        return Source(str(path), _backbone_of(_safetensors(path)))
+        return _read_safetensors(path)
     if path.suffix in (".pth", ".pt", ".bin", ".tar"):
-        return Source(str(path), _backbone_of(torch_file(path)))
+        tensors, unused = _state_dict(path)
+        return _backbone(Weights(str(path), tensors, unused=unused))
     raise UserError(
         f"{path}: not read: give a run folder, a checkpoint, a .safetensors or a .pth file"
         + (" (unpickling a .pkl would run whatever code it names)" if path.suffix == ".pkl" else "")
     )
 
 
-def from_timm(name: str, pretrained: bool) -> Source:
+def from_timm(name: str, pretrained: bool) -> Weights:
     """timm's own weights of an architecture, or random ones.
 
     Raises:
@@ -94,20 +109,22 @@ def from_timm(name: str, pretrained: bool) -> Source:
         net = network.create(name, pretrained=pretrained)
     except (OSError, RuntimeError) as error:  # no connection, no such weights
         raise UserError(f"--timm {name} --pretrained: no weights: {str(error).splitlines()[0]}") from error
-    return Source(f"timm's {name}", net.state_dict(), architecture)
+    said = get_pretrained_cfg(name) if pretrained else None
+    normalization = Normalization(tuple(said.mean), tuple(said.std)) if said else None
+    return Weights(f"timm's {name}", net.state_dict(), architecture, normalization)
 
 
-def match(source: Source) -> Match:
+def match(weights: Weights) -> Match:
     """Find the network that the tensors belong to, and nothing but the network.
 
     Raises:
         UserError: a tensor of the network is missing or of another shape, or the network has one more, so
             that a detector would keep an initial value or compute something else.
     """
-    tensors = {n: t for n, t in source.tensors.items() if not n.endswith("num_batches_tracked")}
-    candidates = [source.network] if source.network else NETWORKS
-    if source.network and source.network not in NETWORKS:
-        raise UserError(f"{source.where}: {source.network} can't be converted; {', '.join(NETWORKS)} can")
+    tensors = {n: t for n, t in weights.tensors.items() if not n.endswith("num_batches_tracked")}
+    candidates = [weights.network] if weights.network else NETWORKS
+    if weights.network and weights.network not in NETWORKS:
+        raise UserError(f"{weights.where}: {weights.network} can't be converted; {', '.join(NETWORKS)} can")
     faults = {name: _faults(tensors, expected(name)) for name in candidates}
     best = min(faults, key=lambda name: len(faults[name]))
     shapes = expected(best)
@@ -115,14 +132,15 @@ def match(source: Source) -> Match:
         matched = sum(name in tensors and tensors[name].shape == shape for name, shape in shapes.items())
         if not matched:
             raise UserError(
-                f"{source.where}: no backbone: none of its {len(tensors)} tensors ({_some(tensors)}) is one of "
+                f"{weights.where}: no backbone: none of its {len(tensors)} tensors ({_some(tensors)}) is one of "
                 f"{best}'s, which are called {_some(shapes)}"
             )
         raise UserError(
-            f"{source.where}: no whole {best}: {matched} of its {len(shapes)} tensors match; {_some(faults[best])}"
+            f"{weights.where}: no whole {best}: {matched} of its {len(shapes)} tensors match; {_some(faults[best])}"
         )
-    unused = {name: _why_unused(name) for name in source.tensors if name not in shapes}
-    return Match(best, {name: tensors[name] for name in shapes}, unused)
+    unused = {name: _why_unused(name) for name in weights.tensors if name not in shapes}
+    found = {name: tensors[name] for name in shapes}
+    return Match(best, found, {**unused, **weights.unused}, weights.normalization)
 
 
 @cache
@@ -146,6 +164,11 @@ def torch_file(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged, or holds anything else.
     """
+    return _state_dict(path)[0]
+
+
+def _state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As ``torch_file``; and what other sets of tensors there are -> why they are not used."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -154,12 +177,19 @@ def torch_file(path: Path) -> dict[str, Tensor]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{path}: damaged, or no PyTorch file: {str(error).splitlines()[0]}") from error
+    unused: dict[str, str] = {}
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
+            others = (name for name, value in content.items() if name != key and _has_tensors(value))
+            unused |= {str(name): f"weights beside {key}, which are taken" for name in others}
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{path}: holds no state dict, that is names with tensors")
-    return content
+    return content, unused
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(t, Tensor) for t in value.values())
 
 
 def _faults(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> list[str]:
@@ -186,40 +216,59 @@ def _some(names: Any) -> str:
     return ", ".join(first) + (" ..." if len(names) > len(first) else "")
 
 
-def _read_folder(path: Path) -> Source:
+def _read_folder(path: Path) -> Weights:
     if (path / MANIFEST).exists():
-        state, model = snapshot.read_model(path)
-        return Source(str(path), _backbone_of(model), _network_of(path, OmegaConf.create(state["recipe"])))
+        return _read_checkpoint(path)
     if not (path / "recipe.yaml").exists():
         raise UserError(f"{path}: neither a run folder (no recipe.yaml) nor a checkpoint (no manifest.json)")
-    name = _network_of(path, OmegaConf.load(path / "recipe.yaml"))
+    said = _said_of_network(path, OmegaConf.load(path / "recipe.yaml"))
     exported = path / "backbone.safetensors"
     if exported.exists():
-        return Source(str(exported), _safetensors(exported), name)
-    folder = snapshot.newest(path)
+        return _read_safetensors(exported)._replace(**said)
+    folder = newest_checkpoint(path)
     if folder is None:
         raise UserError(f"{path}: holds neither backbone.safetensors nor a checkpoint yet")
-    return Source(str(folder), _backbone_of(snapshot.read_model(folder)[1]), name)
+    return _read_checkpoint(folder)
 
 
-def _network_of(path: Path, recipe: Any) -> str:
+def _read_checkpoint(folder: Path) -> Weights:
+    state, model = read_model(folder)
+    said = _said_of_network(folder, OmegaConf.create(state["recipe"]))
+    return _backbone(Weights(str(folder), model))._replace(**said)
+
+
+def _said_of_network(path: Path, recipe: Any) -> dict[str, Any]:
+    """What a recipe says of the weights, as fields of ``Weights``.
+
+    Raises:
+        UserError: detectors are built with another network of that name.
+    """
     changed = {key: value for key, value in recipe.network.args.items() if key not in HARMLESS}
     if changed:
         raise UserError(
             f"{path}: network.args={changed} makes another {recipe.network.name} than detectors are built with"
         )
-    return str(recipe.network.name)
+    return {"network": str(recipe.network.name), "normalization": Normalization.of_recipe(recipe)}
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> Weights:
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: damaged, or no safetensors file: {error}") from error
+    normalization = (
+        Normalization.of_recipe({"views": json.loads(about["views"])}) if "views" in about else None
+    )
+    return _backbone(Weights(str(path), tensors, normalization=normalization))
 
 
-def _backbone_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _backbone(weights: Weights) -> Weights:
     """What is below ``backbone``, where there is such a thing; DDP's ``module`` is taken off."""
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    tensors = {name.removeprefix("module."): tensor for name, tensor in weights.tensors.items()}
     below = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
-    return below or tensors
+    if not below:
+        return weights._replace(tensors=tensors)
+    others = {name: "not below backbone" for name in tensors if not name.startswith("backbone.")}
+    return weights._replace(tensors=below, unused={**weights.unused, **others})

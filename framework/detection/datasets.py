@@ -72,8 +72,8 @@ def _check_files(name: str) -> None:
                 else ""
             )
             raise UserError(
-                f"{path}: missing{how}; DETECTRON2_DATASETS={root()} must hold the set {name}: see "
-                "recipes/detectron2/README.md"
+                f"{path}: missing{how}; DETECTRON2_DATASETS={root()} must hold the set {name}; "
+                "recipes/detectron2/README.md has the layout"
             )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import detectron2
+import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer, default_setup
@@ -19,6 +20,7 @@ from torch import nn
 from yaml import YAMLError
 
 from framework.detection import backbones, datasets, verification
+from framework.detection.normalization import pixels_of
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
 from framework.tracking.environment import environment
@@ -56,6 +58,7 @@ def configuration(file: Path, overrides: list[str], split: int | None = None) ->
         ) from error
     if split is not None:
         _choose_split(cfg, split)
+    _use_normalization(cfg, overrides)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
@@ -156,6 +159,18 @@ def _check_weights(cfg: CfgNode, arguments: Namespace) -> None:
             f"MODEL.WEIGHTS is empty and MODEL.BACKBONE.FREEZE_AT={cfg.MODEL.BACKBONE.FREEZE_AT} freezes random "
             "layers: add MODEL.WEIGHTS backbone.pkl"
         )
+
+
+def _use_normalization(cfg: CfgNode, overrides: list[str]) -> None:
+    """Normalize images as in pretraining, unless the command line says how."""
+    weights = Path(cfg.MODEL.WEIGHTS)
+    if not cfg.MODEL.WEIGHTS or not weights.exists():  # which is said where they are read
+        return
+    for key, in_rgb in pixels_of(weights).items():
+        values = in_rgb[::-1] if cfg.INPUT.FORMAT == "BGR" else in_rgb
+        if f"MODEL.{key}" not in overrides and not np.allclose(cfg.MODEL[key], values, atol=0.01):
+            print(f"MODEL.{key} is {values}, as {weights} was trained, and not {cfg.MODEL[key]}", flush=True)
+            cfg.MODEL[key] = values
 
 
 def _choose_split(cfg: CfgNode, split: int) -> None:

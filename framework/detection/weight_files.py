@@ -25,29 +25,32 @@ _ARRAY_PARTS = {
 }
 
 
-def write(path: Path, to: str, network: str, tensors: Mapping[str, Tensor]) -> None:
+def write(
+    path: Path, to: str, network: str, tensors: Mapping[str, Tensor], more: Mapping[str, Any] | None = None
+) -> None:
     """Write tensors for the library ``to``, whole or not at all.
 
     Detectron2 takes arrays in a pickle; a pickle without ``__author__`` it would read as one of Caffe2.
+
+    Args:
+        path: the file.
+        to: one of ``SUFFIXES``.
+        network: whose tensors they are.
+        tensors: by that library's names.
+        more: what else a file for Detectron2 is to say, as lists of numbers.
 
     Raises:
         UserError: the suffix is not the one by which the library knows the format, or it can't be written.
     """
     if path.suffix != SUFFIXES[to]:
         raise UserError(f"-o {path}: must end with {SUFFIXES[to]}, by which {to} knows the format")
-    content: object = dict(tensors)
     if to == "detectron2":
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
-        content = {
-            "model": arrays,
-            "__author__": "stagewise",
-            "matching_heuristics": True,
-            "network": network,
-        }
-        write_whole(path, pickle.dumps(content, protocol=4))
+        head = {"__author__": "stagewise", "matching_heuristics": True, "network": network}
+        write_whole(path, pickle.dumps({**(more or {}), **head, "model": arrays}, protocol=4))
         return
     buffer = io.BytesIO()
-    torch.save({"state_dict": content} if to == "mmdet" else content, buffer)
+    torch.save({"state_dict": dict(tensors)} if to == "mmdet" else dict(tensors), buffer)
     write_whole(path, buffer.getvalue())
 
 

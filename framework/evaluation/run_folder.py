@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from framework import network
-from framework.checkpoints import snapshot
+from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.config import loading
 from framework.config.recipe import Execution, Method, Pipeline, Recipe
 from framework.config.renamed import up_to_date
@@ -84,7 +84,7 @@ class Run:
         Raises:
             UserError: there is none.
         """
-        folder = snapshot.newest(self.folder)
+        folder = newest_checkpoint(self.folder)
         if folder is None:
             raise UserError(
                 f"{self.folder}: has no checkpoint yet (checkpoints/step-*); let it train until one is"

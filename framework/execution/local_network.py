@@ -229,14 +229,14 @@ class LocalNetwork(nn.Module):
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step, penalty = self.routed_step(batch)
         result = _output(self.plan, step.losses, penalty)
-        overflow = self._overflow(step)
+        overflow = self._overflow(step, batch.last)
         loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
         return StepOutput(loss, result.unit_losses, overflow)
 
-    def _overflow(self, step: RoutedStep) -> Tensor | None:
+    def _overflow(self, step: RoutedStep, last: bool) -> Tensor | None:
         """Whether any loss or gradient on any rank is infinite or NaN, if that is to be reported."""
         if self.scales is not None:
-            return self.scales.update(step.take_overflows())
+            return self.scales.update(step.take_overflows(), last)
         if not self.skip_nonfinite:
             return None
         seen = [*step.losses.values(), *torch._foreach_norm(list(step.gradients.values()))]

@@ -39,9 +39,9 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[o
 
 
 class LossScales(nn.Module):
-    """A power-of-two scale for each head call, halved at an overflow, doubled after 2000 micro-batches without one.
+    """A power-of-two scale for each head call, halved at an overflow, doubled after 2000 steps without one.
 
-    Its buffers are part of a checkpoint.
+    A step is an optimizer step, whatever its number of micro-batches. The buffers are part of a checkpoint.
 
     Args:
         weights: loss weight of each head call; the lower the weight, the larger the scale at the start.
@@ -54,28 +54,33 @@ class LossScales(nn.Module):
         self.clean_steps: Tensor
         self.register_buffer("scale", torch.tensor(start, dtype=torch.float64))
         self.register_buffer("clean_steps", torch.zeros(len(weights), dtype=torch.int64))
+        self._overflowed: Tensor | None = None  # (calls,) bool, in earlier micro-batches of this step
 
     def current(self) -> list[float]:
         """The scales as Python numbers; synchronizes with the device."""
         return self.scale.tolist()
 
     @torch.no_grad()
-    def update(self, overflowed: Tensor) -> Tensor:
-        """Update the scales after a micro-batch.
+    def update(self, overflowed: Tensor, last: bool = True) -> Tensor:
+        """Note the overflows of a micro-batch; after the last one of an optimizer step, update the scales.
 
         Collective: what overflowed on one rank counts as overflowed on all.
 
         Args:
             overflowed: (calls,) bool.
+            last: whether the micro-batch is the last one of its step.
 
         Returns:
-            Whether to skip the step (bool scalar).
+            Whether to skip the step for this micro-batch (bool scalar).
         """
         overflowed = any_over_ranks(overflowed)
-        self.clean_steps.add_(1).masked_fill_(overflowed, 0)
-        grown = self.clean_steps >= GROWTH_INTERVAL
-        self.scale.mul_(torch.where(overflowed, 0.5, torch.where(grown, 2.0, 1.0)))
-        self.clean_steps.masked_fill_(grown, 0)
+        seen = overflowed if self._overflowed is None else self._overflowed | overflowed
+        self._overflowed = None if last else seen
+        if last:
+            self.clean_steps.add_(1).masked_fill_(seen, 0)
+            grown = self.clean_steps >= GROWTH_INTERVAL
+            self.scale.mul_(torch.where(seen, 0.5, torch.where(grown, 2.0, 1.0)))
+            self.clean_steps.masked_fill_(grown, 0)
         return overflowed.any()
 
 

@@ -45,7 +45,10 @@ def _synchronized(norm: nn.modules.batchnorm._BatchNorm, native: bool) -> nn.Mod
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batch of all ranks: one differentiable all-reduce of count, sum and sum of squares."""
+    """BatchNorm over the batch of all ranks: one differentiable all-gather of their counts, means and variances.
+
+    They are combined as Chan et al. (1983) do, without a difference of large numbers.
+    """
 
     @classmethod
     def like(cls, norm: nn.modules.batchnorm._BatchNorm) -> Self:
@@ -62,20 +65,21 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         """(N, C, ...) -> the same, normalized; one collective in training, none in evaluation."""
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
-        axes = [0, *range(2, input.ndim)]
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        own = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
         count = x.new_tensor([x.numel() // x.shape[1]])
-        sums = distributed.sum_with_gradient(torch.cat([x.sum(axes), (x * x).sum(axes), count]))
-        total, squares, n = sums.split([self.num_features, self.num_features, 1])
-        mean = total / n
-        variance = (squares / n - mean * mean).clamp_min(0)
+        ranks = distributed.gather_with_gradient(torch.cat([count, *own])[None])
+        counts, variances, means = ranks.split([1, self.num_features, self.num_features], dim=1)
+        n = counts.sum()
+        mean = (counts * means).sum(0) / n
+        variance = (counts * (variances + (means - mean).square())).sum(0) / n
         self._move_statistics(mean.detach(), variance.detach(), n.detach())
-        shape = (1, -1) + (1,) * (input.ndim - 2)
+        shape = (1, -1) + (1,) * (x.ndim - 2)
         scale = torch.rsqrt(variance + self.eps)
-        bias = -mean * scale
-        if self.affine:
-            scale, bias = scale * self.weight, bias * self.weight + self.bias
-        return (x * scale.view(shape) + bias.view(shape)).to(input.dtype)
+        if not self.affine:
+            return ((x - mean.view(shape)) * scale.view(shape)).to(input.dtype)
+        scale = scale * self.weight
+        return ((x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
 
     @torch.no_grad()
     def _move_statistics(self, mean: Tensor, variance: Tensor, n: Tensor) -> None:

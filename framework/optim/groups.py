@@ -11,13 +11,13 @@ Decay = Literal["weights", "all"]
 
 
 def parameter_groups(net: nn.Module, weight_decay: float, decay: Decay = "weights") -> list[dict[str, Any]]:
-    """Two groups: weights; and whatever has at most one dimension, or is no weight in timm's eyes.
+    """Two groups: weights; and parameters of at most one dimension or in ``exempt_parameters``.
 
     The second holds norm parameters, biases, position embeddings and the like. It gets neither weight decay nor
     LARS's adaptation (SimCLR's code), unless ``decay`` is "all" (MLAAN's code); ``group["adapt"]`` says
     so. Order inside a group is that of ``net.parameters()``. A group without parameters is left out.
     """
-    exempt = set(_named_by_timm(net))
+    exempt = exempt_parameters(net)
     trained = [p for p in net.parameters() if p.requires_grad]
     weights = [p for p in trained if p.ndim > 1 and p not in exempt]
     others = [p for p in trained if p.ndim <= 1 or p in exempt]
@@ -29,11 +29,14 @@ def parameter_groups(net: nn.Module, weight_decay: float, decay: Decay = "weight
     return [group for group in groups if group["params"]]
 
 
-def _named_by_timm(net: nn.Module) -> list[nn.Parameter]:
-    """What timm's networks say takes no decay: position embeddings, class tokens, tables of relative positions."""
-    named = []
+def exempt_parameters(net: nn.Module) -> set[nn.Parameter]:
+    """Those that modules name in ``no_weight_decay()``, timm's convention, relative to themselves.
+
+    timm's networks name position embeddings, class tokens and tables of relative positions.
+    """
+    found: set[nn.Parameter] = set()
     for module in net.modules():
-        without: Callable[[], set[str]] | None = getattr(module, "no_weight_decay", None)
-        names = without() if without is not None else ()
-        named += [p for name, p in module.named_parameters() if name in names]
-    return named
+        names_of: Callable[[], set[str]] | None = getattr(module, "no_weight_decay", None)
+        names = names_of() if names_of is not None else ()
+        found.update(p for name, p in module.named_parameters() if name in names)
+    return found

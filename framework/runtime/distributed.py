@@ -1,6 +1,6 @@
-"""Ranks: how they find each other, agree on errors and exchange a few tensors.
+"""Ranks: how they find each other, agree on errors and exchange tensors.
 
-Without ``start`` everything here behaves as the only rank of a run of one.
+Without ``start`` everything here behaves as in a run of one rank.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -21,8 +23,10 @@ from torch import Tensor, nn
 from framework.runtime.errors import LocalError, UserError
 from framework.runtime.launch import launch_variables
 
-# Of collectives. NCCL's own 10 minutes are less than rank 0 may take to index shards, or a watchdog to report.
+# Timeout of collectives. NCCL's 10 minutes are less than rank 0 may take to index shards.
 PATIENCE = timedelta(hours=1)
+JOINING = timedelta(minutes=10)  # for all ranks to start and find each other
+SLOW = timedelta(seconds=30)  # of which this much passes in silence
 
 Group = dist.ProcessGroup | Literal["alone"] | None
 _REPLICAS: ContextVar[Group] = ContextVar("replicas", default=None)
@@ -30,7 +34,7 @@ _REPLICAS: ContextVar[Group] = ContextVar("replicas", default=None)
 
 @contextmanager
 def replicas(group: Group) -> Iterator[None]:
-    """Inside, the ranks are those of ``group`` (or this process "alone"): so heads and norms see a batch."""
+    """Inside, the functions here see the ranks of ``group`` only, or this process "alone"; so do heads and norms."""
     token = _REPLICAS.set(group)
     try:
         yield
@@ -50,11 +54,6 @@ def world_size() -> int:
     return dist.get_world_size(group) if dist.is_initialized() and group != "alone" else 1
 
 
-def local_rank() -> int:
-    """Number of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def is_main() -> bool:
     """Whether this is rank 0, which prints and writes files."""
     return rank() == 0
@@ -62,42 +61,106 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """The GPU of this rank, or the CPU on a machine without one."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def start() -> None:
     """Join the other ranks: NCCL between GPUs, gloo on a machine without one.
 
+    ``LOCAL_RANK`` becomes the number of this rank's GPU among those that it sees.
+
     Raises:
-        UserError: incomplete launch variables, more ranks than GPUs on this machine, or a port that is taken.
+        UserError: incomplete launch variables, more ranks than GPUs on a machine, a port that is taken, or ranks
+            that don't come.
     """
     os.environ.update(launch_variables(os.environ))
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         _join()
-    except dist.DistNetworkError as error:
-        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise LocalError.as_transient(
-            f"rank {os.environ['RANK']} can't meet the others at {address}:{port} ({str(error).splitlines()[0]}); "
-            f"if another run has that port, choose one with --master_port or MASTER_PORT"
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} can't meet the others at {address}:{port} "
+            f"({str(error).splitlines()[0]}); all must be started, and if another run has that port, choose one with "
+            "--master_port or MASTER_PORT"
         ) from error
 
 
 def _join() -> None:
-    if torch.cuda.is_available():
-        if local_rank() >= torch.cuda.device_count():
-            raise LocalError(
-                f"rank {os.environ['RANK']} finds no GPU {local_rank()}: {socket.gethostname()} shows "
-                f"{torch.cuda.device_count()}; start at most that many processes on a machine"
+    with _told_if_slow():
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=JOINING))
+        store.set_timeout(JOINING)
+        gpus = torch.cuda.is_available()
+        if gpus:
+            os.environ["LOCAL_RANK"] = str(_own_gpu(store, rank, ranks))
+            torch.cuda.set_device(device())
+        else:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and its warning
+        dist.init_process_group(
+            "nccl" if gpus else "gloo",
+            store=dist.PrefixStore("training", store),
+            rank=rank,
+            world_size=ranks,
+            device_id=device() if gpus else None,
+            timeout=PATIENCE,
+        )
+        store.set_timeout(PATIENCE)
+
+
+@contextmanager
+def _told_if_slow() -> Iterator[None]:
+    """Say who waits for whom where ranks take long to come."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, ranks, address, port = (os.environ[name] for name in names)
+    words = (
+        f"rank {rank} on {socket.gethostname()} still waits for all {ranks} ranks to meet at {address}:{port}; "
+        f"after {JOINING.total_seconds():g} s it gives up"
+    )
+    timer = threading.Timer(SLOW.total_seconds(), lambda: print(words, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _own_gpu(store: dist.Store, rank: int, ranks: int) -> int:
+    """Number of this rank's GPU among those that it sees; every rank publishes what it sees, so all fail alike."""
+    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    store.set(f"gpus/{rank}", json.dumps([socket.gethostname(), int(os.environ["LOCAL_RANK"]), uuids]))
+    return choose_gpus([json.loads(seen) for seen in store.multi_get([f"gpus/{r}" for r in range(ranks)])])[
+        rank
+    ]
+
+
+def choose_gpus(seen: Sequence[tuple[str, int, Sequence[str]]]) -> list[int]:
+    """For every rank, which of the GPUs that it sees it takes.
+
+    Ranks of a machine may all see all of its GPUs, or each its own (Slurm's ``--gpus-per-task``).
+
+    Args:
+        seen: host, local rank and the unique names of the visible GPUs, by rank.
+
+    Raises:
+        UserError: two ranks would have the same GPU.
+    """
+    chosen = [local % len(gpus) for _, local, gpus in seen]
+    owners: dict[str, int] = {}
+    for rank, ((host, _, gpus), number) in enumerate(zip(seen, chosen, strict=True)):
+        other = owners.setdefault(gpus[number], rank)
+        if other != rank:
+            raise UserError(
+                f"ranks {other} and {rank} on {host} would share a GPU, of which it shows them {len(gpus)}: start one "
+                "process a GPU (deepspeed --num_gpus, torchrun --nproc_per_node, srun --ntasks-per-node with as many "
+                "--gpus-per-node, or --gpus-per-task=1)"
             )
-        torch.cuda.set_device(device())
-        dist.init_process_group("nccl", device_id=device(), timeout=PATIENCE)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and its warning
-        dist.init_process_group("gloo", timeout=PATIENCE)
+    return chosen
 
 
 def stop() -> None:
-    """Leave, together with the other ranks: srun ends those that are late, which may still be writing."""
+    """Leave when all ranks are here: srun ends those that are late, which may still be writing."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -105,11 +168,11 @@ def stop() -> None:
 
 @contextmanager
 def same_outcome() -> Iterator[None]:
-    """All ranks leave the block alike: an exception on any of them becomes a ``UserError`` on every one.
+    """An exception on any rank inside the block becomes a ``UserError`` on every rank.
 
     The message is the same everywhere, so that rank 0 alone can print it; where ranks differ it has one
     line per distinct message and names the ranks. An exception other than UserError is raised again, with
-    its traceback, where it happened. The block itself must not communicate: a rank that has left it can't answer.
+    its traceback, where it happened. The block must not communicate: a rank that has left it does not answer.
     """
     failure: Exception | None = None
     try:
@@ -129,7 +192,7 @@ def same_outcome() -> Iterator[None]:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Where other ranks may not fail alike: a ``UserError`` becomes one that this rank tells, and its number."""
+    """Inside, a ``UserError`` becomes a ``LocalError`` with this rank's number: other ranks may have no error."""
     try:
         yield
     except UserError as error:
@@ -211,7 +274,7 @@ def any_over_ranks(flags: Tensor) -> Tensor:
 
 
 def max_over_ranks(number: int) -> Callable[[], int]:
-    """Largest of the ranks' whole numbers; who calls the answer waits for ranks that are behind."""
+    """Start to find the largest of the ranks' whole numbers; the function returned waits for it."""
     if world_size() == 1:
         return lambda: number
     largest = torch.tensor(number, device=device())
@@ -240,11 +303,6 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _Gather.apply(x)
 
 
-def sum_with_gradient(x: Tensor) -> Tensor:
-    """Sum of ``x`` over ranks; so is its gradient, since every rank's loss depends on every rank's ``x``."""
-    return _Sum.apply(x)
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -258,18 +316,3 @@ class _Gather(torch.autograd.Function):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.group)
         return gradient.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.group = _REPLICAS.get()
-        x = x.clone()
-        dist.all_reduce(x, group=ctx.group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient

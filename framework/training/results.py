@@ -12,7 +12,7 @@ from rich.table import Table
 
 from framework.analysis.curves import loss_curves
 from framework.analysis.neighbors import neighbors_picture
-from framework.checkpoints import snapshot
+from framework.checkpoints.snapshot import export_backbone
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
 from framework.engines import Engine
@@ -33,7 +33,10 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[s
     """
     run_dir = Path(recipe.run_dir)
     # Before the scores, which may fail over an image.
-    snapshot.export_backbone(engine, run_dir / "backbone.safetensors")
+    views = json.dumps({"mean": recipe.views.mean, "std": recipe.views.std})
+    export_backbone(
+        engine, run_dir / "backbone.safetensors", {"network": recipe.network.name, "views": views}
+    )
     net = engine.whole_net()
     scores = score(recipe, net, splits)
     scored = splits.labeled and recipe.evaluate.knn

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import yaml
 from torch import nn
 
-from framework.checkpoints import snapshot
+from framework.checkpoints.run_checkpoints import newest_checkpoint, set_aside_later
+from framework.checkpoints.snapshot import load_checkpoint
 from framework.config.recipe import Recipe
 from framework.engines import Engine
 from framework.execution import LocalNetwork
@@ -31,7 +32,7 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
     folder = _chosen(recipe, run_dir)
     if folder is None:
         return Position()
-    state = snapshot.load(folder, engine)
+    state = load_checkpoint(folder, engine)
     with distributed.same_outcome():
         _check_batch(folder, state, recipe, engine.net)
         if (before := state.get("steps_per_epoch", steps_per_epoch)) != steps_per_epoch:
@@ -41,7 +42,7 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
             )
     with distributed.same_outcome():
         if distributed.is_main():
-            for name in snapshot.set_aside_later(run_dir, state["step"]):
+            for name in set_aside_later(run_dir, state["step"]):
                 print(f"later than {folder.name}, renamed: {name}", flush=True)
             print(f"going on from {folder}", flush=True)
     return Position(**state["position"])
@@ -49,11 +50,11 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
 
 def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
     own = recipe.resume in ("auto", "never")
-    # What else than "auto" is said counts for the first start. Slurm's next one is to go on, not to begin again.
+    # "never" and a path are meant for the first start of a job. When Slurm starts it again, it is to go on.
     started_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     if not own and not started_again:
         return Path(recipe.resume)
-    folder = snapshot.newest(run_dir)
+    folder = newest_checkpoint(run_dir)
     if folder and recipe.resume == "never" and not started_again:
         raise UserError(
             f"resume=never: {run_dir} already holds {folder.name}; name another run_dir, or resume=auto"
@@ -62,7 +63,9 @@ def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
 
 
 class EffectiveBatch(NamedTuple):
-    """How many images a step's nonlinear parts see together; losses depend on it, and on no other split.
+    """How many images BatchNorm and contrastive losses see together in a step.
+
+    What a step computes depends on these two numbers, and on no other way of splitting the batch.
 
     Attributes:
         contrast: images that are contrasted; ``None`` without a contrastive loss.

@@ -18,9 +18,10 @@ import timm
 import torch
 from torch import nn
 
-from framework.checkpoints import snapshot
 from framework.checkpoints.folder import FILES, MANIFEST
 from framework.checkpoints.retention import Keep
+from framework.checkpoints.run_checkpoints import newest_checkpoint, save_checkpoint
+from framework.checkpoints.snapshot import export_backbone, load_checkpoint
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from tests.support import training
@@ -37,14 +38,14 @@ def save_after(case: Case, run_dir: Path, steps: range, keep: int = 2) -> Path:
     engine = training.build(case)
     for step in steps:
         training.advance(engine, case, range(step, step + 1))
-        folder = snapshot.save(run_dir, engine, step + 1, STATE, Keep(keep))
+        folder = save_checkpoint(run_dir, engine, step + 1, STATE, Keep(keep))
     engine.close()
     return folder
 
 
 def load_and_go_on(case: Case, folder: Path, steps: range) -> tuple[Run, dict[str, Any]]:
     engine = training.build(case)
-    state = snapshot.load(folder, engine)
+    state = load_checkpoint(folder, engine)
     losses = training.advance(engine, case, steps)
     run = Run(engine.model_state(), engine.optimizer_state(), losses)
     engine.close()
@@ -54,7 +55,7 @@ def load_and_go_on(case: Case, folder: Path, steps: range) -> tuple[Run, dict[st
 def load_error(case: Case, folder: Path) -> str:
     engine = training.build(case)
     try:
-        snapshot.load(folder, engine)
+        load_checkpoint(folder, engine)
     except UserError as error:
         return str(error)
     finally:
@@ -116,30 +117,30 @@ def test_flipped_bits_are_found_and_the_one_before_is_taken(
         damaged[position] ^= 1 << random.Random(position).randrange(8)
         (folder / name).write_bytes(damaged)
         caplog.clear()
-        assert snapshot.newest(tmp_path).name == "step-00000001"
+        assert newest_checkpoint(tmp_path).name == "step-00000001"
         (record,) = caplog.records
         assert record.levelno == logging.WARNING and "step-00000002: passed over:" in record.getMessage()
     assert "damaged" in pool(1).run(load_error, DYADIC, folder)[0]
     (folder / name).write_bytes(content)
-    assert snapshot.newest(tmp_path) == folder
+    assert newest_checkpoint(tmp_path) == folder
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_missing_and_cut_files_are_found(pool: PoolOf, tmp_path: Path, name: str) -> None:
     folder = pool(1).run(save_after, DYADIC, tmp_path, range(2))[0]
     (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-    assert snapshot.newest(tmp_path).name == "step-00000001"
+    assert newest_checkpoint(tmp_path).name == "step-00000001"
     (folder / name).unlink()
-    assert snapshot.newest(tmp_path).name == "step-00000001"
+    assert newest_checkpoint(tmp_path).name == "step-00000001"
 
 
 def test_all_damaged_is_an_error_and_none_at_all_is_not(pool: PoolOf, tmp_path: Path) -> None:
-    assert snapshot.newest(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     pool(1).run(save_after, DYADIC, tmp_path, range(2))
     for folder in tmp_path.glob("checkpoints/*"):
         (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
-        snapshot.newest(tmp_path)
+        newest_checkpoint(tmp_path)
 
 
 def test_what_can_not_be_read_for_the_moment_is_not_called_damaged(pool: PoolOf, tmp_path: Path) -> None:
@@ -149,9 +150,9 @@ def test_what_can_not_be_read_for_the_moment_is_not_called_damaged(pool: PoolOf,
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors").symlink_to("/proc/self/mem")
         if folder == newest:
-            assert snapshot.newest(tmp_path).name == "step-00000001"
+            assert newest_checkpoint(tmp_path).name == "step-00000001"
     with pytest.raises(UserError, match=r"model.safetensors: can't be read for the moment") as caught:
-        snapshot.newest(tmp_path)
+        newest_checkpoint(tmp_path)
     assert caught.value.transient
 
 
@@ -179,7 +180,7 @@ def wider() -> nn.Module:
 def load_into_wider(folder: Path) -> str:
     engine = training.build(DYADIC, wider())
     with pytest.raises(UserError) as caught:
-        snapshot.load(folder, engine)
+        load_checkpoint(folder, engine)
     engine.close()
     return str(caught.value)
 
@@ -205,17 +206,17 @@ def test_the_newest_stay_and_saving_a_step_again_replaces_it(pool: PoolOf, tmp_p
     assert names() == ["step-00000003", "step-00000004"]
     pool(1).run(save_after, DYADIC, tmp_path, range(3, 4), 1)
     assert names() == ["step-00000004"]
-    assert snapshot.newest(tmp_path).name == "step-00000004"
+    assert newest_checkpoint(tmp_path).name == "step-00000004"
 
 
 def save_on_full_disk(run_dir: Path) -> tuple[str, list[str]]:
     """A file-size limit stands in for the disk: writes beyond it fail half-way, as they do on a full one."""
     engine = training.build(DYADIC)
-    snapshot.save(run_dir, engine, 1, STATE)
+    save_checkpoint(run_dir, engine, 1, STATE)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        snapshot.save(run_dir, engine, 2, STATE)
+        save_checkpoint(run_dir, engine, 2, STATE)
         message = ""
     except UserError as error:
         message = str(error)
@@ -231,7 +232,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_checkpoint(pool: PoolOf
         assert "step-00000002: can't be written" in message and "earlier checkpoints are untouched" in message
         assert left == ["step-00000001"]
     assert results[0] == results[1]
-    assert snapshot.newest(tmp_path).name == "step-00000001"
+    assert newest_checkpoint(tmp_path).name == "step-00000001"
 
 
 def save_for_ever(run_dir: Path, connection: Any) -> None:
@@ -242,11 +243,11 @@ def save_for_ever(run_dir: Path, connection: Any) -> None:
         nn.Parameter(torch.zeros(500_000))
     )  # 4 MB a checkpoint: most of the time goes into writing
     engine = training.build(Case(engine="ddp"), net)
-    found = snapshot.newest(run_dir)
+    found = newest_checkpoint(run_dir)
     step = int(found.name[5:]) if found else 0
     while True:
         step += 1
-        snapshot.save(run_dir, engine, step, STATE, Keep(1))
+        save_checkpoint(run_dir, engine, step, STATE, Keep(1))
         connection.send(step)
 
 
@@ -266,14 +267,14 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, pool: Po
                 reported = ours.recv()
         except EOFError:
             pass
-        found = snapshot.newest(tmp_path)
+        found = newest_checkpoint(tmp_path)
         assert found is not None and int(found.name[5:]) >= reported
 
 
 def export(case: Case, path: Path) -> dict[str, torch.Tensor]:
     engine = training.build(case)
     training.advance(engine, case, range(1))
-    snapshot.export_backbone(engine, path)
+    export_backbone(engine, path)
     model = engine.model_state()
     engine.close()
     return model

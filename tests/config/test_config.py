@@ -499,6 +499,11 @@ def test_a_method_of_plain_dataclasses(recipes: Path, method_file: Callable[[str
 BROKEN_METHODS = {
     "no options": (PLAIN.replace("class Options", "class Settings"), ": must define a dataclass Options"),
     "no dataclass": ("class Options: ...\ndef plan(): ...\n", ": must define a dataclass Options"),
+    "no default": (PLAIN.replace("PositiveInt = 2", "PositiveInt"), ": Options: window must have a default"),
+    "a strange type": (
+        PLAIN.replace("window: PositiveInt", "window: slice"),
+        ": Options: Unable to generate pydantic-core schema for <class 'slice'>",
+    ),
     "no plan": (PLAIN.replace("def plan", "def plans"), ": must define a function plan(network, options)"),
     "an error": (PLAIN + "\nx = y\n", ", line 17: can't be imported: NameError: name 'y' is not defined"),
     "no Python": (PLAIN + "\nx = (\n", ", line 17: can't be imported: '(' was never closed"),

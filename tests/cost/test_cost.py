@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from framework.config import loading
+from framework.cost import readable
 from framework.cost.activations import LiveActivations
 from framework.cost.counting import PlanCost, plan_cost
 from framework.model import recipe_network
@@ -54,6 +56,53 @@ def test_counts_without_values_are_those_of_a_real_step() -> None:
         net(data).loss.backward()
     counted = plan_cost(recipe, networks.CLASSES, 4)
     assert counted.peak_activation_bytes == live.peak == max(u.activation_bytes for u in counted.units)
+
+
+QUICK = "cifar10/dgl_r32_k16_cifar10"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "execution.compile=true",  # compiled kernels would run on tensors that have no values
+        "execution.cuda_graph=true",
+        "faults.nonfinite=skip",
+        "network.sync_bn=true",
+        "method.async_mode=buffer",
+    ],
+)
+def test_what_changes_only_the_execution_changes_no_count(override: str) -> None:
+    assert cost(QUICK, 2, "network.sync_bn=false", override) == cost(QUICK, 2)
+
+
+def test_fp16_is_counted_as_the_other_type_of_two_bytes() -> None:
+    """Its loss scales are read by the host, and these have no values."""
+    assert cost(QUICK, 2, "train.precision=fp16") == cost(QUICK, 2, "train.precision=bf16")
+
+
+@pytest.mark.parametrize("module", [0, 1, 15])
+def test_a_module_that_is_trained_alone_costs_what_it_costs_in_the_whole_plan(module: int) -> None:
+    whole, alone = cost(QUICK), cost(QUICK, 2, "method.async_mode=sequential", f"method.module={module}")
+    assert alone.segments == whole.segments[module : module + 1]
+    assert alone.units == (replace(whole.units[module], first=0, last=0),)
+    assert alone.peak_activation_bytes == whole.units[module].activation_bytes
+    assert alone.end_to_end_activation_bytes == whole.end_to_end_activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("numbers", "units", "shown"),
+    [
+        ([0, 2**19, 2**30 - 2**20], readable.BYTES, ("MiB", ["0.00", "0.50", "1,023.00"])),
+        ([2**29, 3 * 2**30], readable.BYTES, ("GiB", ["0.50", "3.00"])),
+        ([1e6], readable.FLOPS, ("GFLOP", ["0.00"])),
+        ([5e11, 1.25e12], readable.FLOPS, ("TFLOP", ["0.50", "1.25"])),
+    ],
+)
+def test_a_column_has_one_unit_that_can_be_read(
+    numbers: list[float], units: readable.Units, shown: tuple[str, list[str]]
+) -> None:
+    assert readable.column(numbers, units) == shown
+    assert readable.text(1.5 * 2**30, readable.BYTES) == "1.50 GiB"
 
 
 def test_flops_of_resnet_50_are_the_published_ones() -> None:

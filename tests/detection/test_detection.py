@@ -22,10 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from framework import network
-from framework.checkpoints import folder, snapshot
+from framework.checkpoints import folder
+from framework.checkpoints.snapshot import FORMAT
 from framework.detection import conversion, weight_files
-from framework.detection.conversion import Source
+from framework.detection.conversion import Weights
 from framework.detection.layouts import NETWORKS, RESNETS, layout
+from framework.detection.normalization import Normalization, pixels_of
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
@@ -96,7 +98,7 @@ def test_own_networks_keep_every_tensor_apart_and_clear_of_the_box_head(name: st
 def test_the_network_is_found_by_its_tensors(name: str) -> None:
     with torch.device("meta"):
         tensors = network.create(name).state_dict()
-    found = conversion.match(Source("x", {**tensors, "fc.weight": torch.zeros(1)}))
+    found = conversion.match(Weights("x", {**tensors, "fc.weight": torch.zeros(1)}))
     assert found.network == name and len(found.tensors) == len(conversion.expected(name))
     assert found.unused.pop("fc.weight") == "the classifier"
     assert set(found.unused.values()) == {"a step counter"}
@@ -153,7 +155,7 @@ def test_every_kind_of_source_gives_the_same_file(resnet18: dict[str, Tensor], t
     heads = {"heads.0.weight": torch.zeros(3)}
     inside = {f"backbone.{name}": tensor for name, tensor in resnet18.items()} | heads
     run = tmp_path / "run"
-    state = {"format": snapshot.FORMAT, "recipe": OmegaConf.to_yaml(recipe)}
+    state = {"format": FORMAT, "recipe": OmegaConf.to_yaml(recipe)}
     folder.write_files(run / "checkpoints" / "step-00000007", inside, {}, state)
     (run / "recipe.yaml").write_text(OmegaConf.to_yaml(recipe))
     unfinished = conversion.read(run).tensors  # from the checkpoint: nothing is exported yet
@@ -170,6 +172,71 @@ def test_every_kind_of_source_gives_the_same_file(resnet18: dict[str, Tensor], t
         assert sorted(arrays) == sorted(detectron2_names(18))
         assert np.array_equal(arrays["res3.0.shortcut.norm.bias"], resnet18["layer2.0.downsample.1.bias"])
         assert np.array_equal(arrays["stem.conv1.weight"], resnet18["conv1.weight"])
+
+
+OWN = Normalization((0.5, 0.4, 0.3), (0.25, 0.25, 0.2))
+PIXELS = {"PIXEL_MEAN": [127.5, 102.0, 76.5], "PIXEL_STD": [63.75, 63.75, 51.0]}
+
+
+def test_a_runs_own_normalization_goes_along(
+    resnet18: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the run, its checkpoint and its backbone alone, into the file; of others ImageNet's is assumed, aloud."""
+    views = {"mean": list(OWN.mean), "std": list(OWN.std)}
+    recipe = OmegaConf.to_yaml({"network": {"name": "resnet18", "args": {}}, "views": views})
+    run, output = tmp_path / "run", tmp_path / "out.pkl"
+    inside = {f"backbone.{name}": tensor for name, tensor in resnet18.items()}
+    checkpoint = run / "checkpoints" / "step-00000007"
+    folder.write_files(checkpoint, inside, {}, {"format": FORMAT, "recipe": recipe})
+    (run / "recipe.yaml").write_text(recipe)
+    save_file(resnet18, run / "backbone.safetensors", {"format": "pt", "views": json.dumps(views)})
+    for weights in (run, checkpoint, run / "backbone.safetensors"):
+        assert run_tool("convert_to_detectron2", weights, "-o", output) == 0
+        assert pixels_of(output) == PIXELS
+        assert (
+            "normalized by mean [0.5, 0.4, 0.3], std [0.25, 0.25, 0.2]: the file" in capsys.readouterr().out
+        )
+    assert run_tool("convert_to_detectron2", run, "-o", tmp_path / "x.pth", "--to", "mmdet") == 0
+    assert "std [0.25, 0.25, 0.2]: set this in mmdet" in capsys.readouterr().out
+    save_file(resnet18, tmp_path / "elsewhere.safetensors")
+    assert run_tool("convert_to_detectron2", tmp_path / "elsewhere.safetensors", "-o", output) == 0
+    assert pixels_of(output) == {}
+    assert "not known how images were normalized" in capsys.readouterr().out
+    (run / "recipe.yaml").write_text(OmegaConf.to_yaml({"network": {"name": "resnet18", "args": {}}}))
+    assert run_tool("convert_to_detectron2", run, "-o", output) == 0
+    base = yaml.safe_load((RECIPES / "base.yaml").read_text())["MODEL"]
+    assert pixels_of(output) == {key: base[key] for key in PIXELS}
+    assert "normalized" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_a_trained_detector_goes_on_with_its_normalization(tmp_path: Path, order: str) -> None:
+    """Detectron2 writes its configuration beside the weights, in which there are no means."""
+    (tmp_path / "model_final.pth").touch()
+    assert pixels_of(tmp_path / "model_final.pth") == {}
+    model = {key: values[:: 1 if order == "RGB" else -1] for key, values in PIXELS.items()}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"MODEL": model, "INPUT": {"FORMAT": order}}))
+    assert pixels_of(tmp_path / "model_final.pth") == PIXELS
+
+
+def test_weights_that_are_not_used_are_named(
+    resnet18: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    average = {name: tensor + 1 for name, tensor in resnet18.items()}
+    heads = {"heads.0.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}
+    inside = {f"module.backbone.{name}": tensor for name, tensor in resnet18.items()} | heads
+    optimizer = {"state": {}, "param_groups": []}
+    torch.save(
+        {"epoch": 7, "state_dict": inside, "state_dict_ema": average, "optimizer": optimizer},
+        tmp_path / "x.pth",
+    )
+    assert run_tool("convert_to_detectron2", tmp_path / "x.pth", "-o", tmp_path / "x.pkl") == 0
+    said = capsys.readouterr().out
+    assert "not used: 1 (weights beside state_dict, which are taken): state_dict_ema\n" in said
+    assert "not used: 2 (not below backbone): heads.0.weight, fc.bias\n" in said
+    assert "optimizer" not in said and "epoch" not in said
+    arrays = weight_files.read_pickle(tmp_path / "x.pkl")["model"]
+    assert np.array_equal(arrays["stem.conv1.weight"], resnet18["conv1.weight"])
 
 
 def test_other_layouts_load_where_they_belong(resnet18: dict[str, Tensor], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch import nn
 
 from framework import network
 from framework.detection import conversion, weight_files
-from framework.detection.conversion import Match, Source
+from framework.detection.conversion import Match, Weights
 from framework.detection.layouts import NETWORKS, RESNETS, layout
+from framework.detection.normalization import Normalization
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
@@ -62,12 +64,13 @@ def drawn(name: str) -> Match:
             tensor = 0.5 + torch.rand(tensor.shape, generator=generator)
             tensor = tensor - 1 if key.endswith(("bias", "running_mean")) else 0.5 * tensor
         tensors[key] = tensor
-    return conversion.match(Source(name, tensors))
+    return conversion.match(Weights(name, tensors))
 
 
 def written(match: Match, folder: Path) -> Path:
     path = folder / f"{match.network}.pkl"
-    weight_files.write(path, "detectron2", match.network, match.renamed(layout("detectron2", match.network)))
+    tensors = match.renamed(layout("detectron2", match.network))
+    weight_files.write(path, "detectron2", match.network, tensors, match.pixels)
     return path
 
 
@@ -316,7 +319,8 @@ def test_missing_sets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_detector_evaluates_resumes_and_draws(toys: Path, tmp_path: Path) -> None:
     """Two iterations, two more from the checkpoint, evaluation of the result, a picture by it."""
     opts = [*SMALL, "OUTPUT_DIR", str(tmp_path / "run"), "TEST.PRECISE_BN.ENABLED", "False"]
-    weights = ["MODEL.WEIGHTS", str(written(drawn("resnet18"), tmp_path))]
+    own = Normalization((0.5, 0.4, 0.3), (0.25, 0.25, 0.2))
+    weights = ["MODEL.WEIGHTS", str(written(replace(drawn("resnet18"), normalization=own), tmp_path))]
     trainer.run(arguments("toy_coco", [*opts, *weights, "SOLVER.MAX_ITER", "2"]))
     first = torch.load(tmp_path / "run" / "model_final.pth")
     trainer.run(arguments("toy_coco", [*opts, *weights, "SOLVER.MAX_ITER", "4"], resume=True))
@@ -326,6 +330,14 @@ def test_a_detector_evaluates_resumes_and_draws(toys: Path, tmp_path: Path) -> N
 
     (tmp_path / "run" / "result.json").unlink()
     final = ["MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
+    for said in (weights, final):  # the detector normalizes as its backbone was trained
+        model = trainer.Trainer.build_model(trainer.configuration(recipe("toy_coco"), [*opts, *said]))
+        assert model.pixel_mean.flatten().tolist() == [127.5, 102.0, 76.5]
+        assert model.pixel_std.flatten().tolist() == [63.75, 63.75, 51.0]
+    bgr = trainer.configuration(recipe("toy_coco"), [*final, "INPUT.FORMAT", "BGR"]).MODEL
+    assert bgr.PIXEL_MEAN == [76.5, 102.0, 127.5]
+    asked = ["MODEL.PIXEL_MEAN", "[1.0, 2.0, 3.0]"]
+    assert trainer.configuration(recipe("toy_coco"), [*final, *asked]).MODEL.PIXEL_MEAN == [1, 2, 3]
     trainer.run(arguments("toy_coco", [*opts, *final], eval_only=True))
     assert (tmp_path / "run" / "result.json").exists()
     with pytest.raises(UserError, match="would keep its initial value"):

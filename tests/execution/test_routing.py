@@ -15,6 +15,7 @@ from framework.cost.activations import LiveActivations
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.execution.naive import naive_gradients
+from framework.execution.precision import GROWTH_INTERVAL, START, LossScales
 from framework.local import Classifier, LocalUnit, NetworkInfo, Plan
 from framework.local.head import Head, WrappingHead
 from framework.local.methods import dgl
@@ -245,6 +246,22 @@ def test_float16_overflow_halves_the_scale_of_the_heads_above() -> None:
     assert net(data).overflow
     assert net.scales.scale[1] == before[1] / 2
     assert torch.equal(net.scales.scale[2:], before[2:]) and net.scales.scale[0] == before[0]
+
+
+def test_float16_scales_count_optimizer_steps_and_not_micro_batches() -> None:
+    """The first head overflows in the first step; the second head's 2000th clean step is the second one."""
+    scales = LossScales([1.0, 1.0])
+    scales.clean_steps.fill_(GROWTH_INTERVAL - 2)
+    clean, overflow = torch.tensor([False, False]), torch.tensor([True, False])
+    skips = [bool(scales.update(flags, last)) for flags, last in ((overflow, False), (overflow, False))]
+    assert scales.current() == [START, START]  # in mid-step nothing moves
+    skips.append(bool(scales.update(clean, last=True)))
+    assert skips == [True, True, False]
+    assert scales.current() == [START / 2, START]
+    for last in (False, False, True):
+        assert not scales.update(clean, last)
+    assert scales.current() == [START / 2, START * 2]
+    assert scales.clean_steps.tolist() == [1, 0]
 
 
 def test_bfloat16_gradients_are_float32_and_close() -> None:

@@ -29,7 +29,7 @@ from framework.pipeline.scheduling.schedule import (
     SendCotangents,
     SendWeights,
     Walk,
-    program,
+    all_instructions,
     step_instructions,
 )
 from framework.pipeline.scheduling.simulation import Deadlock, Duration, Event, costs_of, simulate
@@ -92,7 +92,7 @@ def test_both_sides_of_every_edge_agree_on_the_order() -> None:
     for layout in layouts():
         sent, received = defaultdict(list), defaultdict(list)
         for stage in range(layout.placement.stages):
-            for instruction in program(layout, stage, STEPS):
+            for instruction in all_instructions(layout, stage, STEPS):
                 where = channel(stage, instruction)
                 message = tuple(v for k, v in instruction.kwargs.items() if k not in ("reader", "owner"))
                 if where and type(instruction).__name__.startswith("Send"):
@@ -108,7 +108,7 @@ def test_nobody_waits_for_ever(ahead: int) -> None:
     for layout in layouts():
         ran = simulate(layout, lambda stage, what: (1 + stage * 7 % 3) * len(what.kwargs), STEPS, ahead)
         for stage, events in enumerate(ran.events):
-            assert [e.instruction for e in events] == list(program(layout, stage, STEPS))
+            assert [e.instruction for e in events] == list(all_instructions(layout, stage, STEPS))
 
 
 def test_a_message_that_never_comes_is_named() -> None:
@@ -117,8 +117,8 @@ def test_a_message_that_never_comes_is_named() -> None:
     mixed = {0: layout, 1: silent}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "framework.pipeline.scheduling.simulation.program",
-            lambda _, stage, steps: program(mixed[stage], stage, steps),
+            "framework.pipeline.scheduling.simulation.all_instructions",
+            lambda _, stage, steps: all_instructions(mixed[stage], stage, steps),
         )
         with pytest.raises(Deadlock, match="stage 0 at ReceiveCotangents"):
             simulate(layout, lambda *_: 1.0, 2)
@@ -161,7 +161,7 @@ def test_memory_is_bounded_by_the_window() -> None:
             continue
         for stage in range(layout.placement.stages):
             alive: set[tuple[int, int]] = set()
-            for instruction in program(layout, stage, 3):
+            for instruction in all_instructions(layout, stage, 3):
                 if isinstance(instruction, Forward):
                     alive.add((instruction.micro_batch, instruction.segment))
                 elif isinstance(instruction, Walk):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.checkpoints import snapshot
+from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.data.packing.digits import CLASSES as DIGITS
 from framework.data.packing.digits import prepare_digits
 from framework.data.packing.writer import write_shards
@@ -173,4 +173,4 @@ def test_the_launcher_leaves_no_process_when_a_stage_is_killed(tmp_path: Path) -
                 os.kill(process, signal.SIGKILL)
     said = (tmp_path / "printed").read_text()
     assert "rank 2 died or can't be reached" in said or "--local_rank=2'" in said.splitlines()[-1]
-    assert snapshot.newest(tmp_path / "run") is not None
+    assert newest_checkpoint(tmp_path / "run") is not None

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +15,10 @@ import torch
 from torch import Tensor
 
 from framework.runtime import distributed
-from framework.runtime.distributed import gather_with_gradient, rank, same_outcome, world_size
+from framework.runtime.distributed import choose_gpus, gather_with_gradient, rank, same_outcome, world_size
 from framework.runtime.errors import UserError
-from framework.runtime.launch import launch_variables
+from framework.runtime.exit_status import EXIT_TRY_AGAIN
+from framework.runtime.launch import LAUNCH_VARIABLES, MPI_VARIABLES, launch_variables, launched_rank
 
 PoolOf = Callable[[int], Any]
 
@@ -56,6 +62,108 @@ def test_a_plain_python_in_a_batch_script_is_alone() -> None:
     """There Slurm sets the job's task count and this process' rank 0, though no task was started."""
     values = launch_variables({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "4711"})
     assert (values["WORLD_SIZE"], values["MASTER_ADDR"]) == ("1", "127.0.0.1")
+
+
+@pytest.fixture
+def task() -> Iterator[Callable[..., str]]:
+    """Starts what srun would start as a task, waiting for input; its SLURM_TASK_PID."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*command: str) -> str:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        started.append(process)
+        words = "\0".join(command).encode()
+        while words not in Path(f"/proc/{process.pid}/cmdline").read_bytes():  # until exec is done
+            time.sleep(0.01)
+        return str(process.pid)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_command_at_the_prompt_of_one_of_several_tasks_is_alone(
+    task: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """``srun --ntasks 8 --pty bash``: the other seven shells have ended, and nobody else would come."""
+    for shell in (["bash"], ["sh", "-i"]):
+        caplog.clear()
+        values = launch_variables({**SLURM, "SLURM_TASK_PID": task(*shell)})
+        assert (values["RANK"], values["WORLD_SIZE"], values["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+        assert "alone: srun started 8 tasks" in caplog.text
+
+
+def test_a_script_of_a_task_is_a_rank(task: Callable[..., str]) -> None:
+    """Every task runs it, whatever starts it and under whatever program."""
+    for command in (["bash", "-c", "read; python train.py"], ["cat", "-"]):
+        values = launch_variables({**SLURM, "SLURM_TASK_PID": task(*command)})
+        assert (values["RANK"], values["WORLD_SIZE"]) == ("5", "8")
+    assert launch_variables({**SLURM, "SLURM_TASK_PID": str(2**30)})["RANK"] == "5"  # of another name space
+
+
+ADDRESS = {"MASTER_ADDR": "alpha", "MASTER_PORT": "29500"}
+MPI = [dict(zip(names, ("3", "4", "1"), strict=True)) for names in MPI_VARIABLES]
+
+
+@pytest.mark.parametrize("variables", MPI, ids=lambda v: next(iter(v)))
+def test_mpirun_says_who_is_who_and_not_where(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = launch_variables({**variables, **ADDRESS})
+    assert [values[name] for name in LAUNCH_VARIABLES] == ["3", "4", "1", "alpha", "29500"]
+    with pytest.raises(UserError, match=r"mpirun has set \w+ and \w+, but MASTER_ADDR is not set") as caught:
+        launch_variables(variables)
+    assert "\n" not in str(caught.value)
+    # A multi-node mpirun starts its helpers by srun, one a node.
+    helper = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    assert launch_variables({**SLURM, **helper, **variables, **ADDRESS})["RANK"] == "3"
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launched_rank() == 3  # which does not repeat what rank 0 says
+
+
+def test_srun_may_set_the_variables_of_pmi_too() -> None:
+    values = launch_variables({**SLURM, "PMI_RANK": "5", "PMI_SIZE": "8"})
+    assert (values["RANK"], values["WORLD_SIZE"], values["MASTER_ADDR"]) == ("5", "8", "alpha")
+    alone = launch_variables({"PMI_RANK": "0", "PMI_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"})
+    assert alone["WORLD_SIZE"] == "1"
+
+
+LONELY = """
+from datetime import timedelta
+from framework.runtime import distributed
+from framework.runtime.command import status
+distributed.JOINING, distributed.SLOW = timedelta(seconds=4), timedelta(seconds=1)
+raise SystemExit(status(distributed.start))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_nobody_joins_says_so_and_gives_up(rank: int) -> None:
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    place["MASTER_PORT"] = launch_variables({})["MASTER_PORT"]  # free
+    done = subprocess.run(
+        [sys.executable, "-c", LONELY],
+        env={**os.environ, **place, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == EXIT_TRY_AGAIN, done.stderr
+    assert f"rank {rank} on " in done.stderr and "still waits for all 2 ranks" in done.stderr
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert f"rank {rank} of 2 can't meet the others at 127.0.0.1:{place['MASTER_PORT']}" in error
+
+
+def test_ranks_take_gpus_that_are_their_own() -> None:
+    """Whether each sees all of its machine, or only its own, as under ``--gpus-per-task``."""
+    assert choose_gpus([("x", i, ["a", "b"]) for i in (0, 1)]) == [0, 1]
+    assert choose_gpus([("x", 0, ["a"]), ("x", 1, ["b"]), ("y", 0, ["c"]), ("y", 1, ["d"])]) == [0] * 4
+    assert choose_gpus([("x", 0, ["a", "b"]), ("x", 1, ["c", "d"]), ("x", 2, ["e", "f"])]) == [0, 1, 0]
+    with pytest.raises(UserError, match=r"ranks 0 and 2 on x would share a GPU, of which it shows them 2"):
+        choose_gpus([("x", i, ["a", "b"]) for i in range(3)])
+    with pytest.raises(UserError, match=r"start one process a GPU .*--gpus-per-task=1"):
+        choose_gpus([("x", 0, ["a"]), ("x", 1, ["a"])])
 
 
 def test_without_start_there_is_one_rank() -> None:

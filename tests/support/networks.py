@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
@@ -95,7 +95,7 @@ GOLDEN = (
 
 
 def network(
-    case: str, name: str = "resnet14", image_size: int = 16, seed: int = 0, **arguments: Any
+    case: str, name: str | nn.Module = "resnet14", image_size: int = 16, seed: int = 0, **arguments: Any
 ) -> LocalNetwork:
     """The network of a case in training mode."""
     method, options, cut = CASES[case]

@@ -14,6 +14,7 @@ from framework.config.recipe import Pipeline
 from framework.data.batch import Batch
 from framework.engines.base import EngineSettings, marked
 from framework.execution import LocalNetwork
+from framework.network import create
 from framework.optim import build_optimizer
 from framework.pipeline.engine import PipelinedEngine
 from framework.pipeline.scheduling.placement import Placement, balanced
@@ -23,10 +24,22 @@ from tests.support import networks
 RATES = (0.02, 0.01, 0.03)
 IMAGES, SIZE = 8, 16
 
+#: label -> timm's name, arguments
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": (
+        "vit_tiny_patch16_224",
+        {"img_size": SIZE, "patch_size": 4, "depth": 4, "embed_dim": 24, "num_heads": 2},
+    ),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": SIZE, "window_size": 2, "depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16},
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained: a case of ``networks``, and in which pieces."""
+    """What is trained: a case of ``networks``, and in which pieces. ``network`` is ResNet-14 or of ``TRANSFORMERS``."""
 
     case: str
     stages: int = 2
@@ -39,6 +52,7 @@ class Run:
     dtype: str = "float64"
     precision: str = "fp32"
     bounds: tuple[int, ...] | None = None
+    network: str = "resnet14"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -62,7 +76,12 @@ class Outcome(NamedTuple):
 
 
 def network(run: Run) -> LocalNetwork:
-    net = networks.network(run.case, image_size=SIZE, precision=run.precision, sync_bn=True)
+    backbone: str | nn.Module = run.network
+    if run.network in TRANSFORMERS:
+        torch.manual_seed(0)
+        name, arguments = TRANSFORMERS[run.network]
+        backbone = create(name, **arguments)
+    net = networks.network(run.case, backbone, image_size=SIZE, precision=run.precision, sync_bn=True)
     if net.scales is not None:
         net.scales.scale.mul_(2.0**-8)  # as after some steps: at first they may overflow
     return net.to(getattr(torch, run.dtype))

@@ -92,9 +92,10 @@ def test_end_to_end_is_one_segment_that_is_compiled_whole(tool: Any, monkeypatch
     assert compiled == [] and eager["ratio_time_naive"] > 0 and eager["speedup"] is None
     quick = bench.row("mlm", settings(compile=True))
     assert compiled == [1, 3] and quick["ratio_time_naive"] is None and quick["speedup"] > 0
-    whole, cut = (bench.build("bp", settings(), 16, at) for at in (1, "block"))
+    peak = tool("benched_steps").peak_activations
+    whole, cut = (tool("benched_steps").build("bp", settings(), 16, at) for at in (1, "block"))
     batch = Batch(torch.randn(4, 3, 16, 16), torch.randint(10, (4,)))
-    assert bench.peak_activations(whole, batch) == bench.peak_activations(cut, batch)
+    assert peak(whole, batch) == peak(cut, batch)
 
 
 def test_the_table_has_the_peak_and_how_much_less_it_is(

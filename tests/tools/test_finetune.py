@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
 import signal
 import subprocess
@@ -10,11 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from framework.config.recipe import Pipeline
+from framework.data.packing.digits import prepare_digits
+from framework.data.packing.writer import write_shards
+from framework.data.shards.index import ShardSet
 from framework.evaluation.run_folder import Run
+from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
+from framework.training.fine_tuning import fine_tuning_recipe
 from tests.support.trained import ROOT
 
 TOOL = ROOT / "tools" / "finetune.py"
@@ -28,9 +33,27 @@ def folder(both_runs: tuple[Path, Path], tmp_path: Path) -> Path:
 
 def test_a_run_of_a_pipeline_is_tuned_on_any_ranks(folder: Path) -> None:
     run = Run.open(folder, ["engine=deepspeed", "pipeline.stages=2", "pipeline.micro_batches=4"])
-    recipe = runpy.run_path(str(TOOL))["_recipe"](run, 0.5, False, ["engine=ddp"])
+    recipe = fine_tuning_recipe(run, 0.5, False, ["engine=ddp"])
     assert recipe.pipeline == Pipeline() and recipe.engine == "ddp"
     assert recipe.train.batch_size > 64
+
+
+def test_the_images_are_those_of_the_overrides(folder: Path, tmp_path: Path) -> None:
+    """Where the run's own are gone, and what depends on their number follows."""
+    run = Run.open(folder, [f"data.path={tmp_path / 'gone'}", "data.prepare=none"])
+    prepare_digits(tmp_path / "digits")
+    few = ShardSet.open(tmp_path / "digits" / "train").take(np.arange(0, 1437, 5))
+    images = ((f"{i}", few.read(i), "png", int(few.labels[i])) for i in range(len(few)))
+    write_shards(images, tmp_path / "few" / "train", None)
+    shutil.copytree(tmp_path / "digits" / "test", tmp_path / "few" / "test")
+    recipe = fine_tuning_recipe(run, 0.5, False, [f"data.path={tmp_path / 'few'}"])
+    half = len(few) / 2
+    assert half / 3 - 5 < recipe.train.batch_size <= half / 3 + 5  # of every class a half, rounded
+    assert recipe.optim.lr == pytest.approx(0.05 * recipe.train.batch_size / 256)
+    assert recipe.data.path == str(tmp_path / "few")
+    with pytest.raises(UserError, match="gone/train: no such folder"):
+        fine_tuning_recipe(run, 0.5, False, [])
+    assert not (folder / "finetune-0.5").exists(), "nothing is trained yet"
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from framework.checkpoints import snapshot
 from framework.checkpoints.folder import FILES, MANIFEST
+from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
 from tests.support.pool import Pool
 from tests.support.ranks import Ranks, Trouble, samples
@@ -130,7 +130,7 @@ def test_a_run_with_trouble_of_every_kind_loses_nothing(tmp_path: Path, undistur
 
 def damage_newest(folder: Path, chance: random.Random) -> None:
     """Flip a bit of one file of the newest checkpoint, or cut it off."""
-    newest = snapshot.newest(folder / "run")
+    newest = newest_checkpoint(folder / "run")
     if newest is None or len(list(newest.parent.glob("step-*"))) < 2:
         return
     file = newest / chance.choice([*FILES, MANIFEST])
@@ -190,7 +190,7 @@ def test_touched_files_save_and_stop(tmp_path: Path) -> None:
         (folder / "stop-now").touch()
         assert ranks.statuses() == [0, 0], ranks.printed
     assert not (folder / "stop-now").exists()
-    newest = snapshot.newest(folder)
+    newest = newest_checkpoint(folder)
     assert newest is not None and int(newest.name[5:]) == steps_done(tmp_path) > saved_at
     assert "the same command goes on from there" in ranks.printed
 
@@ -222,7 +222,7 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end(tmp_path: Path) -> None:
         ranks.until(lambda: steps_done(tmp_path) >= 10)
         fill_disk(ranks, tmp_path)
         assert ranks.statuses() == [EXIT_USAGE, EXIT_USAGE], ranks.printed
-    newest = snapshot.newest(tmp_path / "run")
+    newest = newest_checkpoint(tmp_path / "run")
     assert newest is not None and int(newest.name[5:]) in (8, 16)
     assert "step-00000020: can't be written" in ranks.printed
 

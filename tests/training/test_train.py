@@ -216,6 +216,24 @@ def test_a_run_goes_on_with_as_many_images_as_before_only(tmp_path: Path, pool: 
     assert "it has 11: set data.path, data.train and data.fraction as before" in message
 
 
+def test_the_folder_of_a_run_of_an_earlier_version_goes_on(tmp_path: Path, pool: PoolOf) -> None:
+    """By the recipe that lies in it, whose keys may have old names."""
+    assert pool(1).run(run, arguments(tmp_path, "train.max_steps=2")) == [""]
+    folder = tmp_path / "run"
+    names = {"prepare": "source", "fraction": "share", "neighbors": "neighbours"}
+    names |= {"center": "centre", "grayscale": "greyscale"}
+    text = (folder / "recipe.yaml").read_text()
+    for new, old in names.items():
+        assert text.count(f" {new}: ") == 1
+        text = text.replace(f" {new}: ", f" {old}: ")
+    (folder / "recipe.yaml").write_text(text)
+    assert pool(1).run(run, [str(folder / "recipe.yaml"), "train.max_steps=4"]) == [""]
+    assert len(steps(folder / "metrics.jsonl")) == 4
+    assert loading.load([str(folder / "recipe.yaml")]) == loading.load(
+        arguments(tmp_path, "train.max_steps=4")
+    )
+
+
 BAD = [
     (["network.cut=block", "method.window=7"], "method.window=7: the network has 3 segments, so 1 to 3"),
     (["network.name=resnet9"], "network.name=resnet9: no such network"),
