@@ -21,6 +21,7 @@ CONTEXT = mp.get_context("forkserver")
 # What ranks import: once for all of them, since each is a fork of the server.
 PRELOAD = [
     "framework.train",
+    "framework.training.run",
     "framework.engines.ddp",
     "framework.engines.deepspeed",
     "framework.engines.fsdp",
