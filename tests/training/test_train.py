@@ -167,7 +167,9 @@ class Clock:
 
 def speed_and_memory_with_scores(folder: Path) -> tuple[float, int, int]:
     """What a loop says of both, and the memory that was there before, where each scoring takes 400 MB."""
-    recipe = loading.load(arguments(folder, "engine=ddp", "train.epochs=2", "evaluate.every_epochs=1"))
+    recipe = loading.load(
+        arguments(folder, "engine=ddp", "train.epochs=2", "optim.warmup_epochs=1", "evaluate.every_epochs=1")
+    )
     splits = Splits.open(recipe)
     net = recipe_network(recipe, splits.num_classes)
     clock = Clock()
