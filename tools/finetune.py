@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from framework.analysis.arguments import only_run, told_apart
+from framework.analysis.arguments import folders_and_overrides, only_run
 from framework.config.recipe import Recipe
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--from-scratch", action="store_true", help="without the run's weights, to compare")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    folders, overrides = told_apart(arguments.runs)
+    folders, overrides = folders_and_overrides(arguments.runs)
     if not 0 < arguments.labels <= 1:
         raise UserError(f"--labels {arguments.labels}: must be above 0 and at most 1")
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from framework.analysis.arguments import leave, only_run, parse, run_parser, told_apart
+from framework.analysis.arguments import folders_and_overrides, leave, only_run, parse, run_parser
 from framework.evaluation.linear_protocols import add_arguments, conditions, protocol_of, result_name
 from framework.runtime.command import status
 
@@ -31,7 +31,7 @@ def main() -> None:
     """Evaluate, print, leave ``linear_eval_PRESET.json``, or ``..._cached.json``."""
     parser = run_parser(__doc__)
     add_arguments(parser)
-    _, overrides = told_apart(parser.parse_intermixed_args().runs)
+    _, overrides = folders_and_overrides(parser.parse_intermixed_args().runs)
     arguments = parse(parser)
 
     from framework.evaluation.linear_classifier import check_batch

@@ -23,10 +23,10 @@ def main() -> None:
     arguments = parse(parser)
 
     from framework.analysis.probes import draw_layers, probe_layers
-    from framework.evaluation.run_folder import comparable
+    from framework.evaluation.run_folder import check_comparable
 
     runs = arguments.runs
-    comparable(runs)
+    check_comparable(runs)
     top1 = {}
     with Progress(transient=True) as progress:
         for run in runs:

@@ -1,4 +1,4 @@
-"""What the analyses among the commands in ``tools`` share: arguments, where numbers and pictures go.
+"""What the commands on run folders in ``tools`` share: their arguments, and where numbers and pictures go.
 
 Runs are opened, which takes PyTorch, once the arguments are known to be right.
 """
@@ -39,7 +39,7 @@ def parse(parser: argparse.ArgumentParser, out: str = "analysis") -> argparse.Na
         UserError: as ``open_runs``.
     """
     arguments = parser.parse_intermixed_args()
-    folders, overrides = told_apart(arguments.runs)
+    folders, overrides = folders_and_overrides(arguments.runs)
     from framework.evaluation.run_folder import open_runs
 
     arguments.runs = open_runs(folders, overrides)
@@ -47,7 +47,7 @@ def parse(parser: argparse.ArgumentParser, out: str = "analysis") -> argparse.Na
     return arguments
 
 
-def told_apart(texts: Sequence[str]) -> tuple[list[Path], list[str]]:
+def folders_and_overrides(texts: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Run folders and overrides ``key=value``.
 
     Raises:

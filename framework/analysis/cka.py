@@ -11,7 +11,8 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from framework.analysis.pictures import dress, run_colors, segment_ticks
-from framework.evaluation.run_folder import Run, comparable, maps
+from framework.evaluation.features import segment_outputs
+from framework.evaluation.run_folder import Run, check_comparable
 from framework.runtime.errors import UserError
 
 FEWEST = 4  # images of a batch: the unbiased estimator divides by n - 3
@@ -63,7 +64,7 @@ def run_cka(a: Run, b: Run, images: int | None = None) -> Tensor:
     Raises:
         UserError: the runs can't be compared, a checkpoint is missing, too few images.
     """
-    comparable([a, b])
+    check_comparable([a, b])
     net_a, net_b = a.encoder(), b.encoder()
     cut_a, cut_b = a.segments(net_a), a.segments(net_b)
     shards = a.splits.held_out.subsample(images)
@@ -72,7 +73,7 @@ def run_cka(a: Run, b: Run, images: int | None = None) -> Tensor:
     cka = MinibatchCKA()
     for _, batch, _ in a.splits.eval_loader(shards):
         if len(batch) >= FEWEST:
-            cka.add(maps(net_a, cut_a, batch), maps(net_b, cut_b, batch))
+            cka.add(segment_outputs(net_a, cut_a, batch), segment_outputs(net_b, cut_b, batch))
     return cka.matrix()
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from framework import network
 from framework.config.views import Views
-from framework.evaluation.run_folder import Run, comparable, maps
+from framework.evaluation.features import segment_outputs
+from framework.evaluation.run_folder import Run, check_comparable
 from framework.network import Segment
 from framework.runtime.errors import UserError
 
@@ -33,7 +34,7 @@ def activation_maps(
     Raises:
         UserError: runs of different networks, no such segment or image.
     """
-    comparable(runs)
+    check_comparable(runs)
     splits = runs[0].splits
     for sample in samples:
         if not 0 <= sample < len(splits.held_out):
@@ -47,7 +48,7 @@ def activation_maps(
     for run in runs:
         net = run.encoder()
         segments = _up_to(network.cut(net.backbone), network.cut(net.backbone, "block"), segment)
-        found.append(maps(net, segments, images)[-1].float().abs().mean(1))
+        found.append(segment_outputs(net, segments, images)[-1].float().abs().mean(1))
     return segments[-1].name, _unnormalized(images, runs[0].recipe.views), torch.stack(found).cpu()
 
 

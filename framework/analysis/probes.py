@@ -10,9 +10,9 @@ from torch import Tensor
 
 from framework.analysis.pictures import dress, run_colors, segment_ticks
 from framework.data.shards.index import ShardSet
-from framework.evaluation.features import extract
+from framework.evaluation.features import extract, segment_outputs
 from framework.evaluation.linear_probe import linear_top1
-from framework.evaluation.run_folder import Run, maps
+from framework.evaluation.run_folder import Run
 from framework.execution import LocalNetwork
 from framework.network import Segment
 
@@ -73,9 +73,10 @@ def _outputs(
     widths: list[int] = []
 
     def encode(images: Tensor) -> Tensor:
-        outputs = [x.flatten(1) if flatten else x.float().mean((2, 3)) for x in maps(net, segments, images)]
-        widths[:] = [x.shape[1] for x in outputs]
-        return torch.cat([x.float() for x in outputs], dim=1).cpu()
+        outputs = segment_outputs(net, segments, images)
+        rows = [x.flatten(1).float() if flatten else x.float().mean((2, 3)) for x in outputs]
+        widths[:] = [x.shape[1] for x in rows]
+        return torch.cat(rows, dim=1).cpu()
 
     _, rows, labels = extract(encode, run.splits.eval_loader(shards))
     return rows.split(widths, dim=1), labels.cpu()

@@ -17,7 +17,7 @@ from framework.analysis.pictures import dress, png, run_colors
 from framework.config import loading
 from framework.cost.counting import PlanCost, likely_classes, plan_cost
 from framework.cost.plan_picture import plan_figure
-from framework.evaluation.run_folder import Run, flat
+from framework.evaluation.run_folder import Run, recipe_values
 from framework.tracking.metric_log import read_log
 
 _SIZE = (5.4, 3.5)  # inches: the text of a picture stays legible at the width of a phone
@@ -209,7 +209,7 @@ def _differing(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str
 
 def _settings(run: Run) -> dict[str, str]:
     """The recipe, less what always differs."""
-    values = flat(loading.to_yaml(run.recipe))
+    values = recipe_values(loading.to_yaml(run.recipe))
     return {key: str(value) for key, value in values.items() if key not in ("name", "run_dir")}
 
 

@@ -1,34 +1,28 @@
-"""Tables of results: which runs they ask for, and what is kept of a run that ended."""
+"""Tables of results: their rows, and the runs that they ask for."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
-import statistics
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from framework.analysis.curves import read_losses, read_scores
 from framework.checkpoints.folder import identity_of
 from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.config.schema import Fault, NonNegativeInt, build
 from framework.evaluation.linear_protocols import PLACES, conditions_asked, result_name
-from framework.evaluation.run_folder import flat
+from framework.evaluation.run_folder import recipe_values
 from framework.runtime.errors import UserError
 from framework.tracking.environment import ROOT
-from framework.tracking.metric_log import read_log
 
-POINTS = 50  # of a curve in a log
 PATHS = {"data.path", "data.cache_dir"}  # not logged if the command line gives them
 
 
@@ -55,7 +49,7 @@ class Row:
 
 
 @dataclass
-class EvidenceTable:
+class ResultsTable:
     """A table of results.
 
     Attributes:
@@ -88,7 +82,7 @@ class EvidenceTable:
             raise ValueError(f"linear_eval: {error}") from error
 
     @classmethod
-    def read(cls, path: Path) -> EvidenceTable:
+    def read(cls, path: Path) -> ResultsTable:
         """The table at ``path``.
 
         Raises:
@@ -146,40 +140,68 @@ class RowRun:
         seed: the seed.
         folder: of the run.
         commands: what makes it, one after the other: paths of scripts with arguments.
-        files: what each leaves.
     """
 
     def __init__(
-        self, table: EvidenceTable, row: Row, seed: int, recipe: Path, overrides: list[str], folder: Path
+        self, table: ResultsTable, row: Row, seed: int, recipe: Path, overrides: list[str], folder: Path
     ) -> None:
         self.row, self.seed, self.folder = row, seed, folder
         self._table, self._recipe, self._overrides = table, recipe.resolve(), overrides
         self.commands = self._commands(folder, overrides)
         self._check(loading.load(self.commands[0][1:]))
-        self.files = [folder / "result.json"]
-        if table.linear_eval:
-            self._evaluation = conditions_asked(table.linear_eval)
-            self.files.append(folder / "evidence" / f"{result_name(self._evaluation)}.json")
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """What each command left, as far as they have come; a linear evaluation of something else counts for none."""
+        path = self.folder / "result.json"
+        if not path.exists():
+            return []
+        return [json.loads(path.read_text()), *self._linear_evaluation()]
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do."""
+        return len(self.results) == len(self.commands)
+
+    def shown(self, threads: str) -> list[str]:
+        """The commands without this machine's paths, with the number of threads, on which results depend.
+
+        Args:
+            threads: as the log of the run says; several numbers, if it ran in pieces, are not shown.
+        """
+        folder = Path("runs", *self.folder.parts[-2:])
+        commands = self._commands(
+            folder, [text for text in self._overrides if text.split("=")[0] not in PATHS]
+        )
+        before = [f"OMP_NUM_THREADS={threads}"] if threads.isdigit() else []
+        return [
+            shlex.join([*before, "python", *(text.removeprefix(f"{ROOT}/") for text in command)])
+            for command in commands
+        ]
 
     def _commands(self, folder: Path, overrides: list[str]) -> list[list[str]]:
         settings = [*self._table.overrides, *self.row.overrides, *overrides, f"seed={self.seed}"]
         training = [str(self._recipe), *settings, f"run_dir={folder}"]
         commands = [[str(ROOT / "framework" / "train.py"), *training]]
         if self._table.linear_eval:
-            evaluation = [str(folder), *self._table.linear_eval, "--out", str(folder / "evidence")]
             places = [text for text in overrides if text.split("=")[0] in PLACES]
-            commands.append([str(ROOT / "tools" / "linear_eval.py"), *evaluation, *places])
+            evaluation = [str(folder), *self._table.linear_eval, *places]
+            commands.append([str(ROOT / "tools" / "linear_eval.py"), *evaluation])
         return commands
 
-    @property
-    def results(self) -> list[dict[str, Any]]:
-        """What each command left, as far as they have come; a linear evaluation of something else counts for none."""
-        results = [json.loads(path.read_text()) for path in takewhile(Path.exists, self.files)]
-        if len(results) > 1:
-            wanted = {**self._evaluation, **self._checkpoint}
-            if any(results[1].get(key, value) != value for key, value in wanted.items()):
-                return results[:1]
-        return results
+    def _linear_evaluation(self) -> list[dict[str, Any]]:
+        """The result of the evaluation that the table asks for, of the newest checkpoint; none if there is none."""
+        if not self._table.linear_eval:
+            return []
+        asked = conditions_asked(self._table.linear_eval)
+        wanted = {**asked, **self._checkpoint}
+        for folder in ("analysis", "evidence"):  # the second is that of older versions
+            path = self.folder / folder / f"{result_name(asked)}.json"
+            if path.exists():
+                found = json.loads(path.read_text())
+                if all(found.get(key, value) == value for key, value in wanted.items()):
+                    return [found]
+        return []
 
     @cached_property
     def _checkpoint(self) -> dict[str, str]:
@@ -189,87 +211,6 @@ class RowRun:
                 return identity_of(folder)
         return {}
 
-    @property
-    def ended(self) -> bool:
-        """Whether nothing is left to do."""
-        return len(self.results) == len(self.commands)
-
-    def said(self, key: str) -> str:
-        """What its environment was; all of them, if pieces ran in several."""
-        entries = read_log(self.folder / "metrics.jsonl")
-        said = (str(entry["environment"][key]) for entry in entries if "environment" in entry)
-        return " and ".join(dict.fromkeys(said))
-
-    @cached_property
-    def scores(self) -> dict[str, tuple[list[float], list[float]]]:
-        """Accuracies that were measured during the training: name -> (epochs, per cent)."""
-        return read_scores(self.folder / "metrics.jsonl")
-
-    def losses(self) -> list[tuple[float, dict[str, float]]]:
-        """Mean losses of the units over parts of the training, by the epoch at the end of the part."""
-        losses, epochs = read_losses(self.folder / "metrics.jsonl"), self.results[0]["epochs"]
-        steps = len(losses.steps)
-        ends = sorted({math.ceil(steps * (i + 1) / POINTS) for i in range(POINTS)})
-        parts = [
-            (end, losses.values[start:end].mean(0)) for start, end in zip([0, *ends], ends, strict=False)
-        ]
-        return [
-            (round(epochs * end / steps, 3), dict(zip(losses.units, means.round(4).tolist(), strict=True)))
-            for end, means in parts
-        ]
-
-    def line(self, score: str, log: Path) -> dict[str, Any]:
-        """The line of the CSV: errors and accuracies in per cent, conditions, environment."""
-        result, *evaluation = self.results
-        accuracies = {key: value for key, value in result.items() if "top1" in key}
-        for found in evaluation:
-            accuracies |= {"linear_top1": found["top1"], "linear_top1_random": found["top1_random_encoder"]}
-        during = self.scores[score][1] if score == "test_top1" and score in self.scores else []
-        recipe = loading.load([str(self.folder / "recipe.yaml")])
-        entries = read_log(self.folder / "metrics.jsonl")
-        speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
-        return {
-            "row": self.row.name,
-            "seed": self.seed,
-            "error": round(100 - accuracies[score], 2),
-            "best_error": round(100 - max([*during, accuracies[score]]), 2),
-            "paper_error": self.row.paper,
-            **accuracies,
-            "train_images": result["train_images"],
-            "epochs": result["epochs"],
-            "batch_size": recipe.train.batch_size,
-            "precision": recipe.train.precision,
-            "images_per_second": round(statistics.median(speeds), 2),
-            "device": self.said("device"),
-            "threads": self.said("threads"),
-            "commit": self.said("commit"),
-            "log": str(log),
-        }
-
-    def log(self) -> str:
-        """What is kept of the run, in lines of JSON: settings and results, accuracies, losses."""
-        first = {
-            "commands": self._shown(),
-            "results": self.results,
-            "settings": _settings((self.folder / "recipe.yaml").read_text()),
-        }
-        scores = [{"scores": {key: {"epochs": e, "top1": s}}} for key, (e, s) in self.scores.items()]
-        losses = [{"epoch": epoch, "losses": means} for epoch, means in self.losses()]
-        return "".join(json.dumps(line) + "\n" for line in [first, *scores, *losses])
-
-    def _shown(self) -> list[str]:
-        """The commands without this machine's paths, with the number of threads, on which results depend."""
-        folder = Path("runs", *self.folder.parts[-2:])
-        commands = self._commands(
-            folder, [text for text in self._overrides if text.split("=")[0] not in PATHS]
-        )
-        threads = self.said("threads")
-        before = [f"OMP_NUM_THREADS={threads}"] if threads.isdigit() else []  # not where pieces had several
-        return [
-            shlex.join([*before, "python", *(text.removeprefix(f"{ROOT}/") for text in command)])
-            for command in commands
-        ]
-
     def _check(self, wanted: Recipe) -> None:
         """Raises:
         UserError: the folder holds a run of another recipe.
@@ -277,7 +218,7 @@ class RowRun:
         path = self.folder / "recipe.yaml"
         if not path.exists():
             return
-        there, here = _settings(path.read_text()), _settings(loading.to_yaml(wanted))
+        there, here = settings_of(path.read_text()), settings_of(loading.to_yaml(wanted))
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
                 raise UserError(
@@ -286,6 +227,6 @@ class RowRun:
                 )
 
 
-def _settings(text: str) -> dict[str, Any]:
+def settings_of(text: str) -> dict[str, Any]:
     """A recipe's values by dotted key, but for places."""
-    return {key: value for key, value in flat(text).items() if key not in PLACES}
+    return {key: value for key, value in recipe_values(text).items() if key not in PLACES}

@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 def write_files(
     folder: Path, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]
 ) -> None:
-    """Write a folder that has its name only when all of it is on the disk, in place of one of that name.
+    """Write a checkpoint's folder. It gets its name when all of it is on the disk, and replaces one of that name.
 
     Raises:
         UserError: it can't be written. A folder of that name is untouched, unless it is the swap that failed:

@@ -1,1 +1,1 @@
-"""How good a representation is: features, k-NN, linear evaluation; and the run folders they come from."""
+"""How good a representation is: features, k-NN, linear probe, linear evaluation; and run folders, which they take."""

@@ -5,7 +5,7 @@ The encoder runs in evaluation mode and gets its own modes back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from framework.execution import LocalNetwork
+from framework.network import Segment
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 
@@ -75,6 +76,18 @@ def network_features(net: LocalNetwork, loader: EvalBatches) -> tuple[Tensor, Te
 def pixel_features(loader: EvalBatches) -> tuple[Tensor, Tensor]:
     """As ``network_features``, but the features are the images themselves (N, 3*H*W): what an encoder has to beat."""
     return _on_main(extract(lambda images: images.flatten(1), loader))
+
+
+@torch.no_grad()
+def segment_outputs(net: LocalNetwork, segments: Sequence[Segment], images: Tensor) -> list[Tensor]:
+    """Every segment's output (N, C, H, W) for images (N, 3, S, S), in the network's precision."""
+    outputs = []
+    x = images.to(memory_format=net.layout)
+    with net.autocast(x):
+        for segment in segments:
+            x = segment(x)
+            outputs.append(segment.to_map(x))
+    return outputs
 
 
 @contextmanager

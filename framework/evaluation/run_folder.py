@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -159,7 +158,7 @@ def open_runs(folders: Sequence[Path], overrides: Sequence[str] = ()) -> list[Ru
     return [replace(r, label=str(r.folder)) if labels.count(r.label) > 1 else r for r in runs]
 
 
-def comparable(runs: Sequence[Run]) -> None:
+def check_comparable(runs: Sequence[Run]) -> None:
     """Check that segments of the runs can stand side by side, and that one set of images serves all.
 
     Raises:
@@ -174,7 +173,7 @@ def comparable(runs: Sequence[Run]) -> None:
                 )
 
 
-def flat(recipe: str) -> dict[str, Any]:
+def recipe_values(recipe: str) -> dict[str, Any]:
     """The values of a recipe in YAML by dotted key, as the keys are called now."""
 
     def walk(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -191,15 +190,3 @@ def flat(recipe: str) -> dict[str, Any]:
 def _kind(run: Run) -> tuple[str, str]:
     views, size = run.recipe.views, run.recipe.data.image_size
     return run.recipe.network.name, f"{size} px, mean {views.mean}, std {views.std}, center {views.center:g}"
-
-
-@torch.no_grad()
-def maps(net: LocalNetwork, segments: Sequence[Segment], images: Tensor) -> list[Tensor]:
-    """Every segment's output (N, C, H, W) for images (N, 3, S, S), in the network's precision."""
-    outputs = []
-    x = images.to(memory_format=net.layout)
-    with net.autocast(x):
-        for segment in segments:
-            x = segment(x)
-            outputs.append(segment.to_map(x))
-    return outputs

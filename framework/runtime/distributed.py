@@ -213,14 +213,9 @@ def gather_text(text: str) -> list[str]:
     """Every rank's text, in rank order, on every rank."""
     if world_size() == 1:
         return [text]
-    data = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8).to(device())
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=device()))
-    longest = max(int(size) for size in sizes)
-    padded = nn.functional.pad(data, (0, longest - len(data)))
-    texts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(texts, padded)
-    return [bytes(t[: int(n) - 1].tolist()).decode() for t, n in zip(texts, sizes, strict=True)]
+    texts: list[Any] = [None] * world_size()
+    dist.all_gather_object(texts, text)
+    return texts
 
 
 def gather_tensors(mine: dict[str, Tensor]) -> dict[str, Tensor]:

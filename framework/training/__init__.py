@@ -1,1 +1,1 @@
-"""The training loop, where it goes on, and what it leaves."""
+"""The training loop, how a run resumes, the results that it writes, and fine-tuning."""

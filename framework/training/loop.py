@@ -22,7 +22,7 @@ from framework.config.recipe import Recipe
 from framework.data.batch import Batch
 from framework.data.loading.loader import TrainLoader
 from framework.engines import Engine, StepResult
-from framework.evaluation.run_folder import flat
+from framework.evaluation.run_folder import recipe_values
 from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate
 from framework.runtime import distributed
@@ -60,7 +60,7 @@ class Position:
 
 
 class Pending(NamedTuple):
-    """A step that is done here; its losses, and what was asked for, may still be on their way."""
+    """A step that is launched. Its losses, and requests made meanwhile, are read up to ``engine.lag`` steps later."""
 
     step: int
     lr: float
@@ -105,16 +105,19 @@ class Loop:
         self.saver = Saver(self.run_dir, keep)
 
     def run(self, alive: Callable[[int], None] = lambda steps: None) -> Request:
-        """Train until the end, or until somebody asks to stop; which of them the answer says.
+        """Train until the end, or until somebody asks to stop.
 
         Args:
             alive: called after each step with the number of those done.
+
+        Returns:
+            What was asked for; below ``STOP`` the run has come to its end.
 
         Raises:
             UserError: a loss that is not finite, data that can't be read, a last checkpoint that can't be written.
         """
         start = self.position.step
-        under_way: deque[Pending] = deque()
+        pending: deque[Pending] = deque()
         request = Request.NOTHING
         with (
             Requests(self.run_dir) as requests,
@@ -124,10 +127,10 @@ class Loop:
         ):
             for step, batches in enumerate(self._batches(start), start):
                 request = Request.NOTHING
-                under_way.append(self._step(step, batches, requests))
+                pending.append(self._step(step, batches, requests))
                 due = self._checkpoint_due()
-                while len(under_way) > (0 if due or self._score_due() or request else self.engine.lag):
-                    request = max(request, self._read(under_way.popleft(), logs, progress))
+                while len(pending) > (0 if due or self._score_due() or request else self.engine.lag):
+                    request = max(request, self._read(pending.popleft(), logs, progress))
                 alive(self.position.step)
                 if request or due:
                     self.save()
@@ -147,7 +150,7 @@ class Loop:
             return max(request, last)
 
     def save(self) -> None:
-        """Begin to write a checkpoint of this moment; collective."""
+        """Begin to write a checkpoint of the current step; all ranks must call it."""
         self.position.broken = self.broken_before + distributed.sum_over_ranks(self.loader.skipped)
         self.position.images, self.position.seconds = self.speed.images, self.speed.seconds
         self.position.peak_memory_bytes = self.memory.bytes
@@ -195,7 +198,7 @@ class Loop:
         return Pending(step, lr, result, requests.ask())
 
     def _read(self, pending: Pending, logs: Logs | None, progress: Progress) -> Request:
-        """Take in a step that is done everywhere; what was asked for meanwhile."""
+        """Log a step, and check its losses; returns what people have asked for."""
         step, lr, result, answer = pending
         losses = dict(zip(self.units, result.losses(), strict=True))
         speed = self.speed.step(self.recipe.train.batch_size)
@@ -205,11 +208,11 @@ class Loop:
                 step, epoch=epoch, lr=lr, losses=losses, images_per_second=speed, skipped=result.skipped
             )
         progress.update(step, epoch, losses, speed)
-        self._judge(step, losses, result.skipped)
+        self._check_finite(step, losses, result.skipped)
         return answer()
 
-    def _judge(self, step: int, losses: dict[str, float], skipped: bool) -> None:
-        """Note a good step; let a bad one pass, or stop.
+    def _check_finite(self, step: int, losses: dict[str, float], skipped: bool) -> None:
+        """Count a step whose loss or gradient is not finite, and stop where the recipe says so.
 
         Raises:
             UserError: a loss that is not finite and may not be skipped; too many steps that were.
@@ -279,7 +282,7 @@ class Loop:
         return nullcontext()
 
     def _say_that_all_is_done(self, recipe: Path) -> None:
-        made, asked = flat(recipe.read_text()), flat(loading.to_yaml(self.recipe))
+        made, asked = recipe_values(recipe.read_text()), recipe_values(loading.to_yaml(self.recipe))
         changed = [key for key in made.keys() & asked.keys() if made[key] != asked[key]]
         without_effect = f"; of no effect on them: {', '.join(sorted(changed))}" if changed else ""
         print(f"all steps are made, by the settings in {recipe}{without_effect}", flush=True)

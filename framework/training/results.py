@@ -1,4 +1,4 @@
-"""What a finished run leaves: scores beside their baselines, the loss curves, the backbone."""
+"""The results of a finished run: scores beside their baselines, loss curves, the backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run goes on, and whether it may under this number of ranks."""
+"""How a run resumes: from which checkpoint, and whether it may with this batch and number of ranks."""
 
 from __future__ import annotations
 

@@ -18,8 +18,9 @@ from framework.analysis.feature_maps import activation_maps, breadth
 from framework.analysis.memory_tables import PUBLISHED, published_recipe, stage_shares
 from framework.analysis.probes import probe_layers
 from framework.data.loading.sample_order import balanced
+from framework.evaluation.features import segment_outputs
 from framework.evaluation.linear_probe import linear_probe, linear_top1
-from framework.evaluation.run_folder import Run, comparable, maps, open_runs
+from framework.evaluation.run_folder import Run, check_comparable, open_runs
 from framework.runtime.errors import UserError
 
 
@@ -148,7 +149,7 @@ def test_feature_maps_are_mean_absolute_activations(both_runs: tuple[Path, Path]
     splits = runs[0].splits
     ((_, batch, _),) = splits.eval_loader(splits.test.take(np.array([0, 5])))
     net = runs[1].encoder()
-    expected = maps(net, runs[1].segments(net), batch)[1].abs().mean(1)
+    expected = segment_outputs(net, runs[1].segments(net), batch)[1].abs().mean(1)
     torch.testing.assert_close(values[1], expected.flip(0))
     torch.testing.assert_close(images, (batch.flip(0) * 0.5 + 0.5))
     one_spot = torch.zeros(1, 1, 4, 4)
@@ -187,14 +188,14 @@ def test_bad_input_is_one_clear_line(both_runs: tuple[Path, Path], tmp_path: Pat
 
 def test_runs_of_different_networks_or_images_are_not_compared(both_runs: tuple[Path, Path]) -> None:
     loco, gim = open_runs(both_runs)
-    comparable([loco, gim])
+    check_comparable([loco, gim])
     larger = Run.open(both_runs[1], ["network.name=resnet14"])
     with pytest.raises(UserError, match=r"same network.name: .*loco has resnet8, .*gim resnet14"):
         run_cka(loco, larger)
     with pytest.raises(UserError, match="does not fit resnet14: Missing key"):
         larger.encoder()
     with pytest.raises(UserError, match=r"same images: .*8 px.*16 px"):
-        comparable([loco, Run.open(both_runs[1], ["data.image_size=16"])])
+        check_comparable([loco, Run.open(both_runs[1], ["data.image_size=16"])])
 
 
 def test_a_missing_checkpoint_is_named(both_runs: tuple[Path, Path], tmp_path: Path) -> None:

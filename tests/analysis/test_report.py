@@ -141,6 +141,7 @@ def test_timm_loads_the_export(both_runs: tuple[Path, Path], tmp_path: Path) -> 
     with pytest.raises(UserError, match="torchvision has no resnet8"):
         export.export_torchvision(run, backbone, tmp_path / "x")
     card = export.model_card(run)
+    assert "less the mean [0.5, 0.5, 0.5],\ndivided by [0.5, 0.5, 0.5]" in card
     assert "resnet8 trained with loco" in card and "knn_top1:" in card and "temperature: 0.5" in card
 
 

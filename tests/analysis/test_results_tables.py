@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from framework.analysis.results_tables import EvidenceTable, Row, RowRun
+from framework.analysis import results_records
+from framework.analysis.results_tables import ResultsTable, Row, RowRun
 from framework.checkpoints.folder import identity_of, write_files
 from framework.config import loading
 from framework.runtime.errors import UserError
@@ -51,7 +52,7 @@ def table(folder: Path, *more: str) -> Path:
     return path
 
 
-def evidence(*arguments: str) -> object:
+def reproduce(*arguments: str) -> object:
     """Exit status of the tool."""
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -74,11 +75,11 @@ def test_a_row_is_stopped_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(run)
     arguments = [str(path), f"data.path={tmp_path / 'digits'}", "--runs", str(tmp_path / "runs")]
     threading.Thread(target=terminate_after, args=(7, tmp_path), daemon=True).start()
-    assert evidence(*arguments) == EXIT_TRY_AGAIN
+    assert reproduce(*arguments) == EXIT_TRY_AGAIN
     assert 7 <= len(losses(tmp_path)) < 60 and not (run / "result.json").exists()
     assert list(path.parent.iterdir()) == [path]
     for _ in range(2):  # nothing is left to do the second time
-        assert evidence(*arguments) == 0
+        assert reproduce(*arguments) == 0
         assert len(losses(tmp_path)) == 60 and starts(tmp_path) == 2
     result = json.loads((run / "result.json").read_text())
     (written,) = path.parent.glob("digits-*.csv")
@@ -100,10 +101,9 @@ def test_a_row_is_stopped_and_goes_on(tmp_path: Path) -> None:
     written.write_text(elsewhere)
     two = json.loads(path.read_text())
     two["rows"].insert(0, {"name": "Elsewhere", "recipe": str(ROOT / "recipes" / "quickstart.yaml")})
-    found = EvidenceTable(two["title"], two["score"], [Row(**row) for row in two["rows"]])
-    ended = EvidenceTable.read(path).runs(path, tmp_path / "runs", arguments[1:2])
-    tool = runpy.run_path(str(ROOT / "tools" / "reproduce.py"))
-    assert [row["row"] for row in tool["write_down"](path, found, ended)] == ["Elsewhere", "DGL* K=2"]
+    found = ResultsTable(two["title"], two["score"], [Row(**row) for row in two["rows"]])
+    ended = ResultsTable.read(path).runs(path, tmp_path / "runs", arguments[1:2])
+    assert [row["row"] for row in results_records.write_down(path, found, ended)] == ["Elsewhere", "DGL* K=2"]
     assert [row["row"] for row in csv.DictReader(written.open())] == ["Elsewhere", "DGL* K=2"]
     during = log[1]["scores"]["test_top1"]
     assert during["epochs"] == [6.0]
@@ -128,18 +128,18 @@ def finish(run: RowRun) -> None:
     (run.folder / "result.json").write_text(json.dumps(result))
 
 
-def named(path: Path, *names: str, **more: Any) -> EvidenceTable:
+def named(path: Path, *names: str, **more: Any) -> ResultsTable:
     """Write and read a table with such rows."""
     table(path.parent.parent)
     (row,) = json.loads(path.read_text())["rows"]
     rows = [row | {"name": name} for name in names]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": rows} | more))
-    return EvidenceTable.read(path)
+    return ResultsTable.read(path)
 
 
-def write_down(path: Path, found: EvidenceTable, ended: list[RowRun]) -> list[str]:
+def write_down(path: Path, found: ResultsTable, ended: list[RowRun]) -> list[str]:
     """Rows of the CSV after it is written."""
-    runpy.run_path(str(ROOT / "tools" / "reproduce.py"))["write_down"](path, found, ended)
+    results_records.write_down(path, found, ended)
     return [line["row"] for line in csv.DictReader((path.parent / "digits-cpu.csv").open())]
 
 
@@ -158,7 +158,7 @@ def test_rows_that_cannot_go_on_do_not_hinder_others(
         for name in ("locked", "locked-too-as-it-is"):
             lock = locks.enter_context((tmp_path / "digits" / f".{name}-seed0.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-        assert evidence(str(path), "--runs", str(tmp_path)) == EXIT_USAGE
+        assert reproduce(str(path), "--runs", str(tmp_path)) == EXIT_USAGE
         said = capfd.readouterr().err
         places = [
             said.index(f"digits/{name}-seed0: {what}")
@@ -173,10 +173,10 @@ def test_rows_that_cannot_go_on_do_not_hinder_others(
         assert [line["row"] for line in csv.DictReader(written.open())] == ["Ended"]
         written.unlink()
         some = [str(path), "--runs", str(tmp_path), "--rows"]
-        assert evidence(*some, "Locked too, as it is,Locked") == EXIT_TRY_AGAIN
+        assert reproduce(*some, "Locked too, as it is,Locked") == EXIT_TRY_AGAIN
     assert "0 of 2 runs have ended" in capfd.readouterr().out and written.exists()
-    assert evidence(*some, "ended") == 0
-    assert evidence(*some, "Ended,Lock") == EXIT_USAGE
+    assert reproduce(*some, "ended") == 0
+    assert reproduce(*some, "Ended,Lock") == EXIT_USAGE
     known = "locked, fails, locked-too-as-it-is, ended"
     assert capfd.readouterr().err == f"error: --rows: no row 'Lock'; the table has {known}\n"
 
@@ -185,12 +185,12 @@ def test_nothing_is_started_shortly_before_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = table(tmp_path)
-    (run,) = EvidenceTable.read(path).runs(path, tmp_path, [f"data.path={tmp_path / 'digits'}"])
+    (run,) = ResultsTable.read(path).runs(path, tmp_path, [f"data.path={tmp_path / 'digits'}"])
     tool = runpy.run_path(str(ROOT / "tools" / "reproduce.py"))
     before = time.monotonic()
     assert tool["work"]([run], before + 15) == EXIT_TRY_AGAIN
     assert time.monotonic() - before < 10 and not run.folder.exists()
-    assert evidence(str(path), "--minutes", "1") == 2
+    assert reproduce(str(path), "--minutes", "1") == 2
     assert "--minutes 1: must be above 1.08" in capsys.readouterr().err
 
 
@@ -200,11 +200,11 @@ def test_a_command_in_a_log_lacks_paths_alone(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = table(tmp_path, "data.workers=0")
-    found = EvidenceTable.read(path)
+    found = ResultsTable.read(path)
     found.score, found.linear_eval = "linear_top1", ["--preset", "moco"]
     (run,) = found.runs(path, Path(runs), ["data.path=/images", "optim.lr=0.1", "data.workers=1"])
     finish(run)
-    training, evaluation = json.loads(run.log().splitlines()[0])["commands"]
+    training, evaluation = json.loads(results_records.Record(run).text().splitlines()[0])["commands"]
     short = json.loads(path.read_text())["overrides"]
     assert training == (
         f"OMP_NUM_THREADS=3 python framework/train.py recipes/quickstart_mlaan.yaml {' '.join(short)} "
@@ -213,8 +213,7 @@ def test_a_command_in_a_log_lacks_paths_alone(
     assert "data.workers=0" in short
     folder = "runs/digits/dglstar-k-2-seed0"
     assert evaluation == (
-        f"OMP_NUM_THREADS=3 python tools/linear_eval.py {folder} --preset moco --out {folder}/evidence "
-        "data.workers=1"
+        f"OMP_NUM_THREADS=3 python tools/linear_eval.py {folder} --preset moco data.workers=1"
     )
 
 
@@ -222,12 +221,12 @@ def test_a_linear_evaluation_of_something_else_is_made_again(tmp_path: Path) -> 
     path = table(tmp_path)
 
     def ended(*arguments: str) -> bool:
-        found = EvidenceTable.read(path)
+        found = ResultsTable.read(path)
         found.score, found.linear_eval = "linear_top1", ["--preset", "simclr", *arguments]
         (run,) = found.runs(path, tmp_path, ["data.path=/images"])
         return run.ended
 
-    found = EvidenceTable.read(path)
+    found = ResultsTable.read(path)
     (run,) = found.runs(path, tmp_path, ["data.path=/images"])
     finish(run)
     write_files(run.folder / "checkpoints" / "step-00000002", {"w": torch.zeros(1)}, {}, {})
@@ -247,6 +246,13 @@ def test_a_linear_evaluation_of_something_else_is_made_again(tmp_path: Path) -> 
     assert not ended()
     shutil.rmtree(run.folder / "checkpoints")
     assert ended()
+    # Newer versions leave it in another folder, which counts first.
+    evaluation = run.folder / "analysis" / "linear_eval_simclr.json"
+    write_result(evaluation, old | {"top1": 50.0, "lr": 0.2})
+    assert ended() and ended("--lr", "0.2")
+    found.score, found.linear_eval = "linear_top1", ["--preset", "simclr", "--lr", "0.2"]
+    (run,) = found.runs(path, tmp_path, ["data.path=/images"])
+    assert run.results[1]["top1"] == 50.0
 
 
 @pytest.mark.slow
@@ -258,7 +264,7 @@ def test_a_table_asks_for_another_linear_evaluation(tmp_path: Path) -> None:
     for epochs in ("2", "2", "3"):
         asked = ["--preset", "simclr", "--cached", "--batch-size", "64", "--epochs", epochs]
         named(path, "A", score="linear_top1", linear_eval=asked, overrides=short)
-        assert evidence(*arguments) == 0
+        assert reproduce(*arguments) == 0
         (log,) = path.parent.glob("logs/*/a-seed0.jsonl")
         results.append(json.loads(log.read_text().splitlines()[0])["results"][1])
     assert [result["epochs"] for result in results] == [2, 2, 3]
@@ -317,12 +323,12 @@ def test_two_that_write_down_at_once_lose_no_line(tmp_path: Path) -> None:
 
 def test_a_run_of_other_settings_is_not_taken_for_the_rows(tmp_path: Path) -> None:
     path = table(tmp_path)
-    (run,) = EvidenceTable.read(path).runs(path, tmp_path, ["data.path=a"])
+    (run,) = ResultsTable.read(path).runs(path, tmp_path, ["data.path=a"])
     run.folder.mkdir(parents=True)
     (run.folder / "recipe.yaml").write_text(loading.to_yaml(loading.load(run.commands[0][1:])))
-    EvidenceTable.read(path).runs(path, tmp_path, ["data.path=b"])  # the images may lie elsewhere
+    ResultsTable.read(path).runs(path, tmp_path, ["data.path=b"])  # the images may lie elsewhere
     with pytest.raises(UserError, match=r"recipe.yaml: optim.lr is 0.2 there and 0.3 in the table: remove"):
-        EvidenceTable.read(path).runs(path, tmp_path, ["data.path=a", "optim.lr=0.3"])
+        ResultsTable.read(path).runs(path, tmp_path, ["data.path=a", "optim.lr=0.3"])
 
 
 @pytest.mark.parametrize(
@@ -342,13 +348,13 @@ def test_a_wrong_table_is_one_line(tmp_path: Path, text: str, message: str) -> N
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=f"wrong.yaml: .*{message}"):
-        EvidenceTable.read(path)
+        ResultsTable.read(path)
 
 
 @pytest.mark.parametrize("path", TABLES, ids=[path.stem for path in TABLES])
 def test_every_table_is_sound_and_its_name_says_its_conditions(path: Path) -> None:
     """Epochs, batch and number of images as in the name; nothing but the method differs between rows."""
-    found = EvidenceTable.read(path)
+    found = ResultsTable.read(path)
     recipes = [
         loading.load([*run.commands[0][1:], "data.path=x"]) for run in found.runs(path, Path("runs"), [])
     ]

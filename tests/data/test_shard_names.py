@@ -185,6 +185,15 @@ def test_a_path_that_names_shards_says_which_keys_do(tmp_path, name):
         )
 
 
+def test_splits_of_other_names_are_listed(tmp_path):
+    tree(tmp_path, {"Train/a-0.tar": shard(0), "VAL/a-0.tar": shard(9)})
+    with pytest.raises(
+        UserError, match=r"/train: no such folder; .* has shards in Train, VAL: set data.train to one"
+    ):
+        opened(tmp_path)
+    assert len(opened(tmp_path, train="Train", test="VAL").held_out) == 4
+
+
 def test_images_in_place_of_shards_say_what_packs_them(tmp_path):
     with pytest.raises(UserError, match=r"train: holds no shards \(\*.tar\); images become shards by tools/"):
         opened(tree(tmp_path, photographs()))

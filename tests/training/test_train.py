@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from framework.checkpoints.folder import read_files, write_files
@@ -57,6 +58,9 @@ def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
     assert 98 < result["knn_top1_pixels"] < 99
     for picture in ("loss_curves.png", "neighbors.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    with safe_open(folder / "backbone.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["network"] == "resnet8" and json.loads(about["views"])["mean"] == [0.5, 0.5, 0.5]
     again = loading.load([str(folder / "recipe.yaml")])
     assert again == loading.load(argv)
     backbone = timm.create_model(
@@ -163,7 +167,9 @@ class Clock:
 
 def speed_and_memory_with_scores(folder: Path) -> tuple[float, int, int]:
     """What a loop says of both, and the memory that was there before, where each scoring takes 400 MB."""
-    recipe = loading.load(arguments(folder, "engine=ddp", "train.epochs=2", "evaluate.every_epochs=1"))
+    recipe = loading.load(
+        arguments(folder, "engine=ddp", "train.epochs=2", "optim.warmup_epochs=1", "evaluate.every_epochs=1")
+    )
     splits = Splits.open(recipe)
     net = recipe_network(recipe, splits.num_classes)
     clock = Clock()
@@ -173,7 +179,9 @@ def speed_and_memory_with_scores(folder: Path) -> tuple[float, int, int]:
         clock.now += 1000
         return {}
 
-    loop = Loop(recipe, build_engine(recipe, net), splits.train_loader(2), Position(), score)
+    loop = Loop(
+        recipe, build_engine(recipe, net, splits.num_classes), splits.train_loader(2), Position(), score
+    )
     loop.speed = Throughput(clock=clock)
 
     def tick(steps: int) -> None:
