@@ -179,7 +179,9 @@ def speed_and_memory_with_scores(folder: Path) -> tuple[float, int, int]:
         clock.now += 1000
         return {}
 
-    loop = Loop(recipe, build_engine(recipe, net), splits.train_loader(2), Position(), score)
+    loop = Loop(
+        recipe, build_engine(recipe, net, splits.num_classes), splits.train_loader(2), Position(), score
+    )
     loop.speed = Throughput(clock=clock)
 
     def tick(steps: int) -> None:
