@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from framework.config import loading
-from framework.data.places import check_train_folder
+from framework.data.split_paths import check_train_folder
 from framework.runtime.command import status
 
 

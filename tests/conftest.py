@@ -28,8 +28,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for all default tests or all long ones; whatever was picked runs in this one."""
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return 2 if everything and config.option.markexpr in (_default(config), "slow") else 0
+
+
+def _default(config: pytest.Config) -> str:
+    """The expression by which the default run selects."""
+    addopts = config.getini("addopts")
+    return str(addopts[addopts.index("-m") + 1])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.option.markexpr.startswith("not slow"):
+    if config.option.markexpr == _default(config):
         terminalreporter.write_line(
             "Left out: the long tests (uv run pytest -m slow) and those marked soak, slurm and detectron2; "
             "tests/README.md says what they need. .ci/run runs all that CI does."

@@ -74,7 +74,7 @@ def commands(path: Path) -> Iterator[list[str]]:
         text = BLOCK.sub(
             lambda found: "" if found[1] else re.sub("^", "    ", found[2], flags=re.M), path.read_text()
         )
-    text = text.replace("\\\n", " ")
+    text = re.sub(r"\\\n\s*", "", text)
     for line in text.splitlines():
         shown = [line] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
         for code in shown:
@@ -259,11 +259,14 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def numbered(path: Path, text: str, target: str) -> int:
-    """The line that begins with what the link's text says, in the file that it leads to."""
-    file, start = (path.parent / target.partition("#")[0]).resolve(), text.strip("`")
-    found = [number for number, line in enumerate(file.read_text().splitlines(), 1) if start in line]
-    assert found, f"{name(path)}: no line of {name(file)} has {start}"
-    return found[0]
+    """The line of what the link's text names, in its file: the definition, or else the first mention."""
+    file, named = (path.parent / target.partition("#")[0]).resolve(), re.escape(text.strip("`"))
+    lines = file.read_text().splitlines()
+    for pattern in (rf"(def |class )?{named}\b", rf"(def |class )?{named}", rf".*{named}"):
+        for number, line in enumerate(lines, 1):
+            if re.match(pattern, line.strip()):
+                return number
+    raise AssertionError(f"{name(path)}: no line of {name(file)} has {text}")
 
 
 def test_links_to_a_line_lead_to_the_definition_they_name() -> None:

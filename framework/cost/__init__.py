@@ -1,1 +1,1 @@
-"""What a plan costs, counted without running it."""
+"""Parameters, FLOPs and activations of a plan, counted without computing."""

@@ -1,4 +1,4 @@
-"""Count the activations that autograd keeps alive: exact on any machine, where an allocator's peak is not."""
+"""Bytes of the tensors that autograd saves: the same on any machine, unlike the peak of an allocator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LiveActivations:
-    """Context in which every tensor that autograd saves is counted as long as its graph lives.
+    """Inside ``with``, counts every tensor that autograd saves, for as long as a graph refers to it.
 
     Tensors that share storage count once; weights and buffers don't count.
 
@@ -18,8 +18,8 @@ class LiveActivations:
         ignore: tensors that are alive anyway: parameters, buffers, the images.
 
     Attributes:
-        now: bytes alive at this moment.
-        peak: the most bytes alive at once.
+        now: bytes saved at this moment.
+        peak: largest ``now`` so far.
     """
 
     def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
@@ -47,7 +47,7 @@ class LiveActivations:
             self.peak = max(self.peak, self.now)
 
     def release(self, tensor: Tensor) -> None:
-        """A graph node that had saved this tensor is gone."""
+        """A graph node that had saved this tensor was freed."""
         key = _storage(tensor)
         if key in self._ignore:
             return
@@ -58,7 +58,7 @@ class LiveActivations:
 
 
 class _Saved:
-    """What a graph node holds instead of the tensor; dies with the node."""
+    """What a graph node refers to in place of the tensor; freed with the node."""
 
     def __init__(self, tensor: Tensor, count: LiveActivations) -> None:
         self.tensor, self._count = tensor, count

@@ -1,4 +1,4 @@
-"""What a plan costs, counted without running it: parameters, FLOPs and the activations that autograd keeps.
+"""Parameters, FLOPs and saved activations of a plan.
 
 Counted on PyTorch's fake tensors, which have shapes and no values: ResNet-152 at the recipe's batch takes
 seconds and no memory.
@@ -73,7 +73,7 @@ class PlanCost:
         segments: in forward order.
         units: in the plan's order.
         images: in the micro-batch that was counted, all views together.
-        peak_activation_bytes: most that autograd holds at once in a routed step.
+        peak_activation_bytes: most that autograd holds at once in a training step.
         end_to_end_activation_bytes: the same with one loss on top of the network.
         memory_saving: end-to-end / this plan, as in LoCo Table 7.
     """
@@ -111,12 +111,12 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
 
 
 def likely_classes(recipe: Recipe) -> int:
-    """As many as the recipe says, else those of ImageNet: its images are not looked at."""
+    """Number of classes that the recipe says, or else ImageNet's: no data is opened."""
     return 10 if recipe.data.prepare == "digits" else recipe.data.num_classes or 1000
 
 
 def peak_bytes(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]:
-    """``peak_activation_bytes`` and ``end_to_end_activation_bytes`` of a ``PlanCost`` alone, much sooner."""
+    """``peak_activation_bytes`` and ``end_to_end_activation_bytes`` of a ``PlanCost``, at a fraction of its time."""
     net, whole_net = _networks(recipe, num_classes)
     with FakeTensorMode() as mode:
         return _peaks(net, whole_net, mode, images, recipe.data.image_size)

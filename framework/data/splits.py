@@ -13,11 +13,11 @@ from framework.config.recipe import Data, Recipe
 from framework.data.loading.loader import EvalLoader, TrainLoader
 from framework.data.loading.sample_order import AHEAD, balanced
 from framework.data.packing.digits import prepare_digits
-from framework.data.places import check_path, check_split, place
 from framework.data.shards.index import ShardSet
 from framework.data.shards.labels import are_identifiers
 from framework.data.shards.remote import open_remote
 from framework.data.shards.store import Store, is_url
+from framework.data.split_paths import check_path, check_split, split_path
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 
@@ -127,7 +127,7 @@ class Splits:
 
 
 def _open(data: Data, split: str) -> ShardSet:
-    folder, pattern = place(data, split)
+    folder, pattern = split_path(data, split)
     if is_url(data.path):
         return open_remote(folder, Path(data.cache_dir), round(data.cache_gb * 1e9), pattern)
     check_split(data, split)
@@ -141,7 +141,7 @@ def _open_test(data: Data) -> ShardSet | None:
 
 
 def _exists(data: Data, split: str) -> bool:
-    folder, _ = place(data, split)
+    folder, _ = split_path(data, split)
     return Store(folder).exists() if is_url(data.path) else Path(folder).exists()
 
 

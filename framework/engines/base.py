@@ -1,4 +1,4 @@
-"""What every engine does around its own way of averaging gradients."""
+"""The interface of engines, and what they share."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class StepResult(NamedTuple):
 class Engine(Protocol):
     """Runs a network on every rank as if one process saw the whole batch.
 
-    States are canonical: full CPU tensors by parameter name, on rank 0 and empty elsewhere when read, given
-    to every rank when loaded. So they move between engines, ZeRO stages and numbers of ranks. Reading and
-    loading are collective.
+    States are full CPU tensors by parameter name, whatever the engine shards, so they can be loaded by another engine,
+    ZeRO stage or number of ranks. Reading gives them on rank 0 and empty dictionaries elsewhere; loading takes them on
+    every rank. Both are collective.
     """
 
     net: LocalNetwork

@@ -103,11 +103,11 @@ class DeepSpeedEngine:
 def join_ranks() -> None:
     """Have DeepSpeed use the process group that exists."""
     deepspeed.utils.logger.addFilter(_not_about_untested_optimizers)
-    # Calls that DeepSpeed makes and nobody who reads the log can change.
+    # DeepSpeed's own calls.
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)
     if device().type == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce: needs a compiler, and a killed build leaves a
-        # lock in the cache on which every later run waits for ever.
+        # DeepSpeed would compile a shared-memory all-reduce, which needs a compiler; and a build that is killed
+        # leaves a lock file for which every later run waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 

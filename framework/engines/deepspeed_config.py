@@ -27,7 +27,7 @@ DECIDED = {
     "zero_optimization.stage": "zero_stage",
 }
 
-# DeepSpeed key -> why it can't be had here.
+# DeepSpeed key -> why it is refused.
 REFUSED = {
     "pipeline": "its stages are the recipe's section pipeline",
     "tensor_parallel": "convolutions are not split over ranks",

@@ -1,9 +1,9 @@
 """Where ZeRO-1 and ZeRO-2 put each parameter.
 
-ZeRO lays the parameters of a group end to end in one flat tensor, cuts that into equal partitions and gives the
-optimizer this rank's partition as its only parameter. The parameters of the network stay views into the flat
-tensor, so their addresses tell where each one lies, whatever ordering and padding DeepSpeed was asked for.
-(DeepSpeed's own map, ``param._hp_mapping``, ignores ``round_robin_gradients``.)
+ZeRO flattens a parameter group into one tensor, splits that into equal partitions and gives the optimizer this rank's
+partition as its only parameter. The network's parameters are views of the flat tensor, so their addresses tell their
+places, for every order and padding that DeepSpeed can be configured to use. (DeepSpeed's own map,
+``param._hp_mapping``, ignores ``round_robin_gradients``.)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PartitionedGroup:
     process_group: dist.ProcessGroup
 
     def shard(self) -> Shard:
-        """What of each parameter lies in this rank's partition."""
+        """The parts of parameters that this rank's partition contains."""
         begin = dist.get_rank(self.process_group) * self.partition.numel()
         end = begin + self.partition.numel()
         pieces = []
@@ -60,7 +60,7 @@ class PartitionedGroup:
         return dist.get_rank(self.process_group) == 0
 
     def gather(self, part: Tensor) -> Tensor | None:
-        """First rank of the group: the flat tensor of which every rank passes its part. Elsewhere None."""
+        """On the group's first rank, the flat tensor put together from every rank's ``part``; elsewhere ``None``."""
         ranks = range(dist.get_world_size(self.process_group))
         parts = [torch.empty_like(part) for _ in ranks] if self.leads else None
         dist.gather(part.contiguous(), parts, group=self.process_group, group_dst=0)
@@ -87,7 +87,7 @@ def partitioned_groups(zero: DeepSpeedZeroOptimizer, net: nn.Module) -> list[Par
 
 
 def read_optimizer(zero: DeepSpeedZeroOptimizer, groups: list[PartitionedGroup]) -> OptimizerState:
-    """Full copies of every parameter's state on the CPU of the groups' first rank; empty elsewhere."""
+    """Full copies of every parameter's state, on the CPU, on the first rank of each group; empty elsewhere."""
     states: OptimizerState = {}
     for group in groups:
         for key, value in zero.optimizer.state.get(group.partition, {}).items():

@@ -63,7 +63,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor, full: Tensor) -> Tensor:
-    """A copy of ``full`` on the device of ``tensor``, cut up like it. Every rank has ``full``: nothing is sent."""
+    """A copy of ``full``, which every rank has, on the device of ``tensor`` and sharded like it; sends nothing."""
     full = torch.empty_like(full, device=tensor.device).copy_(full)
     if isinstance(tensor, DTensor):
         return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Optimizers. All of them can be told to let a step pass: see ``Skippable``."""
+"""Optimizers that can skip a step (``SkippableOptimizer``), parameter groups, and the learning rate."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Piece(NamedTuple):
-    """Part of a parameter that lies in a rank's flat tensor.
+    """The part of a parameter that a rank's flat tensor contains.
 
     Attributes:
         parameter: number of the parameter in its group, counted before sharding.
@@ -30,9 +30,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What one rank holds of a group whose parameters were laid end to end and cut among ranks.
+    """One rank's shard of a parameter group that was flattened and split over ranks, as ZeRO does.
 
-    Stored as ``group["shard"]`` by whoever cuts. The group's only parameter is then the rank's flat tensor.
+    The engine stores it as ``group["shard"]``. The group's only parameter is then the rank's flat tensor.
     """
 
     parameters: int
@@ -57,7 +57,7 @@ class LARS(torch.optim.Optimizer):
 
     Parameters may be plain tensors, FSDP2's DTensors, or ZeRO's flat slices with a ``Shard`` in their group.
     A sharded group costs one all-reduce of 2 x (number of parameters) squared norms. Norms are summed in
-    float64 and every other operation rounds once, so where a shard begins does not show in the result.
+    float64 and every other operation rounds once, so the result does not depend on where shards begin.
 
     Args:
         params: groups as ``parameter_groups`` makes them.
@@ -102,7 +102,7 @@ class LARS(torch.optim.Optimizer):
         velocities = [_local(self._velocity(p)) for p in trained]
         if shard := group.get("shard"):
             (weights, gradients, velocities) = map(shard.views, (weights[0], gradients[0], velocities[0]))
-        if not weights:  # nothing but padding here, yet the others wait for this rank in the all-reduce
+        if not weights:  # nothing but padding here, but the all-reduce needs this rank
             if group["adapt"]:
                 _adapted_rates(group, trained[0], [], [])
             return
@@ -130,7 +130,7 @@ def _local(tensor: Tensor) -> Tensor:
 def _adapted_rates(
     group: dict[str, Any], like: Tensor, weights: list[Tensor], decayed: list[Tensor]
 ) -> list[Tensor]:
-    """Learning rate of each local tensor, as scalar tensors, so that nothing waits for the GPU."""
+    """Learning rate of each local tensor, as scalar tensors: the host does not wait for the GPU."""
     shard: Shard | None = group.get("shard")
     count = shard.parameters if shard else len(weights)
     owners = [piece.parameter for piece in shard.pieces] if shard else range(count)

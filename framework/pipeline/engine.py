@@ -25,18 +25,20 @@ from framework.engines.deepspeed_config import merged_config
 from framework.execution import LocalNetwork
 from framework.network.norm import synchronize_among
 from framework.pipeline.rank.deepspeed_pipeline import BoundaryEngine
-from framework.pipeline.rank.following import Following
-from framework.pipeline.rank.instructions import Worker
 from framework.pipeline.rank.stage import Stage, owners
+from framework.pipeline.rank.stage_worker import StageWorker
 from framework.pipeline.scheduling.placement import Placement
 from framework.pipeline.scheduling.schedule import Layout, drain_instructions, step_instructions
 from framework.pipeline.scheduling.simulation import AHEAD, Event
+from framework.pipeline.scheduling.weight_readers import WeightReaders
 from framework.runtime.distributed import device, gather_tensors, is_main, rank, world_size
 from framework.runtime.errors import UserError
 
 
 class PipelinedEngine:
-    """See ``Engine``. Every rank trains a stage; ``net`` is whole, and stale where other stages train it.
+    """See ``Engine``. Every rank trains one stage.
+
+    ``net`` is whole on every rank; its weights of other stages are out of date until ``whole_net`` is called.
 
     Args:
         net: the network, the same on all ranks.
@@ -46,9 +48,9 @@ class PipelinedEngine:
         options: how stages work together.
 
     Attributes:
-        lag: steps after which the losses of a step are there without waiting.
-        loads: whether this rank needs data.
-        events: what this rank did when; set to a list to record.
+        lag: see ``Engine``.
+        loads: see ``Engine``.
+        events: of this rank; set to a list to record them.
 
     Raises:
         UserError: the ``deepspeed:`` section contradicts the recipe, or DeepSpeed refuses it.
@@ -64,8 +66,8 @@ class PipelinedEngine:
     ) -> None:
         prepare(net, settings, placement.stages)
         self.net, self.placement = net, placement
-        self._following = Following(net, placement)
-        reads = self._following.reads
+        self._readers = WeightReaders(net, placement)
+        reads = self._readers.reads
         contrast = options.contrast == "batch"
         programs, micro_batches = net.program.segment_programs, settings.micro_batches
         self.layout = Layout(programs, placement, micro_batches, reads, contrast, options.lam_lag)
@@ -84,7 +86,9 @@ class PipelinedEngine:
             config=config,
             config_class=checked_config(config, grid),
         )
-        self._worker = self._engine.worker = Worker(net, self.layout, self._following, grid, options.timeout)
+        self._worker = self._engine.worker = StageWorker(
+            net, self.layout, self._readers, grid, options.timeout
+        )
         wrapped = self._engine.optimizer
         self._zero = wrapped if isinstance(wrapped, DeepSpeedZeroOptimizer) else None
         self._groups = partition.partitioned_groups(self._zero, net) if self._zero else []
@@ -175,19 +179,19 @@ class PipelinedEngine:
         return stage * self._engine.dp_world_size
 
     def _drain(self) -> None:
-        """Take in what is under way between stages, so that nothing depends on a step before this moment."""
+        """Receive all messages in flight between stages, so that no later step depends on one before."""
         self._engine.run(drain_instructions(self.layout, self._worker.stage, self._steps))
         self._worker.flush()
         self._steps = 0
 
     def _park(self) -> None:
-        """Move what other stages train to host memory, but for weights that heads here follow."""
+        """Move weights of other stages to host memory, except those that heads here read."""
         if device().type == "cpu" or self._parked:
             return
         self._parked = True
         entries = self.net.state_dict(keep_vars=True)
         stages = range(self.placement.stages)
-        followed = {id(p) for owner in stages for p in self._following.weights(self._worker.stage, owner)}
+        read_here = {id(p) for owner in stages for p in self._readers.weights(self._worker.stage, owner)}
         for name, stage in self._owners.items():
-            if stage != self._worker.stage and id(entries[name]) not in followed:
+            if stage != self._worker.stage and id(entries[name]) not in read_here:
                 entries[name].data = entries[name].data.cpu()

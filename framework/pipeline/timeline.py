@@ -1,4 +1,4 @@
-"""What each stage did when: a picture, and a trace for chrome://tracing or ui.perfetto.dev."""
+"""What each stage did when: a picture, and a trace for ui.perfetto.dev or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kind_of(instruction: Instruction) -> str:
 
 
 def idle_fraction(events: Sequence[Event], skip: int = 1) -> float:
-    """Share of the time without work, from the end of step ``skip - 1`` to the end of the last."""
+    """Share of the time in which a stage does no work, from the end of step ``skip - 1`` to the last step's."""
     begin, end, _ = window(events, skip)
     busy = sum(
         event.end - event.start

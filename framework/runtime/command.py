@@ -9,6 +9,7 @@ from collections.abc import Callable
 from framework.runtime.errors import LocalError, UserError
 from framework.runtime.exit_status import exit_status
 from framework.runtime.launch import launched_rank
+from framework.runtime.text import printable
 
 
 def status(work: Callable[[], int | None], stopped: str = "stopped") -> int:
@@ -23,7 +24,7 @@ def status(work: Callable[[], int | None], stopped: str = "stopped") -> int:
         return work() or 0
     except UserError as error:
         if launched_rank() == 0 or isinstance(error, LocalError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         return exit_status(error)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Ranks that die, and are named by those that are left: a broken collective tells only that a connection closed."""
+"""Names ranks that die: the error of a collective says only that a connection closed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from framework.runtime.errors import DeadRank, LocalError
 
 logger = logging.getLogger(__name__)
 
-_MEETING = timedelta(minutes=1)  # for the connections to be made
-_SOON = timedelta(milliseconds=100)  # for a death to be known on all connections
+_CONNECTING = timedelta(minutes=1)
+_SOON = timedelta(milliseconds=100)  # for all connections to notice a death
 
 
 @contextmanager
 def dead_ranks_named() -> Iterator[None]:
-    """Inside, a collective that breaks off because ranks have ended becomes a line that names them.
+    """Inside, a collective that fails because ranks have ended becomes an error that names them. Collective.
 
-    Each rank waits for a message from every other one, which comes only if that one leaves because of a third, or
-    with an error of its own. So who is gone without one is who died, wherever the break was noticed. Collective.
+    Each rank has a receive pending from every other one. A rank that leaves with an error, its own or a broken
+    collective's, sends a message first. So a rank whose connection closes without a message is one that died.
 
     Raises:
         DeadRank: on every rank that is left, after a death.
@@ -68,9 +68,9 @@ def dead_ranks_named() -> Iterator[None]:
 
 
 def _connected() -> dist.ProcessGroup | None:
-    """Connections beside those of the training; ``None`` if any rank can't have them, which NCCL does without."""
+    """A gloo group beside the training's; ``None`` if some rank can't connect, where NCCL may do without."""
     try:
-        group = dist.new_group(backend="gloo", timeout=_MEETING)
+        group = dist.new_group(backend="gloo", timeout=_CONNECTING)
     except RuntimeError as error:
         group = None
         logger.warning(
@@ -96,7 +96,7 @@ def _broken(error: Exception) -> bool:
 
 
 def _broken_off(farewell: dist.Work | None) -> bool:
-    """Whether the other end closed. The first wait that is not answered closes this end of all the others."""
+    """Whether the other end closed the connection. A wait that times out closes all of this rank's connections."""
     assert farewell is not None
     try:
         farewell.wait(_SOON)

@@ -1,6 +1,6 @@
-"""Ranks: how they find each other, agree on errors and exchange a few tensors.
+"""Ranks: how they find each other, agree on errors and exchange tensors.
 
-Without ``start`` everything here behaves as the only rank of a run of one.
+Without ``start`` everything here behaves as in a run of one rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from framework.runtime.errors import LocalError, UserError
 from framework.runtime.launch import launch_variables
 
-# Of collectives. NCCL's own 10 minutes are less than rank 0 may take to index shards, or a watchdog to report.
+# Timeout of collectives. NCCL's 10 minutes are less than rank 0 may take to index shards.
 PATIENCE = timedelta(hours=1)
 JOINING = timedelta(minutes=10)  # for all ranks to start and find each other
 SLOW = timedelta(seconds=30)  # of which this much passes in silence
@@ -34,7 +34,7 @@ _REPLICAS: ContextVar[Group] = ContextVar("replicas", default=None)
 
 @contextmanager
 def replicas(group: Group) -> Iterator[None]:
-    """Inside, the ranks are those of ``group`` (or this process "alone"): so heads and norms see a batch."""
+    """Inside, the functions here see the ranks of ``group`` only, or this process "alone"; so do heads and norms."""
     token = _REPLICAS.set(group)
     try:
         yield
@@ -160,7 +160,7 @@ def choose_gpus(seen: Sequence[tuple[str, int, Sequence[str]]]) -> list[int]:
 
 
 def stop() -> None:
-    """Leave, together with the other ranks: srun ends those that are late, which may still be writing."""
+    """Leave when all ranks are here: srun ends those that are late, which may still be writing."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -168,11 +168,11 @@ def stop() -> None:
 
 @contextmanager
 def same_outcome() -> Iterator[None]:
-    """All ranks leave the block alike: an exception on any of them becomes a ``UserError`` on every one.
+    """An exception on any rank inside the block becomes a ``UserError`` on every rank.
 
     The message is the same everywhere, so that rank 0 alone can print it; where ranks differ it has one
     line per distinct message and names the ranks. An exception other than UserError is raised again, with
-    its traceback, where it happened. The block itself must not communicate: a rank that has left it can't answer.
+    its traceback, where it happened. The block must not communicate: a rank that has left it does not answer.
     """
     failure: Exception | None = None
     try:
@@ -192,7 +192,7 @@ def same_outcome() -> Iterator[None]:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Where other ranks may not fail alike: a ``UserError`` becomes one that this rank tells, and its number."""
+    """Inside, a ``UserError`` becomes a ``LocalError`` with this rank's number: other ranks may have no error."""
     try:
         yield
     except UserError as error:
@@ -213,14 +213,9 @@ def gather_text(text: str) -> list[str]:
     """Every rank's text, in rank order, on every rank."""
     if world_size() == 1:
         return [text]
-    data = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8).to(device())
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=device()))
-    longest = max(int(size) for size in sizes)
-    padded = nn.functional.pad(data, (0, longest - len(data)))
-    texts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(texts, padded)
-    return [bytes(t[: int(n) - 1].tolist()).decode() for t, n in zip(texts, sizes, strict=True)]
+    texts: list[Any] = [None] * world_size()
+    dist.all_gather_object(texts, text)
+    return texts
 
 
 def gather_tensors(mine: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -274,7 +269,7 @@ def any_over_ranks(flags: Tensor) -> Tensor:
 
 
 def max_over_ranks(number: int) -> Callable[[], int]:
-    """Largest of the ranks' whole numbers; who calls the answer waits for ranks that are behind."""
+    """Start to find the largest of the ranks' whole numbers; the function returned waits for it."""
     if world_size() == 1:
         return lambda: number
     largest = torch.tensor(number, device=device())

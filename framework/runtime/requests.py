@@ -1,4 +1,4 @@
-"""What a run is asked for from outside: by signals, or by files touched in its folder."""
+"""Requests to a running training: signals, and files that somebody creates in the run folder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from framework.runtime import distributed
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # preemption; Slurm's --signal before the time limit
-LOOK_EVERY = 1.0  # seconds between two looks for touched files: each costs a file server a question
+LOOK_EVERY = 1.0  # seconds between two looks for these files, each a request to a file server
 
 
 class Request(IntEnum):
-    """The more urgent, the larger.
+    """What is asked for; a larger number is more urgent.
 
-    ``SAVE`` and ``STOP`` are files ``save-now`` and ``stop-now`` in the run folder; ``LEAVE`` is a signal, after
-    which the run is to be started again.
+    ``SAVE`` (a checkpoint) and ``STOP`` (for good) are the files ``save-now`` and ``stop-now`` in the run folder.
+    ``LEAVE`` is a signal: save, end, and be started again.
     """
 
     NOTHING = 0
@@ -36,13 +36,13 @@ FILES = {Request.SAVE: "save-now", Request.STOP: "stop-now"}
 
 
 def leave_at_once(*_: object) -> None:
-    """Signal handler outside the loop, where nothing needs saving."""
+    """Signal handler outside the training loop, where there is nothing to save."""
     print("signal received: leaving, to be started again", file=sys.stderr, flush=True)
     os._exit(EXIT_TRY_AGAIN)  # not through Python's exit, which waits for processes and threads
 
 
 class Requests:
-    """Listens while training steps run. A second signal changes nothing: the first is being followed already.
+    """Inside ``with``, signals become requests. A second signal changes nothing.
 
     Args:
         run_dir: folder of the run.
@@ -62,16 +62,17 @@ class Requests:
             signal.signal(number, handler)
 
     def ask(self) -> Callable[[], Request]:
-        """The most urgent request that any rank has met by now; collective, so that all ranks follow it at once.
+        """The most urgent request on any rank by now; collective, so that all ranks act at the same step.
 
-        Who calls the answer waits for ranks that are behind.
+        Returns:
+            A function that waits for the other ranks and gives the request.
         """
         mine = Request.LEAVE if self._signaled else self._touched()
         largest = distributed.max_over_ranks(mine)
         return lambda: Request(largest())
 
     def done(self, request: Request) -> None:
-        """Take away the file of a request that has been followed."""
+        """Delete the file of a request that was carried out."""
         if distributed.is_main() and request in FILES:
             with suppress(OSError):  # a file server that is away must not end a run
                 (self._run_dir / FILES[request]).unlink(missing_ok=True)

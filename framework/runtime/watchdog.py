@@ -1,4 +1,4 @@
-"""Ranks that hang: found, written down with their stacks, and ended so that the job can start anew."""
+"""Ends ranks that hang, after writing their stacks to a file, so that the job can start again."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.launch import launched_rank
 
 PACKAGE = str(Path(__file__).parents[1])
-OTHER_RANKS = 5.0  # seconds in which the other ranks, which wait for this one, report too
+OTHER_RANKS = 5.0  # seconds for the other ranks, which wait for this one, to write their reports too
 
 
 class Watchdog:
     """Ends this process when it makes no step for too long. Inside ``with``, call ``step`` after each.
 
-    Every rank watches itself, since a rank that hangs leaves all others waiting in a collective: the reports of
-    all show which one is elsewhere. A rank without a report has no life left in it (stopped, or its machine lost).
+    Every rank watches itself: when one hangs, all others wait in a collective, and the reports of all show which one is
+    elsewhere. A rank that leaves no report was stopped, or its machine is gone.
 
     Args:
         run_dir: gets ``hang-rank00000.txt`` with the stacks of all threads.
@@ -53,7 +53,7 @@ class Watchdog:
 
     @contextmanager
     def asleep(self) -> Iterator[None]:
-        """Inside, nothing is watched: for what may take long without a step, such as scoring a large split."""
+        """Don't watch inside, where no step is made for long, as in scoring a large split."""
         self._awake = False
         try:
             yield
@@ -64,7 +64,7 @@ class Watchdog:
         tick, last, seen, silent = min(1.0, self._limit / 10), time.monotonic(), 0, 0.0
         while not self._over.wait(tick):
             now, signs = time.monotonic(), self._signs
-            # What was suspended (SIGSTOP, scontrol suspend) for long has not hung for long.
+            # A process that was suspended (SIGSTOP, scontrol suspend) has not hung: a long tick counts as two.
             silent = silent + min(now - last, 2 * tick) if self._awake and signs == seen else 0.0
             last, seen = now, signs
             if silent > self._limit:
@@ -89,9 +89,9 @@ class Watchdog:
 
 
 def place(frame: FrameType | None) -> str:
-    """Where a stack stands, in a line; names the lock file if it waits for an extension's build.
+    """The innermost function of a stack, in a line; the lock file, if it waits for the build of an extension.
 
-    PyTorch builds extensions under a lock file. A build that was killed leaves it, and everyone after waits for ever.
+    PyTorch builds extensions under a lock file. A build that is killed leaves the file, and later builds wait for ever.
     """
     stack = list(traceback.walk_stack(frame))
     if not stack:

@@ -25,6 +25,7 @@ from framework.checkpoints.snapshot import export_backbone, load_checkpoint
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from tests.support import training
+from tests.support.marks import slow
 from tests.support.pool import CONTEXT
 from tests.support.training import Case, Run, differences, plain
 
@@ -63,13 +64,12 @@ def load_error(case: Case, folder: Path) -> str:
     return ""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
         Case(method="loco", zero_stage=2),
         Case(method="loco", engine="fsdp", optimizer="adamw"),
-        Case(method="mlaan", precision="fp16", zero_stage=1, optimizer="sgd"),
+        *slow([Case(method="mlaan", precision="fp16", zero_stage=1, optimizer="sgd")]),
     ],
     ids=str,
 )
@@ -82,8 +82,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(pool: PoolOf, tmp_path: Pat
     assert state["step"] == 2 and {key: state[key] for key in STATE} == STATE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lars", *slow(["adamw"])])
 def test_it_goes_on_under_another_engine_and_number_of_ranks(
     pool: PoolOf, tmp_path: Path, optimizer: str
 ) -> None:

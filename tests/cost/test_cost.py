@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,8 @@ from framework.cost.counting import PlanCost, plan_cost
 from framework.model import recipe_network
 from framework.runtime.exit_status import EXIT_USAGE
 from tests.support import networks
+from tests.support.commands import run_tool
+from tests.support.marks import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,23 +27,30 @@ def cost(recipe: str, images: int = 2, *overrides: str) -> PlanCost:
     return plan_cost(loaded, loaded.data.num_classes or 10, images)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "least", "paper"),
+    ("recipe", "saving", "paper"),
     [
-        ("gim_r50_100ep", 1.8, 1.81),
-        ("loco_r50_100ep", 1.27, 1.28),
-        ("gim_pr50_100ep", 4.2, 4.56),
-        ("loco_pr50_100ep", 2.5, 2.76),
-        ("cifar10/mlaan_r32_k16_cifar10", 1 / 0.55, 1 / 0.777),
-        ("cifar10/mlaan_r110_k55_cifar10", 1 / 0.17, 1 / 0.298),
+        ("gim_r50_100ep", 2.07, 1.81),
+        ("loco_r50_100ep", 1.28, 1.28),
+        *slow(
+            [
+                ("gim_pr50_100ep", 4.80, 4.56),
+                ("loco_pr50_100ep", 2.54, 2.76),
+                ("cifar10/mlaan_r32_k16_cifar10", 1.91, 1 / 0.777),
+                ("cifar10/mlaan_r110_k55_cifar10", 6.52, 1 / 0.298),
+            ]
+        ),
     ],
 )
-def test_memory_saving(recipe: str, least: float, paper: float) -> None:
-    """End-to-end over the method; MLAAN's printed ratios hold the allocator's fixed share, so ours are higher."""
+def test_memory_saving(recipe: str, saving: float, paper: float) -> None:
+    """End-to-end over the method. The count is exact, so neither more nor less than it was passes unseen.
+
+    It is LoCo's and GIM's figure within 15 %; MLAAN's printed ratios hold the allocator's fixed share, so ours are
+    higher, at most twice.
+    """
     counted = cost(recipe, 2, "train.precision=fp32").memory_saving
-    assert counted >= least
-    assert counted > 0.9 * paper
+    assert counted == pytest.approx(saving, rel=0.005)
+    assert 0.9 * paper < counted < (2 if "mlaan" in recipe else 1.15) * paper
 
 
 def test_counts_without_values_are_those_of_a_real_step() -> None:
@@ -112,26 +119,19 @@ def test_flops_of_resnet_50_are_the_published_ones() -> None:
     assert per_image / 1e9 == pytest.approx(4.089 - 0.002, abs=0.001)
 
 
-@pytest.mark.slow
-def test_show_plan(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/show_plan.py", "recipes/quickstart.yaml", "method.window=3"]
-    outputs = ["--json", str(tmp_path / "plan.json"), "--png", str(tmp_path / "plan.png")]
-    done = subprocess.run([*command, *outputs], cwd=ROOT, capture_output=True, text=True, check=True)
+def test_show_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = ["--json", tmp_path / "plan.json", "--png", tmp_path / "plan.png"]
+    assert run_tool("show_plan", ROOT / "recipes/quickstart.yaml", "method.window=3", *outputs) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert [s["name"] for s in plan["segments"]] == ["layer1", "layer2", "layer3"]
     assert [(u["first"], u["last"]) for u in plan["units"]] == [(0, 2)]
-    assert f"{plan['memory_saving']:.2f}x less memory" in done.stdout
+    assert f"{plan['memory_saving']:.2f}x less memory" in capsys.readouterr().out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_show_plan_names_what_is_impossible() -> None:
-    command = [
-        sys.executable,
-        "tools/show_plan.py",
-        "recipes/cifar10/mlaan_r32_k16_cifar10.yaml",
-        "network.cut=40",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == EXIT_USAGE
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "network.cut=40" in done.stderr
+def test_show_plan_names_what_is_impossible(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ROOT / "recipes/cifar10/mlaan_r32_k16_cifar10.yaml"
+    assert run_tool("show_plan", recipe, "network.cut=40") == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert "network.cut=40" in error

@@ -10,8 +10,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,7 +27,9 @@ from framework.data.shards.remote import open_remote
 from framework.data.shards.store import Store
 from framework.data.splits import Splits
 from framework.runtime.errors import UserError
+from tests.support.forked import Forked
 from tests.support.http_store import breaking, serve
+from tests.support.waiting import until
 
 PLAIN = Views(kind="none", center=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GB = 10**9
@@ -88,7 +88,6 @@ def test_a_server_that_drops_connections_gives_every_byte(tmp_path, local, monke
     assert again.read(5) == local.read(5)
 
 
-@pytest.mark.slow
 def test_a_connection_that_never_holds_is_given_up(tmp_path, local, monkeypatch):
     monkeypatch.setattr("framework.data.shards.store._LONGEST_WAIT", 0.0)
     with serve(tmp_path / "www") as server:
@@ -124,7 +123,6 @@ def test_the_cache_is_bounded_and_drops_the_longest_unused(tmp_path, local):
             open_remote(f"{server.url}/train", tmp_path / "cache", size - 1000)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_equal_those_of_the_local_folder(tmp_path, local, workers):
     limit = 5 * max(local.shards.values())
@@ -146,7 +144,6 @@ def test_batches_equal_those_of_the_local_folder(tmp_path, local, workers):
     assert sum(path.stat().st_size for path in cached(tmp_path / "cache")) <= limit
 
 
-@pytest.mark.slow
 def test_each_shard_is_fetched_once_an_epoch(tmp_path, local):
     limit = 6 * max(local.shards.values())
     with serve(tmp_path / "www") as server:
@@ -214,7 +211,6 @@ def recipe(**data: object) -> Recipe:
     )
 
 
-@pytest.mark.slow
 def test_recipes_name_urls(tmp_path, local):
     shutil.copytree(local.folder, tmp_path / "www" / "test")
     with serve(tmp_path / "www") as server:
@@ -231,7 +227,6 @@ def test_recipes_name_urls(tmp_path, local):
             Splits.open(recipe(**remote, source="digits"))
 
 
-@pytest.mark.slow
 def test_recipes_keep_images_in_memory(tmp_path, local):
     shutil.copytree(local.folder, tmp_path / "www" / "test")
     settings = recipe(path=str(tmp_path / "www"), cache="memory")
@@ -267,39 +262,28 @@ def test_the_main_rank_indexes_before_the_others(tmp_path, local, pool):
     assert pool(2).run(indexed_folders, recipe(path=str(tmp_path / "www"))) == [2, 0]
 
 
-TRAIN = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_data_remote import open_remote, train_loader
-shards = open_remote(sys.argv[1], Path(sys.argv[2]), 10**9)
-for step, _ in enumerate(train_loader(shards, workers=2, window=0).steps(0, 10**6)):
-    print(step, flush=True)
-"""
+def load_for_ever(url: str, cache: Path) -> None:
+    shards = open_remote(url, cache, GB)
+    for step, _ in enumerate(train_loader(shards, workers=2, window=0).steps(0, 10**6)):
+        print(step, flush=True)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("pool")  # its server forks the process
 def test_nothing_is_left_after_a_kill(tmp_path, local):
     def shared_memory() -> set[str]:
-        return set(os.listdir("/dev/shm"))
+        """Without that of other processes, which live."""
+        owners = {name: re.fullmatch(r"torch_(\d+)_.*", name) for name in os.listdir("/dev/shm")}
+        return {name for name, owner in owners.items() if owner is None or not alive(int(owner[1]))}
 
     before = shared_memory()
     with serve(tmp_path / "www") as server:
-        arguments = [f"{server.url}/train", str(tmp_path / "cache"), str(Path(__file__).parent)]
-        run = subprocess.Popen([sys.executable, "-c", TRAIN, *arguments], stdout=subprocess.PIPE, text=True)
-        assert run.stdout is not None
-        for line in run.stdout:
-            if int(line) == 3:
-                break
-        workers = children(run.pid)
-        assert len(workers) == 2
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        deadline = time.monotonic() + 60
-        while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not any(alive(pid) for pid in workers)
-    assert shared_memory() - before == set()
+        with Forked(tmp_path / "run", load_for_ever, f"{server.url}/train", tmp_path / "cache") as run:
+            until(lambda: "3\n" in run.stdout or not run.process.is_alive())
+            workers = children(run.pid)
+            assert len(workers) == 2
+            run.signal(signal.SIGKILL)
+        until(lambda: not any(alive(pid) for pid in workers))
+        until(lambda: shared_memory() <= before)
     kept = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     pattern = re.compile(r"[0-9a-f]{16}-shard-\d{6}\.tar|lock")
     assert kept
@@ -338,7 +322,6 @@ def s3(monkeypatch):
     server.stop()
 
 
-@pytest.mark.slow
 def test_s3_that_drops_connections(tmp_path, local, s3, monkeypatch):
     monkeypatch.setattr("framework.data.shards.store._RANGE", 7000)
     client, door = s3
@@ -374,7 +357,6 @@ def gs(tmp_path, monkeypatch):
     server.stop()
 
 
-@pytest.mark.slow
 def test_gs_that_drops_connections(tmp_path, local, gs, monkeypatch):
     monkeypatch.setattr("framework.data.shards.store._RANGE", 7000)
     files, door = gs

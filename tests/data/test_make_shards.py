@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import resource
@@ -160,6 +161,22 @@ def test_a_killed_run_goes_on_with_what_is_whole(tmp_path):
     assert (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns == first
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_folder_that_an_older_version_left_goes_on(tmp_path):
+    """What to pack, and how, stood in ``plan.json``."""
+    source = tree(tmp_path / "src", photographs(("",)))
+    half = pack(opened(source, tmp_path)[""], tmp_path / "out", Packing(5), 0)
+    next(half)
+    half.close()
+    partial = tmp_path / ".out.partial"
+    settings = json.loads((partial / "packing.json").read_text())
+    assert list(settings) == ["source", "samples", "samples_per_shard", "shorter_side", "encode", "quality"]
+    (partial / "packing.json").rename(partial / "plan.json")
+    first = (partial / "shard-000000.tar").stat().st_mtime_ns
+    packed(source, tmp_path / "out")
+    assert (tmp_path / "out" / "shard-000000.tar").stat().st_mtime_ns == first
+    assert not {"plan.json", "packing.json"} & set(contents(tmp_path / "out"))
 
 
 def test_another_plan_starts_afresh(tmp_path):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import bz2
-import csv
 import gzip
 import json
 import lzma
 import os
 import re
 import shlex
-import subprocess
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -18,21 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from framework.data.packing.images import Images
 from framework.data.packing.packer import Packing, pack_splits
 from framework.data.packing.readers import READERS, read
-from framework.data.packing.reading import Choices, Reading, check_apart
+from framework.data.packing.reading import Choices, check_apart
 from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
+from tests.support.packing import classes_of, reading, refused, sizes, snapshot
 from tests.support.toy_images import (
-    VAL_CLASSES,
-    WNIDS,
     image,
-    imagenet_kit,
     imagenet_train,
-    imagenet_val,
     photographs,
     shard,
     tar,
@@ -40,40 +34,9 @@ from tests.support.toy_images import (
 )
 
 
-def reading(source: Path | str, work: Path, **choices: object) -> Reading:
-    work.mkdir(exist_ok=True)
-    return read([str(source)], Choices(**choices), work, work / "cache", 10**9)
-
-
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     return tmp_path / "work"
-
-
-def refused(source: Path | str, work: Path, **choices: object) -> str:
-    with pytest.raises(UserError) as error:
-        reading(source, work, **choices).open()
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def classes_of(images: Images) -> dict[str, str]:
-    """File name -> name of its class."""
-    names = images.classes or []
-    return {images[i].where: names[images[i].label] for i in range(len(images))}
-
-
-def sizes(found: dict[str, Images]) -> dict[str, int]:
-    return {split: len(images) for split, images in found.items()}
-
-
-def some(files: dict[str, bytes], count: int) -> dict[str, bytes]:
-    """The first of them."""
-    return dict(list(files.items())[:count])
-
-
-def snapshot(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
 
 
 PHOTOS = photographs()
@@ -131,7 +94,12 @@ def test_hidden_folders_are_no_classes(tmp_path, work, litter):
         ({"cifar-10-batches-py/data_batch_1": b"", "train_32x32.mat": b""}, {"cifar10", "svhn"}),
         ({**PHOTOS, "test_32x32.mat": b""}, {"split/class", "svhn"}),
         ({**PHOTOS, "ILSVRC2012_img_train.tar": tar(imagenet_train())}, {"split/class", "imagenet"}),
-        ({"train/n01440764.tar": b"", "train/n01440764/0.png": b""}, {"split/class", "imagenet"}),
+        (
+            {"train/n01440764.tar": tar({"a.JPEG": image(0)}), "train/n01440764/0.png": b""},
+            {"split/class", "imagenet"},
+        ),
+        ({"cat/0.png": image(0), "a-0.tar": shard(0)}, {"class", "shards"}),
+        ({"0.png": image(0), "train/n01440764.tar": tar({"a.JPEG": image(0)})}, {"images", "imagenet"}),
         ({**PHOTOS, "labels.csv": b"file,label\ntrain/cat/0.png,x\n"}, {"split/class", "table"}),
     ],
 )
@@ -301,149 +269,6 @@ def test_labels_in_json_are_taken_over(tmp_path, work, values, labels, classes):
     )
 
 
-# ImageNet
-
-
-@pytest.fixture
-def downloads(tmp_path: Path) -> Path:
-    files = {
-        "ILSVRC2012_img_train.tar": tar(imagenet_train()),
-        "ILSVRC2012_img_val.tar": tar(imagenet_val()),
-        "ILSVRC2012_devkit_t12.tar.gz": gzip.compress(tar(imagenet_kit())),
-    }
-    return tree(tmp_path / "downloads", files)
-
-
-@pytest.mark.parametrize("kit", ["packed", "unpacked"])
-def test_imagenets_downloads_are_read_as_they_are(downloads, work, kit):
-    if kit == "unpacked":
-        (downloads / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-        tree(downloads, imagenet_kit())
-    before = snapshot(downloads)
-    found = reading(downloads, work)
-    assert found.reader == "imagenet" and not found.unpacked
-    images = found.open()
-    assert sizes(images) == {"train": 9, "val": 4}
-    assert images["train"].classes == images["val"].classes == list(WNIDS)
-    for k, wnid in enumerate(WNIDS):
-        for i in range(3):
-            where, data, label = images["train"][3 * k + i]
-            assert (where, data, label) == (f"{wnid}/{wnid}_{i}.JPEG", image(10 * k + i, form="jpeg"), k)
-    assert images["val"].labels.tolist() == list(VAL_CLASSES)
-    assert [images["val"][i].image for i in range(4)] == list(imagenet_val().values())
-    assert snapshot(downloads) == before
-    assert not any(work.iterdir())
-
-
-def test_imagenets_archives_give_the_shards_of_its_folders(downloads, tmp_path, work):
-    folders = {
-        f"train/{wnid}/{wnid}_{i}.JPEG": image(10 * k + i, form="jpeg")
-        for k, wnid in enumerate(WNIDS)
-        for i in range(3)
-    }
-    for dest, source in (("a", downloads), ("b", tree(tmp_path / "folders", folders))):
-        splits = {"train": reading(source, work).open()["train"]}
-        list(pack_splits(splits, tmp_path / dest, Packing(4), workers=2 if dest == "a" else 0))
-    a, b = ({path.name: path.read_bytes() for path in (tmp_path / dest / "train").iterdir()} for dest in "ab")
-    assert a == b
-
-
-def test_each_of_imagenets_archives_alone(downloads, work):
-    train = reading(downloads / "ILSVRC2012_img_train.tar", work).open()
-    assert sizes(train) == {"train": 9} and train["train"].classes == list(WNIDS)
-    val = reading(downloads / "ILSVRC2012_img_val.tar", work).open()
-    assert val["val"].labels.tolist() == list(VAL_CLASSES)
-    (downloads / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-    assert "has no labels; lay ILSVRC2012_devkit_t12.tar.gz" in refused(
-        downloads / "ILSVRC2012_img_val.tar", work
-    )
-    assert "has no labels; lay ILSVRC2012_devkit_t12.tar.gz" in refused(downloads, work)
-    only = reading(downloads, work, skip=["ILSVRC2012_img_val.tar"])
-    assert sizes(only.open()) == {"train": 9} and only.unpacked == {"skipped as asked": 1}
-
-
-def test_archives_of_classes(tmp_path, work):
-    source = tree(tmp_path / "src", {f"train/{name}": data for name, data in imagenet_train().items()})
-    found = reading(source, work).open()
-    assert sizes(found) == {"train": 9} and found["train"].classes == list(WNIDS)
-    assert found["train"][3].image == image(10, form="jpeg")
-    assert sizes(reading(source / "train", work).open()) == {"": 9}
-
-
-def test_a_download_beside_folders(downloads, tmp_path, work):
-    """With its labels it can be read, too; without, the folders are all there is."""
-    source = tree(tmp_path / "src", PHOTOS)
-    (source / "ILSVRC2012_img_val.tar").write_bytes((downloads / "ILSVRC2012_img_val.tar").read_bytes())
-    found = reading(source, work)
-    assert (found.reader, found.unpacked) == ("split/class", {".tar": 1})
-    kit = "ILSVRC2012_devkit_t12.tar.gz"
-    (source / kit).write_bytes((downloads / kit).read_bytes())
-    assert "--as 'imagenet' (val from ILSVRC2012_img_val.tar) or --as 'split/class'" in refused(source, work)
-    assert sizes(reading(source, work, reader="imagenet").open()) == {"val": 4}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        (
-            "ILSVRC2012_img_val.tar",
-            tar(dict(list(imagenet_val().items())[:3])),
-            "has 3 validation images, and .* labels 4",
-        ),
-        (
-            "ILSVRC2012_img_train.tar",
-            tar(dict(list(imagenet_train().items())[:2])),
-            "n02084071.* and not in its archives",
-        ),
-        ("ILSVRC2012_img_train.tar", tar(imagenet_train())[:-11000], "not a whole tar|truncated or damaged"),
-        ("ILSVRC2012_devkit_t12.tar.gz", b"\x1f\x8bx", "not a whole development kit"),
-        (
-            "ILSVRC2012_devkit_t12.tar.gz",
-            gzip.compress(tar({"a/data/meta.mat": b"x"})),
-            "not a whole development kit",
-        ),
-    ],
-)
-def test_damaged_downloads_are_named(downloads, work, name, content, problem):
-    (downloads / name).write_bytes(content)
-    message = refused(downloads, work)
-    assert re.search(problem, message), message
-
-
-def test_validation_images_without_classes_get_advice(tmp_path, work):
-    flat = {f"val/{name}": data for name, data in imagenet_val().items()}
-    assert "val/ holds ImageNet's validation images without folders of classes; sort" in refused(
-        tree(tmp_path / "a", {**TRAIN, **flat}), work
-    )
-    message = refused(tree(tmp_path / "b", imagenet_val()), work)
-    assert "without folders of classes" in message and "--as 'images' (4 images, no classes)" in message
-    assert len(reading(tmp_path / "b", work, reader="images").open()[""]) == 4
-
-
-def test_kaggles_imagenet_gets_a_command_that_works(tmp_path, work):
-    root = "ILSVRC/Data/CLS-LOC"
-    files = {f"{root}/train/{wnid}/{wnid}_1.JPEG": image(k) for k, wnid in enumerate(WNIDS)}
-    files |= {f"{root}/val/{name}": data for name, data in imagenet_val().items()}
-    files |= {f"{root}/test/ILSVRC2012_test_00000001.JPEG": image(9), "ILSVRC/Annotations/a.xml": b""}
-    source = tree(tmp_path / "src", files)
-    with (source / "LOC_val_solution.csv").open("w") as file:
-        csv.writer(file).writerows(
-            [("ImageId", "PredictionString"),
-             *((name[:-5], f"{WNIDS[c]} 1 2 3 4 ") for name, c in zip(imagenet_val(), VAL_CLASSES, strict=True))]
-        )  # fmt: skip
-    message = refused(source, work)
-    assert (
-        message == refused(source / root, work).replace(f"{root}:", ":", 1) or "Kaggle's ImageNet" in message
-    )
-    command = message.partition("CLS-LOC run: ")[2].partition("; then pack")[0]
-    subprocess.run(["bash", "-c", command], cwd=source / root, check=True)
-    assert "--skip test" in message
-    found = reading(source / root, work, skip=["test"]).open()
-    assert sizes(found) == {"train": 3, "val": 4}
-    where = {Path(name).name: wnid for name, wnid in classes_of(found["val"]).items()}
-    assert where == {name: WNIDS[c] for name, c in zip(imagenet_val(), VAL_CLASSES, strict=True)}
-
-
 # Torchvision's sets
 
 
@@ -518,17 +343,35 @@ def test_a_source_of_several_splits_goes_on_with_those_that_are_not_finished(tmp
 # The registry
 
 
+README = Path(__file__).parents[2] / "framework" / "data" / "README.md"
+
+
+def table() -> list[str]:
+    return [f"| `{reader.name}` | {reader.recognizes} | {reader.becomes} |" for reader in READERS]
+
+
 def test_every_reader_is_in_the_help_and_in_the_readme(capsys):
     assert run_tool("make_shards", "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    readme = (Path(__file__).parents[2] / "framework" / "data" / "README.md").read_text()
-    rows = [f"| `{reader.name}` | {reader.recognizes} | {reader.becomes} |" for reader in READERS]
-    for reader, row in zip(READERS, rows, strict=True):
+    for reader in READERS:
         assert f"{reader.name} {reader.recognizes} -> {reader.becomes}".replace("`", "") in shown
-        assert row in readme
-    assert readme.count("\n| `") >= len(rows)
+    lines = README.read_text().splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("| `--as` |"))
+    assert lines[head + 2 : head + 3 + len(READERS)] == [*table(), ""]
 
 
 def test_names_of_readers_need_no_quotes_but_a_slash():
     assert all(shlex.quote(reader.name) == reader.name for reader in READERS)
     assert len({reader.name for reader in READERS}) == len(READERS)
+
+
+def write_table() -> None:
+    """Write the README's table of readers anew: ``python -m tests.data.test_readers``."""
+    lines = README.read_text().splitlines(keepends=True)
+    head = next(number for number, line in enumerate(lines) if line.startswith("| `--as` |")) + 2
+    end = next(number for number in range(head, len(lines)) if not lines[number].startswith("|"))
+    README.write_text("".join([*lines[:head], *(f"{row}\n" for row in table()), *lines[end:]]))
+
+
+if __name__ == "__main__":
+    write_table()

@@ -72,7 +72,7 @@ def test_every_engine_is_the_plain_loop_to_the_last_bit(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("case", "ranks"), product(*OPTIONS[:2]), ids=str)
+@pytest.mark.parametrize(("case", "ranks"), list(product(*OPTIONS[:2])), ids=str)
 def test_every_engine_with_every_combination_of_options(pool: PoolOf, case: Case, ranks: int) -> None:
     for optimizer, accumulation in product(*OPTIONS[2:]):
         one = replace(case, optimizer=optimizer, accumulation=accumulation)

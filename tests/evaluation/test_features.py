@@ -177,7 +177,6 @@ def on_a_rank(folder: Path, sharded: bool) -> tuple[np.ndarray, np.ndarray, floa
     return x.numpy(), y.numpy(), top1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "sharded"), [(2, False), (4, False), (2, True)])
 def test_ranks_find_what_one_process_finds(pool, folder: Path, ranks: int, sharded: bool) -> None:  # type: ignore[no-untyped-def]
     expected = network_features(network().train(), loader(folder))
@@ -201,7 +200,6 @@ def uneven_on_a_rank(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return x.numpy(), y.numpy()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("counts", [[3, 1], [0, 2], [2, 0]])
 def test_ranks_may_hold_different_numbers_of_images(pool, counts: list[int]) -> None:  # type: ignore[no-untyped-def]
     x, y = pool(2).run(uneven_on_a_rank, counts)[0]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +23,8 @@ from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
 from framework.tracking.metric_log import read_log
+from tests.support.forked import forked_tool
 from tests.support.pool import Pool
-from tests.support.trained import ROOT
 
 SHORT = Protocol(lr=0.5, momentum=0.9, nesterov=True, epochs=4, batch_size=64, drops=(2, 3))
 
@@ -142,7 +140,6 @@ def on_a_rank(folder: str) -> tuple[np.ndarray, dict[str, float], int]:
     return classifier.weight.detach().numpy(), mine, len(share.x)
 
 
-@pytest.mark.slow
 def test_ranks_learn_what_one_process_learns(
     pool: Callable[[int], Pool], both_runs: tuple[Path, Path]
 ) -> None:
@@ -161,24 +158,19 @@ def test_a_run_of_a_pipeline_is_evaluated_on_any_ranks(both_runs: tuple[Path, Pa
     assert len(batch.images) == SHORT.batch_size
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / "tools" / "linear_eval.py"), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.slow
 def test_the_command_on_augmented_images(both_runs: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(both_runs[0], folder)
-    done = command(folder, "--epochs", 2, "--lr", 1)
-    assert done.returncode == 0, done.stderr
+    with forked_tool(tmp_path, "linear_eval", folder, "--epochs", 2, "--lr", 1) as done:
+        assert done.status() == 0, done.stderr
     result = json.loads((folder / "analysis" / "linear_eval_loco.json").read_text())
     assert f"top-1 {result['top1']:.2f} %" in done.stdout and "random encoder" in done.stdout
     assert 10 < result["top1"] <= 100 and result["checkpoint"] == "step-00000004"
     assert State(folder / "linear_eval" / "loco.safetensors", {}).load() == (0, {})
     shutil.rmtree(folder / "checkpoints")
-    again = command(folder, "--cached")
-    assert again.returncode == EXIT_USAGE
+    with forked_tool(tmp_path, "linear_eval", folder, "--cached") as again:
+        assert again.status() == EXIT_USAGE
     assert again.stderr.strip().splitlines()[-1].endswith("let it train until one is")
 
 

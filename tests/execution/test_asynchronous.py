@@ -29,6 +29,7 @@ from framework.runtime.errors import UserError
 from framework.tracking.metric_log import read_log
 from framework.training.run import train as train_recipe
 from tests.support import networks
+from tests.support.marks import slow
 from tests.support.networks import CLASSES
 from tests.support.pool import Pool
 
@@ -202,8 +203,7 @@ def model(folder: Path, step: int) -> dict[str, Tensor]:
     return load_file(folder / "run" / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize("engine", ["deepspeed", *slow(["fsdp"])])
 def test_a_resumed_run_with_replay_buffers_is_bitwise_that_of_an_undisturbed_one(
     tmp_path: Path, pool: Callable[[int], Pool], engine: str
 ) -> None:
@@ -219,9 +219,8 @@ def test_a_resumed_run_with_replay_buffers_is_bitwise_that_of_an_undisturbed_one
         assert torch.equal(ours[name], value), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "method"), [("deepspeed", "dgl"), ("fsdp", "dgl"), ("deepspeed", "infopro")]
+    ("engine", "method"), [("deepspeed", "dgl"), *slow([("fsdp", "dgl"), ("deepspeed", "infopro")])]
 )
 def test_a_sequential_recipe_trains_module_after_module(
     tmp_path: Path, pool: Callable[[int], Pool], engine: str, method: str

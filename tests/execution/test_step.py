@@ -14,8 +14,8 @@ from framework.execution.step import RoutedStep
 from framework.local import Classifier, LocalUnit, NetworkInfo, Plan
 from framework.local.head import Head
 from framework.network import create, cut
-from framework.pipeline.rank.following import Following
 from framework.pipeline.scheduling.placement import Placement
+from framework.pipeline.scheduling.weight_readers import WeightReaders
 from framework.runtime.errors import UserError
 from tests.support import networks
 from tests.support.networks import CLASSES, relative_error
@@ -109,9 +109,9 @@ def test_one_head_on_two_segments_in_float16() -> None:
 
 def test_a_head_on_two_stages_of_a_pipeline_is_refused() -> None:
     net = shared_head()
-    Following(net, Placement((0, 2, 3)))
+    WeightReaders(net, Placement((0, 2, 3)))
     with pytest.raises(UserError, match=r"the head of unit u0 stands on segments of several stages"):
-        Following(net, Placement((0, 1, 3)))
+        WeightReaders(net, Placement((0, 1, 3)))
 
 
 class Steep(Head):

@@ -11,10 +11,9 @@ from torch import Tensor
 from framework.execution import LocalNetwork
 from framework.runtime.distributed import is_main
 from tests.support import training
+from tests.support.marks import slow
 from tests.support.pool import Pool
 from tests.support.training import Case
-
-pytestmark = pytest.mark.slow
 
 ENGINES = ["ddp", "fsdp", "deepspeed"]
 
@@ -37,8 +36,10 @@ def train_apart(case: Case) -> training.Run | None:
     return training.train(case, apart(case))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("engine", "accumulation"),
+    [("fsdp", 2), *slow([(engine, 1) for engine in ENGINES]), *slow([("ddp", 2), ("deepspeed", 2)])],
+)
 def test_copies_move_once_a_step(pool: Callable[[int], Pool], engine: str, accumulation: int) -> None:
     """By 0.5 % of the way each: weights hardly change in three steps at these rates."""
     case = Case("mlaan", "block", "sgd", engine, accumulation=accumulation)
@@ -63,7 +64,7 @@ def train_frozen(case: Case) -> dict[str, bool] | None:
     return {name: not torch.equal(model[name], value) for name, value in start.items()} if is_main() else None
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*slow(["ddp", "fsdp"]), "deepspeed"])
 def test_frozen_weights_of_a_head_stay(pool: Callable[[int], Pool], engine: str) -> None:
     moved = pool(2).run(train_frozen, Case("dgl", "block", "sgd", engine))[0]
     assert [name for name, was_moved in moved.items() if not was_moved] == ["heads.layer1_0.trunk.1.weight"]

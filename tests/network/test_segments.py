@@ -83,7 +83,6 @@ def test_segments_in_order_equal_the_network_bit_for_bit(name: str) -> None:
             assert len(owned) == len(set(owned)) and set(owned) == set(trainable)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_local_units_on_every_family_equal_the_definition(name: str) -> None:
     """Windows of one segment, as GIM's, and of two, as LoCo's, in one plan."""

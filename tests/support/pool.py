@@ -5,6 +5,7 @@ Workers are forked from a server that has imported the heavy libraries once.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import time
@@ -14,10 +15,13 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tests.support.waiting import PATIENCE
+
 CONTEXT = mp.get_context("forkserver")
 # What ranks import: once for all of them, since each is a fork of the server.
 PRELOAD = [
     "framework.train",
+    "framework.training.run",
     "framework.engines.ddp",
     "framework.engines.deepspeed",
     "framework.engines.fsdp",
@@ -27,7 +31,6 @@ PRELOAD = [
     "tests.support.training",
     "pytest",
 ]
-PATIENCE = 600.0  # seconds; far more than any function takes, however busy the machine
 
 
 def start_server() -> None:
@@ -122,6 +125,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
     values = (rank, world_size, rank, "127.0.0.1", port)
     os.environ.update(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
     torch.set_num_threads(1)
+    gc.freeze()  # a collection need not walk through all that was imported
     distributed.start()
     while True:
         try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from typing import Any
 from framework.runtime.errors import UserError
 from framework.runtime.launch import LAUNCH_VARIABLES
 from tests.support.pool import CONTEXT
-
-PATIENCE = 400.0  # seconds; on two quiet cores everything takes less than ten
+from tests.support.ports import free_port
+from tests.support.waiting import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ class Ranks:
 
     def __init__(self, argv: list[str], world: int, record: Path, trouble: Trouble | None = None) -> None:
         record.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.record = record
         self.processes = [
             CONTEXT.Process(target=_rank, args=(argv, rank, world, port, record, trouble), daemon=True)
@@ -135,6 +133,7 @@ def _rank(argv: list[str], rank: int, world: int, port: int, record: Path, troub
     values = (rank, world, rank, "127.0.0.1", port)
     os.environ.update(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
     torch.set_num_threads(1)
+    gc.freeze()  # a collection need not walk through all that was imported
     logging.getLogger().handlers.clear()
     mine = trouble if trouble is not None and trouble.rank == rank else None
     _record_samples(record / f"samples-{rank}", rank, mine)

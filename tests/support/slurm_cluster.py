@@ -13,6 +13,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "srun")
@@ -82,7 +83,9 @@ class Cluster:
         (folder / "munge.key").chmod(0o600)
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
         host = socket.gethostname().partition(".")[0]
-        text = CONFIGURATION.format(folder=folder, host=host, ports=_free_ports(3), nodes=NODES)
+        text = CONFIGURATION.format(
+            folder=folder, host=host, ports=[free_port() for _ in range(3)], nodes=NODES
+        )
         (folder / "slurm.conf").write_text(text)
         for name in ("state", *(f"spool-{node}" for node in NODES)):
             (folder / name).mkdir()
@@ -197,13 +200,3 @@ class Cluster:
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, 9)
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

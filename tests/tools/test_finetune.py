@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,9 @@ from framework.evaluation.run_folder import Run
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.training.fine_tuning import fine_tuning_recipe
+from tests.support.forked import forked_tool
 from tests.support.trained import ROOT
+from tests.support.waiting import until
 
 TOOL = ROOT / "tools" / "finetune.py"
 
@@ -57,13 +56,10 @@ def test_the_images_are_those_of_the_overrides(folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_signal_leaves_work_to_go_on_with(folder: Path) -> None:
-    command = [sys.executable, str(TOOL), str(folder), "--labels", "1", "train.epochs=10000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def test_a_signal_leaves_work_to_go_on_with(folder: Path, tmp_path: Path) -> None:
     log = folder / "finetune-1" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and "losses" in log.read_text()):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == EXIT_TRY_AGAIN, errors
+    with forked_tool(tmp_path, "finetune", folder, "--labels", "1", "train.epochs=10000") as tuning:
+        until(lambda: not tuning.process.is_alive() or (log.exists() and "losses" in log.read_text()))
+        tuning.signal(signal.SIGTERM)
+        assert tuning.status() == EXIT_TRY_AGAIN, tuning.stderr
     assert list((folder / "finetune-1" / "checkpoints").glob("step-*"))

@@ -16,6 +16,7 @@ import pytest
 from framework.checkpoints.folder import FILES, MANIFEST
 from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
+from tests.support.marks import slow, soak
 from tests.support.pool import Pool
 from tests.support.ranks import Ranks, Trouble, samples
 from tests.support.runs import ROOT, assert_same_run, losses, run, toy, weights
@@ -152,13 +153,7 @@ def leave(folder: Path, number: int, rank: int) -> None:
         assert set(ranks.statuses()) <= {EXIT_TRY_AGAIN, 0}, ranks.printed
 
 
-@pytest.mark.parametrize(
-    ("number", "rank"),
-    [
-        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.soak),
-    ],
-)
+@pytest.mark.parametrize(("number", "rank"), [*slow([(signal.SIGTERM, 1)]), *soak([(signal.SIGUSR1, 0)])])
 def test_a_signal_to_any_rank_saves_and_ends_all(
     tmp_path: Path, undisturbed: Path, number: int, rank: int
 ) -> None:
@@ -257,9 +252,7 @@ def test_too_much_poison_stops_the_run_with_a_line(tmp_path: Path) -> None:
     assert "is the 2th with a loss or gradient that is not finite" in ranks.printed
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("sleep", marks=pytest.mark.soak), pytest.param("lock", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", [*soak(["sleep"]), *slow(["lock"])])
 def test_a_rank_that_hangs_is_told_from_those_that_wait(tmp_path: Path, kind: str) -> None:
     lock = tmp_path / "lock"
     lock.touch()

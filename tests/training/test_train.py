@@ -27,7 +27,9 @@ from framework.tracking.measuring import Throughput
 from framework.tracking.metric_log import read_log
 from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop, Position
+from tests.support.marks import slow, soak
 from tests.support.pool import Pool
+from tests.support.ports import free_port
 from tests.support.runs import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,15 +71,13 @@ def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
         assert torch.equal(value, model[f"backbone.{name}"]), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("engine", ["deepspeed", "ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("engine", "ranks"), [("deepspeed", 2), *slow([("deepspeed", 1), ("ddp", 2), ("fsdp", 2)])]
+)
 def test_a_resumed_run_is_bitwise_that_of_an_undisturbed_one(
-    tmp_path: Path, pool: PoolOf, ranks: int, engine: str
+    tmp_path: Path, pool: PoolOf, engine: str, ranks: int
 ) -> None:
     common = [f"engine={engine}", "train.epochs=1", "optim.warmup_epochs=0.2", "checkpoint.every_steps=2"]
-    if engine != "deepspeed" and ranks == 1:
-        pytest.skip("covered by two ranks")
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert set(pool(ranks).run(run, arguments(straight, *common, "train.max_steps=5"))) == {""}
     assert set(pool(ranks).run(run, arguments(broken, *common, "train.max_steps=3"))) == {""}
@@ -277,7 +277,6 @@ def test_bad_input_is_named_and_damages_nothing(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_resume_never_does_not_mix_two_runs(tmp_path: Path, pool: PoolOf) -> None:
     assert pool(1).run(run, arguments(tmp_path, "train.max_steps=1")) == [""]
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -291,9 +290,10 @@ def test_resume_never_does_not_mix_two_runs(tmp_path: Path, pool: PoolOf) -> Non
 def launch(*argv: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """The command line as users have it."""
     program = Path(sys.executable).with_name("deepspeed")
-    command = [str(program), "--num_gpus", str(ranks), "framework/train.py", *argv]
+    places = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command = [str(program), *places, "framework/train.py", *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -310,10 +310,9 @@ def test_the_launcher_prints_an_error_once_and_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "score", "least", "shorter"),
     [
-        pytest.param("quickstart", "knn_top1", 91, ["train.epochs=8"], marks=pytest.mark.slow),
-        pytest.param("quickstart_mlaan", "test_top1", 95, ["train.epochs=6"], marks=pytest.mark.slow),
-        pytest.param("quickstart", "knn_top1", 95, [], marks=pytest.mark.soak),
-        pytest.param("quickstart_mlaan", "test_top1", 97, [], marks=pytest.mark.soak),
+        *slow([("quickstart", "knn_top1", 91, ["train.epochs=8"])]),
+        *slow([("quickstart_mlaan", "test_top1", 95, ["train.epochs=6"])]),
+        *soak([("quickstart", "knn_top1", 95, []), ("quickstart_mlaan", "test_top1", 97, [])]),
     ],
 )
 def test_the_quick_starts_learn(

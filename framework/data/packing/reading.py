@@ -42,12 +42,14 @@ class Reading:
         summary: what it sees there, in a few words.
         open: the images of every split by its name; a place without splits has one, named "". Raises ``UserError``.
         unpacked: which kinds of files it leaves out, and how many.
+        replaces: readers that would read the same images and know less of them.
     """
 
     reader: str
     summary: str
     open: Callable[[], dict[str, Images]]
     unpacked: Counter[str] = field(default_factory=Counter)
+    replaces: frozenset[str] = frozenset()
 
 
 class Incomplete(UserError):
@@ -65,14 +67,14 @@ class Reader:
         find: the reading of a place, or ``None`` where the place is something else. ``Choices.reader`` says whether
             the user asked for this reader, which may then accept what it would not guess. Raises ``Incomplete``, or
             ``UserError`` where no other reading should be taken in silence.
-        goes_before: readers of which it takes the place where both fit; they know less of the place (no labels).
+        overrules: readers whose readings do not silence its complaints; they know less of the place (no labels).
     """
 
     name: str
     recognizes: str
     becomes: str
     find: Callable[[Place, Choices], Reading | None]
-    goes_before: frozenset[str] = frozenset()
+    overrules: frozenset[str] = frozenset()
 
 
 def choose(place: Place, readers: Sequence[Reader], choices: Choices) -> Reading:
@@ -87,11 +89,11 @@ def choose(place: Place, readers: Sequence[Reader], choices: Choices) -> Reading
             raise UserError(f"{place.path}: is not what --as '{reader.name}' reads ({reader.recognizes})")
         return reading
     readings, problems = _ask(place, readers, choices)
-    replaced = {name for reader in readers if reader.name in readings for name in reader.goes_before}
+    replaced = frozenset().union(*(reading.replaces for reading in readings.values()))
     readings = {name: reading for name, reading in readings.items() if name not in replaced}
     for reader in readers:
         problem = problems.get(reader.name)
-        left = readings.keys() - reader.goes_before
+        left = readings.keys() - reader.overrules
         if problem is None or (left and isinstance(problem, Incomplete)):
             continue
         options = "".join(f"; or choose {_option(reading)}" for reading in readings.values())

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from framework.runtime.errors import UserError
+
 _OPEN_FILES = 256  # per process; the usual limit is 1024 for everything
 
 
@@ -20,6 +22,16 @@ class OpenFile:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder of shards is there.
+
+    Raises:
+        UserError: no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; it must hold the shards (*.tar)")
 
 
 class ShardFiles(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from pathlib import PurePosixPath
+from posixpath import splitext
 
 from PIL import Image
 
@@ -30,8 +30,8 @@ HEAD_BYTES = 1 << 18  # of a file, enough for Pillow to tell its format; metadat
 
 def suffix(name: str) -> str:
     """The suffix of a path in lower case; "" for none, and for a number (``image.0001``), which is no format."""
-    found = PurePosixPath(name).suffix.lower()
-    return "" if found[1:].isdigit() else found
+    found = splitext(name)[1].lower()
+    return "" if found == "." or found[1:].isdigit() else found
 
 
 def begins_like_an_image(head: bytes) -> bool:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from framework.data.places import check_folder
-from framework.data.shards.folder import Folder, ShardFiles
+from framework.data.shards.folder import Folder, ShardFiles, check_folder
 from framework.data.shards.naming import check_one_series, is_compressed, matching
 from framework.data.shards.scan import UNLABELED, Sample, ShardScan, scan_shard
 from framework.data.shards.shard_contents import (

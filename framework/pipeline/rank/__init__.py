@@ -1,1 +1,1 @@
-"""What a rank of the pipeline runs, sends and receives."""
+"""How one rank carries out the schedule of its stage: what it runs, sends and receives."""

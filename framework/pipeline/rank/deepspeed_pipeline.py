@@ -12,7 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import PipeSchedule
 from torch import Tensor
 
-from framework.pipeline.rank.instructions import Worker
+from framework.pipeline.rank.stage_worker import StageWorker
 from framework.pipeline.scheduling import schedule as do
 from framework.pipeline.scheduling.schedule import Instruction
 from framework.pipeline.scheduling.simulation import Event
@@ -31,7 +31,7 @@ class BoundarySchedule(PipeSchedule):
         self._instructions, self._events = instructions, events
 
     def steps(self) -> Iterator[list[Instruction]]:
-        """Called back for the next one when the one before is done."""
+        """One instruction at a time; DeepSpeed's engine carries it out before it asks for the next."""
         for instruction in self._instructions:
             start = time.perf_counter()
             yield [instruction]
@@ -39,26 +39,26 @@ class BoundarySchedule(PipeSchedule):
                 self._events.append(Event(start, start, time.perf_counter(), instruction))
 
     def num_pipe_buffers(self) -> int:
-        """None: the worker keeps its own micro-batches."""
+        """0: the worker keeps its micro-batches itself."""
         return 0
 
 
-def _by_worker(name: str) -> Callable[..., None]:
+def _by_worker(method: Callable[..., None]) -> Callable[..., None]:
     def execute(engine: BoundaryEngine, **fields: int) -> None:
-        getattr(engine.worker, name)(**fields)
+        method(engine.worker, **fields)
 
     return execute
 
 
 class BoundaryEngine(PipelineEngine):
-    """Reduces gradients and steps the optimizer as DeepSpeed does; whatever comes before is the worker's.
+    """Reduces gradients and steps the optimizer as DeepSpeed does; ``worker`` carries out everything else.
 
     Attributes:
-        worker: carries out the other instructions.
+        worker: of this rank's stage.
         skipped: whether the last step left the weights as they were (float16).
     """
 
-    worker: Worker
+    worker: StageWorker
     skipped = False
 
     def run(self, instructions: Iterable[Instruction], events: list[Event] | None = None) -> None:
@@ -85,17 +85,17 @@ class BoundaryEngine(PipelineEngine):
         self._exec_optimizer_step()
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
-        do.LoadMicroBatch: _by_worker("load"),
-        do.ReceiveActivation: _by_worker("receive_activation"),
-        do.SendActivation: _by_worker("send_activation"),
-        do.Forward: _by_worker("forward"),
-        do.Heads: _by_worker("heads"),
-        do.Contrast: _by_worker("contrast"),
-        do.ReceiveCotangents: _by_worker("receive_cotangents"),
-        do.Walk: _by_worker("walk"),
-        do.SendCotangents: _by_worker("send_cotangents"),
-        do.SendWeights: _by_worker("send_weights"),
-        do.ReceiveWeights: _by_worker("receive_weights"),
+        do.LoadMicroBatch: _by_worker(StageWorker.load),
+        do.ReceiveActivation: _by_worker(StageWorker.receive_activation),
+        do.SendActivation: _by_worker(StageWorker.send_activation),
+        do.Forward: _by_worker(StageWorker.forward),
+        do.Heads: _by_worker(StageWorker.heads),
+        do.Contrast: _by_worker(StageWorker.contrast),
+        do.ReceiveCotangents: _by_worker(StageWorker.receive_cotangents),
+        do.Walk: _by_worker(StageWorker.walk),
+        do.SendCotangents: _by_worker(StageWorker.send_cotangents),
+        do.SendWeights: _by_worker(StageWorker.send_weights),
+        do.ReceiveWeights: _by_worker(StageWorker.receive_weights),
         do.ReduceGradients: _exec_reduce,
         do.OptimizerStep: _exec_step,
     }

@@ -1,4 +1,4 @@
-"""What a rank owns of a network, as DeepSpeed's pipeline engine wants it."""
+"""The segments and heads that a rank trains, as the ``PipelineModule`` that DeepSpeed's engine takes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class _Layer(nn.Module):
 class Stage(PipelineModule):
     """The segments of this rank's stage; DeepSpeed sees one layer a segment.
 
-    The layers share their modules with ``net``, which is whole on every rank: what other stages own is stale
-    there, waits in host memory, and is brought up to date where a head follows it and for evaluation.
+    The layers share their modules with ``net``, which is whole on every rank. Its weights of other stages are out of
+    date; they are updated where a head reads them, and all of them for evaluation.
 
     Args:
         net: the whole network.
@@ -56,11 +56,11 @@ class Stage(PipelineModule):
             )
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the whole network exempts, by their names here, where the backbone is not to be asked."""
+        """Names, in this module, of parameters that the network exempts; its backbone is no part of this module."""
         return {name for name, parameter in self.named_parameters() if parameter in self._exempt}
 
     def process_groups(self) -> list[dist.ProcessGroup]:
-        """Those that DeepSpeed made for the grid and that this rank is in."""
+        """Process groups of this rank that DeepSpeed made for the grid."""
         grid = self._grid
         made = (self.world_group, grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group)
         return [*made, grid.slice_proc_group]
@@ -71,7 +71,7 @@ class Stage(PipelineModule):
 
 
 def owners(net: LocalNetwork, placement: Placement) -> dict[str, int]:
-    """The stage that holds each entry of ``net.state_dict()``; what no segment or head has is the first one's."""
+    """The stage of each entry of ``net.state_dict()``; entries of no segment and no head belong to the first stage."""
     stages: dict[int, int] = {}
     for s, segment in enumerate(net.segments):
         layer = _Layer(segment, [unit for unit in net.plan.units if unit.last == s])

@@ -1,1 +1,1 @@
-"""Who owns which segments, and what each stage does when: pure functions."""
+"""Which stage has which segments, and what it does in which order: pure functions, testable without processes."""

@@ -1,4 +1,4 @@
-"""Which stage gets which segments, by counted or measured cost."""
+"""Place segments on stages by counted or measured cost, and forecast how busy the stages will be."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from framework.execution.program import SegmentProgram, WeightGradient, segment_
 from framework.execution.step import RoutedStep
 from framework.local import LocalUnit, Plan
 from framework.network.norm import frozen_statistics
-from framework.pipeline.rank.following import Following
 from framework.pipeline.scheduling.placement import Costs, Placement, balanced, listed
 from framework.pipeline.scheduling.schedule import Layout
 from framework.pipeline.scheduling.simulation import costs_of, simulate
+from framework.pipeline.scheduling.weight_readers import WeightReaders
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 
@@ -51,8 +51,13 @@ class StageForecast:
 def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
     """The recipe's placement, the same on all ranks; collective with ``balance=time``.
 
+    Args:
+        recipe: of the run.
+        net: its network.
+        num_classes: of the data; for the cost of heads.
+
     Raises:
-        UserError: more stages than segments, or a list that does not fit; heads that can't do ``contrast=batch``.
+        UserError: more stages than segments; a list that doesn't fit; a plan or a head that can't be split over stages.
     """
     pipeline, segments = recipe.pipeline, len(net.segments)
     _check_alone(recipe, net)
@@ -76,7 +81,7 @@ def place(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Placement:
 
 
 def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[StageForecast]:
-    """What each stage would have and do, without running anything.
+    """What each stage would have and do, simulated.
 
     Raises:
         UserError: as ``place``.
@@ -87,9 +92,9 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
     else:
         balance = "flops" if pipeline.balance == "time" else pipeline.balance
         placement = balanced(counted(cost, programs, balance), pipeline.stages)
-    following, costs = Following(net, placement), flops(cost, programs)
+    readers, costs = WeightReaders(net, placement), flops(cost, programs)
     contrast = pipeline.contrast == "batch"
-    layout = Layout(programs, placement, recipe.micro_batches, following.reads, contrast, pipeline.lam_lag)
+    layout = Layout(programs, placement, recipe.micro_batches, readers.reads, contrast, pipeline.lam_lag)
     ran = simulate(layout, costs_of(layout, costs))
     top = LocalUnit("end-to-end", 0, len(net.segments) - 1, net.plan.units[-1].head)
     whole = Layout(segment_programs(Plan((top,), len(net.segments))), placement, recipe.micro_batches)
@@ -100,7 +105,7 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
             tuple(net.segments[s].name for s in placement.span(stage)),
             round(sum(parameters[s] for s in placement.span(stage))),
             sum(per_segment[s] for s in placement.span(stage)),
-            tuple(sorted(owner for reader, owner in following.reads if reader == stage)),
+            tuple(sorted(owner for reader, owner in readers.reads if reader == stage)),
             ran.utilization()[stage],
             end_to_end.period() / ran.period(),
         )
@@ -109,7 +114,7 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
 
 
 def _check_alone(recipe: Recipe, net: LocalNetwork) -> None:
-    """Refuse what needs the whole network in one process."""
+    """Refuse plans that need all segments in one process."""
     if net.plan.execution.kind == "replay buffer" and recipe.pipeline.stages > 1:
         raise UserError(
             f"method.async_mode=buffer: must be none with pipeline.stages={recipe.pipeline.stages}"
@@ -138,9 +143,9 @@ def counted(cost: PlanCost, programs: Sequence[SegmentProgram], balance: str) ->
 
 
 def flops(cost: PlanCost, programs: Sequence[SegmentProgram]) -> Costs:
-    """Costs in FLOPs: a pass for input gradients costs a forward, one for weight gradients two.
+    """Costs in FLOPs: an input-gradient pass costs as much as a forward pass, a weight-gradient pass twice as much.
 
-    The latter needs the input gradients between the layers of a segment, too.
+    The latter computes the input gradients between the layers of a segment, too.
     """
     forward = tuple(float(segment.flops) for segment in cost.segments)
     heads = tuple(3.0 * cost.units[call.units[0]].flops for program in programs for call in program.heads)
@@ -148,7 +153,7 @@ def flops(cost: PlanCost, programs: Sequence[SegmentProgram]) -> Costs:
 
 
 def measured(recipe: Recipe, net: LocalNetwork, images: int) -> Costs:
-    """Costs in seconds on this rank's device, for a micro-batch of noise; ``net`` moves there."""
+    """Costs in seconds on this rank's device, to which ``net`` is moved, for a micro-batch of noise."""
     device, size, views = distributed.device(), recipe.data.image_size, net.plan.views
     net.to(device)
     dtype = next(net.parameters()).dtype
@@ -158,7 +163,7 @@ def measured(recipe: Recipe, net: LocalNetwork, images: int) -> Costs:
 
 
 def measured_costs(net: LocalNetwork, batch: Batch) -> Costs:
-    """Seconds that this rank takes for a micro-batch: medians of three after one to warm up. Changes no state."""
+    """Seconds on this rank for a micro-batch: medians of three rounds after one to warm up. No state changes."""
     with frozen_statistics(net), distributed.replicas("alone"):
         rounds = [_measure(net, batch) for _ in range(1 + _ROUNDS)][1:]
     return Costs(
@@ -170,13 +175,16 @@ def measured_costs(net: LocalNetwork, batch: Batch) -> Costs:
 
 
 def _measure(net: LocalNetwork, batch: Batch) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Seconds of each forward, input pass (a forward's where there is none), release and head call."""
+    """Seconds of each forward, input-gradient and weight-gradient pass, and head call.
+
+    A segment without an input-gradient pass gets the time of its forward pass.
+    """
     scales = net.scales.current() if net.scales is not None else None
     step, clock = RoutedStep(net.program, batch, scales=scales), _Clock(batch.images.device)
     forward, heads = [0.0] * net.plan.segments, [0.0] * len(net.program.calls)
-    release = [0.0] * net.plan.segments
-    passes: dict[int, float] = {}
-    x = batch.images
+    weight_gradients = [0.0] * net.plan.segments
+    input_gradients: dict[int, float] = {}
+    x = net.run_frozen(batch.images)
     for s, program in enumerate(net.program.segment_programs):
         x = step.forward(s, x)
         forward[s] = clock.lap()
@@ -187,14 +195,15 @@ def _measure(net: LocalNetwork, batch: Batch) -> tuple[list[float], list[float],
         for work in program.walk:
             step.backward(work)
             if isinstance(work, WeightGradient):
-                release[work.segment] = clock.lap()
+                weight_gradients[work.segment] = clock.lap()
             else:
-                passes[work.segment] = clock.lap()
-    return forward, [passes.get(s, forward[s]) for s in range(net.plan.segments)], release, heads
+                input_gradients[work.segment] = clock.lap()
+    passes = [input_gradients.get(s, forward[s]) for s in range(net.plan.segments)]
+    return forward, passes, weight_gradients, heads
 
 
 class _Clock:
-    """Seconds between calls, of finished work."""
+    """Seconds between two calls of ``lap``, with the device's work done."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

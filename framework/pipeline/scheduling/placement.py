@@ -33,31 +33,31 @@ class Placement:
 
 @dataclass(frozen=True)
 class Costs:
-    """What the parts of a micro-batch's work take, in any one unit.
+    """What the parts of a micro-batch's work cost, in seconds, FLOPs or any other unit.
 
     Attributes:
         forward: of each segment.
-        input_pass: input gradients of each segment.
-        release: weight gradients of each segment, with or without its input gradients: a segment of many
-            layers needs the inner ones for either.
+        input_gradients: of each segment, one pass.
+        weight_gradients: of each segment, whether or not the pass also gives its input gradient: the input gradients
+            between the layers of a segment are needed for either.
         heads: of each head call, forward and backward.
     """
 
     forward: tuple[float, ...]
-    input_pass: tuple[float, ...]
-    release: tuple[float, ...]
+    input_gradients: tuple[float, ...]
+    weight_gradients: tuple[float, ...]
     heads: tuple[float, ...]
 
     def walk(self, program: SegmentProgram, span: range) -> float:
         """The backward work in some segments that follows the forward of one."""
         return sum(
-            (self.input_pass if isinstance(step, InputGradient) else self.release)[step.segment]
+            (self.input_gradients if isinstance(step, InputGradient) else self.weight_gradients)[step.segment]
             for step in program.walk
             if step.segment in span
         )
 
     def per_segment(self, programs: Sequence[SegmentProgram]) -> list[float]:
-        """All work of a micro-batch, by the segment whose owner does it."""
+        """All work of a micro-batch, by the segment that it is done on."""
         return [
             self.forward[s]
             + sum(self.heads[call.number] for call in program.heads)
@@ -67,7 +67,11 @@ class Costs:
 
 
 def balanced(costs: Sequence[float], stages: int) -> Placement:
-    """The split into consecutive parts whose dearest part is cheapest.
+    """Split segments into consecutive parts so that the largest cost of a part is as small as possible.
+
+    Args:
+        costs: of the segments.
+        stages: number of parts.
 
     Raises:
         UserError: more stages than segments.
@@ -81,7 +85,7 @@ def balanced(costs: Sequence[float], stages: int) -> Placement:
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # best[k][i]: the dearest of k + 1 parts of the first i segments, and where the last part begins.
+    # best[k][i]: largest cost of k + 1 parts of the first i segments, and where the last part begins.
     best: list[list[tuple[float, int]]] = [[(total[i], 0) for i in range(n + 1)]]
     for k in range(1, stages):
         row = [(float("inf"), 0)] * (k + 1)
@@ -95,7 +99,7 @@ def balanced(costs: Sequence[float], stages: int) -> Placement:
 
 
 def listed(counts: Sequence[int], segments: int, stages: int) -> Placement:
-    """So many segments on each stage.
+    """The placement with these numbers of segments on the stages.
 
     Raises:
         UserError: the counts are not one a stage, or do not add up to the network's segments.

@@ -1,8 +1,8 @@
 """What each pipeline stage does, in which order: a pure function of plan, placement, micro-batches and stage.
 
-Both sides of an edge derive the same order of messages from it, and so do all replicas of a stage. A stage
-waits for activations from below and for the cotangents of windows that span its upper edge; steps follow one
-another without a flush. With one window over everything this is 1F1B.
+Two stages that exchange messages derive the same order of them from it, and all replicas of a stage do the same. A
+stage waits for activations from the stage below and for the cotangents of windows that reach into the stages above.
+The pipeline is not flushed between steps. With one window over the whole network this is 1F1B.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from framework.pipeline.scheduling.placement import Placement
 
 @dataclass(frozen=True)
 class Instruction:
-    """One thing to do; DeepSpeed's engine calls the method that its type maps to with ``kwargs``."""
+    """One thing to do. DeepSpeed's engine calls the method that belongs to its type, with ``kwargs``."""
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -27,14 +27,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class LoadMicroBatch(Instruction):
-    """The first stage takes a micro-batch from the loader."""
+    """First stage: take a micro-batch from the loader."""
 
     micro_batch: int
 
 
 @dataclass(frozen=True)
 class ReceiveActivation(Instruction):
-    """The output of the stage below, with what heads further up need of the batch."""
+    """The output of the stage below, with the labels and images that heads from here on need."""
 
     micro_batch: int
 
@@ -93,26 +93,26 @@ class SendCotangents(Instruction):
 
 @dataclass(frozen=True)
 class SendWeights(Instruction):
-    """The weights that heads of stage ``reader`` follow, as they are before this step."""
+    """The weights that heads of stage ``reader`` read, as they are before this step."""
 
     reader: int
 
 
 @dataclass(frozen=True)
 class ReceiveWeights(Instruction):
-    """The next version of the weights that heads here follow."""
+    """The next version of the weights of stage ``owner`` that heads here read."""
 
     owner: int
 
 
 @dataclass(frozen=True)
 class ReduceGradients(Instruction):
-    """Average over the replicas of this stage."""
+    """Average the gradients over the replicas of this stage."""
 
 
 @dataclass(frozen=True)
 class OptimizerStep(Instruction):
-    """Change this stage's weights."""
+    """Update this stage's weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +123,9 @@ class Layout:
         programs: what follows the forward of each segment.
         placement: segments of the stages.
         micro_batches: per step.
-        reads: pairs (stage, later stage) of which the first has heads that follow weights of the second.
-        contrast_batch: contrastive heads see all micro-batches at once.
-        lam_lag: steps by which followed weights may come later than at no loss.
+        reads: pairs (stage, later stage) of which the first has heads that read weights of the second.
+        contrast_batch: contrastive heads compare the images of all micro-batches of a step.
+        lam_lag: steps by which the weights read may be older than in one process.
     """
 
     programs: tuple[SegmentProgram, ...]
@@ -136,7 +136,7 @@ class Layout:
     lam_lag: int = 0
 
     def hops(self, stage: int) -> list[tuple[int, int]]:
-        """(stages above, segment) of the walks that come down into ``stage``, in order."""
+        """Backward passes that come down into ``stage``, in order: (stages above, segment that they start from)."""
         top = self.placement.span(stage).stop
         return [
             (self.placement.stage_of(s) - stage, s)
@@ -145,15 +145,15 @@ class Layout:
         ]
 
     def reach(self, stage: int) -> int:
-        """Stages above until the last of which cotangents come down, which is also how far it runs ahead of them."""
+        """Distance, in stages, of the farthest stage whose cotangents come down here; so many micro-batches wait."""
         return max((distance for distance, _ in self.hops(stage)), default=0)
 
 
 def step_instructions(layout: Layout, stage: int, step: int) -> Iterator[Instruction]:
-    """Step ``step`` of a stage, counted from the last drain.
+    """What a stage does in step ``step``, counted from the last drain.
 
-    The walk from a stage ``d`` edges above comes after the forward of ``d`` more micro-batches, as in 1F1B,
-    so that at most ``reach + 1`` micro-batches have graphs here.
+    The backward passes that start ``d`` stages above come after the forward passes of ``d`` more micro-batches, as in
+    1F1B. So at most ``reach + 1`` micro-batches have graphs here.
     """
     yield from (SendWeights(reader) for reader, owner in sorted(layout.reads) if owner == stage)
     if step > layout.lam_lag:
@@ -164,13 +164,13 @@ def step_instructions(layout: Layout, stage: int, step: int) -> Iterator[Instruc
 
 
 def drain_instructions(layout: Layout, stage: int, steps: int) -> Iterator[Instruction]:
-    """What is still under way after ``steps`` steps."""
+    """Receive the messages that ``steps`` steps have left in flight."""
     for _ in range(min(steps, layout.lam_lag + 1)):
         yield from _receive_weights(layout, stage)
 
 
 def all_instructions(layout: Layout, stage: int, steps: int) -> Iterator[Instruction]:
-    """Everything from one drain to the next."""
+    """All that a stage does from one drain to the next."""
     for step in range(steps):
         yield from step_instructions(layout, stage, step)
     yield from drain_instructions(layout, stage, steps)
@@ -201,7 +201,7 @@ def _whole_batch(layout: Layout, stage: int) -> Iterator[Instruction]:
 
 
 def _forward(layout: Layout, stage: int, micro_batch: int) -> Iterator[Instruction]:
-    """Each segment is followed by its heads and walk, so that its activations live as long as a window needs them."""
+    """Heads and backward passes come right after each segment, so that its activations are freed as early as can be."""
     span = layout.placement.span(stage)
     yield LoadMicroBatch(micro_batch) if stage == 0 else ReceiveActivation(micro_batch)
     for segment in span:

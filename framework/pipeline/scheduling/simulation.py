@@ -1,4 +1,4 @@
-"""Run schedules against a clock instead of a network: who waits how long, and whether anyone waits for ever."""
+"""Run schedules against a simulated clock: how long each stage waits, and whether one waits for ever."""
 
 from __future__ import annotations
 
@@ -23,13 +23,20 @@ from framework.pipeline.scheduling.schedule import (
     all_instructions,
 )
 
-AHEAD = 2  # activations that may be under way on an edge before its sender waits
+AHEAD = 2  # activations between two stages that may be sent before the first of them is received
 Duration = Callable[[int, Instruction], float]
 
 
 @dataclass(frozen=True)
 class Event:
-    """One instruction: began when the stage came to it, waited until ``start``, was done at ``end``."""
+    """One instruction that was carried out; times in any unit.
+
+    Attributes:
+        came: the stage was done with the instruction before.
+        start: what it waited for was there.
+        end: it was done.
+        instruction: what was done.
+    """
 
     came: float
     start: float
@@ -39,7 +46,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What happened, by stage."""
+    """Events by stage, over ``steps`` steps."""
 
     events: tuple[tuple[Event, ...], ...]
     steps: int
@@ -49,7 +56,7 @@ class Simulation:
         return max(self._window(events)[1] for events in self.events) / (self.steps - self.steps // 2)
 
     def utilization(self) -> list[float]:
-        """Of each stage, the share of the time in which it works, over the later half of the steps."""
+        """Share of the time in which each stage works, over the later half of the steps."""
         return [busy / length for busy, length in map(self._window, self.events)]
 
     def _window(self, events: tuple[Event, ...]) -> tuple[float, float]:
@@ -61,11 +68,11 @@ class Simulation:
 
 
 class Deadlock(Exception):
-    """No stage can go on; the text says what each waits for."""
+    """Every stage waits for another; the message names the instruction that each waits at."""
 
 
 def costs_of(layout: Layout, costs: Costs) -> Duration:
-    """The duration of every instruction; messages and the optimizer take no time."""
+    """A ``Duration`` from costs: messages and the optimizer take no time."""
 
     def duration(stage: int, instruction: Instruction) -> float:
         if isinstance(instruction, Forward):
@@ -80,7 +87,13 @@ def costs_of(layout: Layout, costs: Costs) -> Duration:
 
 
 def simulate(layout: Layout, duration: Duration, steps: int | None = None, ahead: int = AHEAD) -> Simulation:
-    """Run ``steps`` steps, by default as many as fill the pipeline and show its rhythm.
+    """Run the schedules of all stages.
+
+    Args:
+        layout: of the pipeline.
+        duration: of an instruction on a stage.
+        steps: how many; by default enough for the later half to run with a full pipeline.
+        ahead: activations between two stages that may be sent before the first of them is received.
 
     Raises:
         Deadlock: a stage waits for a message that never comes.
@@ -112,7 +125,7 @@ class _Stage:
         self.instruction: Instruction | None = next(instructions)
 
     def run(self, duration: Duration, channels: dict[tuple[str, int, int], _Channel], ahead: int) -> int:
-        """Go on until a message is missing; how many instructions were done."""
+        """Carry out instructions until a message is missing; returns how many."""
         done = 0
         while self.instruction is not None:
             start = self._start(self.instruction, channels, ahead)
@@ -128,7 +141,7 @@ class _Stage:
     def _start(
         self, instruction: Instruction, channels: dict[tuple[str, int, int], _Channel], ahead: int
     ) -> float | None:
-        """When the instruction can be carried out; None while that is not known."""
+        """When the instruction can start; ``None`` while the message it needs is missing."""
         channel = channels[_edge(self.number, instruction)]
         match instruction:
             case ReceiveActivation() | ReceiveCotangents() | ReceiveWeights():
@@ -168,7 +181,7 @@ def _edge(stage: int, instruction: Instruction) -> tuple[str, int, int]:
 
 
 def _check(received: Instruction, sent: Instruction) -> None:
-    """Both sides must mean the same message."""
+    """Raise ``Deadlock`` if sender and receiver disagree on which message comes next."""
     match received, sent:
         case ReceiveActivation(a), SendActivation(b):
             same = a == b

@@ -86,7 +86,9 @@ def _guess(place: Place) -> _Layout:
     if depth == 2:
         splits = [top for top in tops if is_split(top)]
         unsure = len(splits) > 1 and any(split_name(top).startswith("train") for top in splits)
-        return _Layout("", ("class", "split") if unsure else ("class",))
+        if unsure:
+            return _Layout("", ("class", "split"))
+        return _Layout("", ("class", "images") if _is_container(tops) else ("class",))
     if len(tops) == 1:
         return _Layout(f"{common[0]}/", ("class",))
     return _Layout("", ("split/class", "class"))
@@ -99,9 +101,14 @@ def _guess_in_splits(place: Place, around: str) -> _Layout:
     classes = {part[1] for part in parts}
     if all(part[1] == part[0] for part in parts):
         return _Layout(around, ("split",))  # test/test/1.jpg
-    if len(classes) == 1 and classes.pop().lower() in _CONTAINERS:
+    if _is_container(classes):
         return _Layout(around, ("split", "split/class"))
     return _Layout(around, ("split/class",))
+
+
+def _is_container(folders: set[str]) -> bool:
+    """Whether the only class would be called after what it holds."""
+    return len(folders) == 1 and next(iter(folders)).lower() in _CONTAINERS
 
 
 def _asked(name: str, place: Place) -> _Layout:
@@ -194,11 +201,9 @@ def _check_none_vanishes(name: str, around: str, place: Place, parts: list[list[
         files = Counter(kind(file) for file in place.files if file.startswith(f"{folder}/"))
         if not files and (level == "split" or inner.rpartition("/")[2] in classes):
             continue
-        found = (
-            f"of its {files.total()} files ({kinds_text(files)}) none is an image" if files else "it is empty"
-        )
+        found = f"none of its files is an image ({kinds_text(files)})" if files else "it is empty"
         raise UserError(
-            f"{place.path}: the {level} {printable(inner)} would be missing, for {found}; "
+            f"{place.path}: the {level} {printable(inner)} would be missing: {found}; "
             f"convert its files, or leave it out (--skip '{printable(folder)}')"
         )
 

@@ -100,7 +100,9 @@ def _single_val(place: Place) -> Reading | None:
         if kit is None:
             raise Incomplete(f"{place.path}: has no labels; lay {_KIT}.tar.gz (image-net.org) beside it")
         images = _val_images(place, flat, kit, lambda i: place.read(flat[i]))
-        return Reading("imagenet", "val", lambda: {"val": images}, place.unpacked(flat))
+        return Reading(
+            "imagenet", "val", lambda: {"val": images}, place.unpacked(flat), frozenset({"images"})
+        )
     where = flat[0].rpartition("/")[0] or "."
     if (
         any(name.endswith("LOC_val_solution.csv") for name in place.files)

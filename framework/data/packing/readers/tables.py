@@ -36,6 +36,7 @@ _LABEL_COLUMNS = {
     "breed",
     "species",
 }
+_UNLABELED = frozenset({"images", "split"})  # readers of the same images that find no labels
 _SPLIT_COLUMNS = {"split", "set", "subset"}
 
 
@@ -147,6 +148,7 @@ def _reading(place: Place, rows: list[_Row], tables: list[str], missing: Counter
         f"{', '.join(text)}, {len(classes)} classes by {', '.join(tables)}",
         lambda: labeled_files(place, images, classes),
         unpacked,
+        _UNLABELED | ({"class"} if len({posixpath.dirname(name) for name in place.images}) == 1 else set()),
     )
 
 
@@ -292,6 +294,6 @@ READERS = (
         "path ...) and a column label (class, category, target ...)",
         "the splits that folders, tables or a column split name, else one",
         _find,
-        frozenset({"images", "split"}),
+        _UNLABELED,
     ),
 )

@@ -1,4 +1,4 @@
-"""What each instruction of the schedule does on a rank."""
+"""What a rank does at each instruction of its stage's schedule, but for reducing and stepping."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from framework.execution import LocalNetwork
 from framework.execution.local_network import add_gradients
 from framework.execution.step import RoutedStep
 from framework.local import Need
-from framework.pipeline.rank.following import Following
-from framework.pipeline.rank.wire import Peer, Receiver, Sender
+from framework.pipeline.rank.p2p import Peer, Receiver, Sender
 from framework.pipeline.scheduling.schedule import Layout
 from framework.pipeline.scheduling.simulation import AHEAD
+from framework.pipeline.scheduling.weight_readers import WeightReaders
 from framework.runtime import distributed
 
 
-class Worker:
-    """A stage's micro-batches and its messages.
+class StageWorker:
+    """A stage's micro-batches and its messages. The methods named like instructions carry them out.
 
     Args:
         net: the whole network, of which this rank trains a stage.
         layout: of the pipeline.
-        following: whose heads follow whose weights.
-        grid: where this rank is.
+        readers: heads that read weights.
+        grid: which stage and replica this rank is.
         timeout: seconds to wait for another stage.
 
     Attributes:
-        micro_batches: of the step in work; first stage only.
-        groups: those of the messages.
+        micro_batches: of the current step; first stage only.
+        groups: process groups of the messages, one for each direction.
         unit_losses: (U,) sum over the step's micro-batches, 0 for units of other stages.
     """
 
@@ -42,25 +42,25 @@ class Worker:
         self,
         net: LocalNetwork,
         layout: Layout,
-        following: Following,
+        readers: WeightReaders,
         grid: PipelineParallelGrid,
         timeout: float,
     ) -> None:
-        self.net, self.layout, self.following = net, layout, following
+        self.net, self.layout, self.readers = net, layout, readers
         self.stage: int = grid.get_stage_id()
         self.span = layout.placement.span(self.stage)
         self.replicas: dist.ProcessGroup = grid.get_data_parallel_group()
         self._grid, self._timeout = grid, timeout
         self._images_above = any(_needs_images(net, s) for s in range(self.span.stop, len(net.segments)))
-        self._skips: deque[bool] = deque()
-        self._x = torch.empty(0)  # on its way through the segments
+        self._skips: deque[bool] = deque()  # of steps whose weights of other stages have not arrived yet
+        self._x = torch.empty(0)  # output of the segment run last
         self._skipped = False
         self._connect()
         self._reset([])
 
     def begin_step(self, micro_batches: list[Batch]) -> None:
-        """Let copies follow what the step before has left, and forget that step."""
-        for head in self.following.local[self.stage]:
+        """Call ``after_step`` of heads that read this stage's weights, and drop what belongs to the step before."""
+        for head in self.readers.local[self.stage]:
             head.after_step(self.net.segments, float(not self._skipped))
         self._reset(micro_batches)
 
@@ -72,11 +72,13 @@ class Worker:
         self._overflow: Tensor | None = None
 
     def load(self, micro_batch: int) -> None:
+        """First stage: take a micro-batch of ``begin_step``."""
         batch = self.micro_batches[micro_batch]
         batch = batch._replace(images=batch.images.to(memory_format=self.net.layout))
         self._begin(micro_batch, batch, self.net.run_frozen(batch.images))
 
     def receive_activation(self, micro_batch: int) -> None:
+        """The output of the stage below; with it the labels, and the images if heads from here on need them."""
         assert self._from_below is not None
         x, *others = self._from_below.receive()
         labels = others.pop(0) if self.net.plan.supervised else None
@@ -84,22 +86,26 @@ class Worker:
         self._begin(micro_batch, Batch(images, labels, self.net.plan.views), x)
 
     def send_activation(self, micro_batch: int) -> None:
+        """The same to the stage above."""
         assert self._to_above is not None
         batch = self._live[micro_batch].batch
         labels = [batch.labels] if self.net.plan.supervised and batch.labels is not None else []
         self._to_above.send([self._x, *labels, *([batch.images] if self._images_above else [])])
 
     def forward(self, micro_batch: int, segment: int) -> None:
+        """Run a segment."""
         with distributed.replicas(self.replicas):
             self._x = self._live[micro_batch].forward(segment, self._x)
 
     def heads(self, micro_batch: int, segment: int) -> None:
+        """Run the heads on a segment: losses and their gradients; embeddings only, where a contrast is deferred."""
         step = self._live[micro_batch]
         with distributed.replicas(self.replicas):
             step.run_heads(segment, defer_contrast=self.layout.contrast_batch)
         self._collect(step)
 
     def contrast(self) -> None:
+        """Losses of contrastive heads over all micro-batches of the step."""
         steps = list(self._live.values())
         for segment in self.span:
             with distributed.replicas(self.replicas):
@@ -108,44 +114,49 @@ class Worker:
                 self._collect(step)
 
     def receive_cotangents(self, micro_batch: int, after: int) -> None:
+        """From the stage above, of the backward passes that follow the forward of segment ``after``."""
         assert self._from_above is not None
         routes = self.net.program.segment_programs[after].crossing(self.span.stop)
         self._live[micro_batch].receive(after, [self._from_above.receive()[0] for _ in routes])
 
     def walk(self, micro_batch: int, after: int) -> None:
+        """This stage's part of those backward passes."""
         step = self._live[micro_batch]
         with distributed.replicas(self.replicas):
             step.walk(after)
         self._collect(step)
 
     def send_cotangents(self, micro_batch: int, after: int) -> None:
+        """To the stage below, one message for each route."""
         assert self._to_below is not None
         outgoing = self._live[micro_batch].outgoing
         for route in self.net.program.segment_programs[after].crossing(self.span.start):
             self._to_below.send([outgoing.pop(route).value])
 
     def send_weights(self, reader: int) -> None:
-        weights = self.following.weights(reader, self.stage)
+        """All weights of this stage that heads of stage ``reader`` read, as one flat tensor."""
+        weights = self.readers.weights(reader, self.stage)
         self._to_readers[reader].send([torch.cat([p.detach().reshape(-1) for p in weights])])
 
     def receive_weights(self, owner: int) -> None:
-        """Weights of the next step not yet followed; the last owner's let the copies of that step move."""
+        """The next version of the weights of stage ``owner`` that heads here read.
+
+        When those of the last owner are there, the heads' ``before_step`` of that version is called.
+        """
         (flat,) = self._from_owners[owner].receive()
-        weights = self.following.weights(self.stage, owner)
+        weights = self.readers.weights(self.stage, owner)
         with torch.no_grad():
             for weight, values in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
                 weight.copy_(values.view_as(weight))
         if owner == max(self._from_owners):
             skipped = self._skips.popleft()
-            for head in self.following.remote[self.stage]:
+            for head in self.readers.remote[self.stage]:
                 head.before_step(self.net.segments, float(not skipped))
 
     def finish_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Add what does not come from a micro-batch."""
+        """Add the gradients of the heads' penalties, once a step."""
         penalties = [
-            p
-            for head in self.following.local[self.stage]
-            if (p := head.penalty(self.net.segments)) is not None
+            p for head in self.readers.local[self.stage] if (p := head.penalty(self.net.segments)) is not None
         ]
         if not penalties:
             return
@@ -155,12 +166,15 @@ class Worker:
             parameter.grad = gradient
 
     def finish_step(self) -> bool:
-        """Copies follow, if the step is not skipped (float16); whether it is. In float16 waits for all stages."""
+        """Move the loss scales and call the heads' ``before_step``; whether to skip the optimizer step.
+
+        In float16 this waits for all stages: an overflow on one skips the step on all.
+        """
         skip = False
         if self.net.scales is not None:
             assert self._overflow is not None
             skip = bool(self.net.scales.update(self._overflow))
-        for head in self.following.local[self.stage]:
+        for head in self.readers.local[self.stage]:
             head.before_step(self.net.segments, float(not skip))
         if self._from_owners:
             self._skips.append(skip)
@@ -168,7 +182,7 @@ class Worker:
         return skip
 
     def flush(self) -> None:
-        """Wait until everything that was sent has accumulated."""
+        """Wait until every message sent has been received."""
         for sender in (self._to_above, self._to_below, *self._to_readers.values()):
             if sender is not None:
                 sender.flush()
@@ -203,7 +217,7 @@ class Worker:
         self._x = x
 
     def _collect(self, step: RoutedStep) -> None:
-        """Add what is finished to the parameters' gradients and the step's losses."""
+        """Move finished gradients and losses of a micro-batch into the parameters' gradients and the step's losses."""
         gradients, step.gradients = step.gradients, {}
         if gradients:
             torch._foreach_mul_(list(gradients.values()), 1 / self.layout.micro_batches)

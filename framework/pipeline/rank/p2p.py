@@ -1,4 +1,4 @@
-"""Messages between pipeline stages: tensors in a fixed order on one-way channels."""
+"""Point-to-point messages between pipeline stages: tensors in a fixed order on one-way channels."""
 
 from __future__ import annotations
 
@@ -20,48 +20,52 @@ _DIMENSIONS = 8
 
 @dataclass
 class Peer:
-    """A rank at the other end, and how it is called in messages."""
+    """The rank at the other end, and its name in error messages."""
 
     rank: int
     name: str
 
 
 class Sender:
-    """One end of a channel. Sending does not wait, but for messages that were sent ``ahead`` sends before.
+    """The sending end of a channel. ``send`` returns at once, unless ``ahead`` messages have not been received yet.
 
     Args:
-        group: the ranks; every direction has its own, so that nothing waits behind a message of another.
-        peer: who receives.
-        timeout: seconds to wait.
-        ahead: messages that may be under way; ``None`` leaves the bound to the schedule.
+        group: the ranks; one for each direction, because a backend sends the messages of a group in order.
+        peer: the receiver.
+        timeout: seconds to wait for it.
+        ahead: largest number of messages not yet received; ``None`` for no limit but the schedule's.
     """
 
     def __init__(
         self, group: dist.ProcessGroup, peer: Peer, timeout: float, ahead: int | None = None
     ) -> None:
         self._group, self._peer, self._timeout, self._ahead = group, peer, timeout, ahead
-        self._under_way: deque[list[tuple[dist.Work, Tensor]]] = deque()
+        self._in_flight: deque[list[tuple[dist.Work, Tensor]]] = deque()
         self._formats: list[torch.memory_format] | None = None
 
     def send(self, tensors: Sequence[Tensor]) -> None:
-        """Send a message. Its tensors must not change any more; shapes and types are those of the first message."""
+        """Send tensors, which must not change afterwards; shapes and types are those of the first message.
+
+        Raises:
+            DeadRank: the peer has received nothing for too long.
+        """
         parts = []
         if self._formats is None:
             self._formats = [_format(tensor) for tensor in tensors]
             parts.append(_description(tensors))
         pairs = zip(tensors, self._formats, strict=True)
         parts += [_dense(tensor.contiguous(memory_format=order)) for tensor, order in pairs]
-        if self._ahead is not None and len(self._under_way) >= self._ahead:
-            self._finish(self._under_way.popleft())
-        while self._under_way and all(work.is_completed() for work, _ in self._under_way[0]):
-            self._finish(self._under_way.popleft())
+        if self._ahead is not None and len(self._in_flight) >= self._ahead:
+            self._finish(self._in_flight.popleft())
+        while self._in_flight and all(work.is_completed() for work, _ in self._in_flight[0]):
+            self._finish(self._in_flight.popleft())
         with _Named(self._peer, self._timeout, "takes no messages any more"):
-            self._under_way.append([(self._post(part), part) for part in parts])
+            self._in_flight.append([(self._post(part), part) for part in parts])
 
     def flush(self) -> None:
-        """Wait until everything was received."""
-        while self._under_way:
-            self._finish(self._under_way.popleft())
+        """Wait until all messages have been received."""
+        while self._in_flight:
+            self._finish(self._in_flight.popleft())
 
     def _post(self, part: Tensor) -> dist.Work:
         work = dist.isend(part, self._peer.rank, group=self._group)
@@ -75,7 +79,7 @@ class Sender:
 
 
 class Receiver:
-    """The other end of a ``Sender``."""
+    """The receiving end of a channel."""
 
     def __init__(self, group: dist.ProcessGroup, peer: Peer, timeout: float) -> None:
         self._group, self._peer, self._timeout = group, peer, timeout
@@ -85,8 +89,8 @@ class Receiver:
         """The next message; waits for it.
 
         Raises:
-            DeadRank: the peer is silent for too long.
-            RuntimeError: it is gone.
+            DeadRank: the peer has sent nothing for too long.
+            RuntimeError: the connection is closed.
         """
         if self._like is None:
             description = torch.empty(

@@ -1,4 +1,4 @@
-"""Heads that follow the weights of segments, and where both are."""
+"""Heads that read the weights of segments (``Head.reads``), and on which stages both are."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from framework.pipeline.scheduling.placement import Placement
 from framework.runtime.errors import UserError
 
 
-class Following:
-    """Who follows whom.
+class WeightReaders:
+    """Which heads read weights, of which stages.
 
     Args:
         net: the network.
         placement: segments of the stages.
 
     Attributes:
-        local: heads by stage that follow weights of their own stage, or none.
-        remote: heads by stage that follow weights of later stages.
+        local: heads by stage that read weights of their own stage, or none.
+        remote: heads by stage that read weights of later stages.
 
     Raises:
-        UserError: a head stands on several stages, follows weights both of its own and of other stages, has a penalty
-            on others', or needs what comes too late.
+        UserError: a head stands on several stages, reads weights both of its own and of other stages, has a penalty
+            on others' weights, or must read them earlier than they can arrive.
     """
 
     def __init__(self, net: LocalNetwork, placement: Placement) -> None:
@@ -48,7 +48,7 @@ class Following:
                 continue
             if stage in {owner[p] for p in weights}:
                 raise UserError(
-                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} follows weights of its own "
+                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} reads weights of its own "
                     "stage and of others; put them on one stage with pipeline.balance=[...]"
                 )
             if head.penalizes:
@@ -58,7 +58,7 @@ class Following:
                 )
             if not head.may_lag:
                 raise UserError(
-                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} follows another stage in a way "
+                    f"pipeline.stages={placement.stages}: the head of unit {unit.name} reads another stage in a way "
                     "that would stop the pipeline at every step (after it, with BatchNorm's statistics, or pulled); "
                     "put the two on one stage with pipeline.balance=[...]"
                 )
@@ -72,5 +72,5 @@ class Following:
         return frozenset(self._weights)
 
     def weights(self, reader: int, owner: int) -> list[nn.Parameter]:
-        """What the heads of one stage follow on another, in the same order on both."""
+        """Weights of stage ``owner`` that heads of stage ``reader`` read, in the same order on both."""
         return list(self._weights[reader, owner])

@@ -1,10 +1,11 @@
-"""Where a recipe's images are, told without opening them and without PyTorch."""
+"""Where the splits of a recipe lie: folder and pattern of each, by the keys of ``data``; without PyTorch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from framework.config.recipe import Data
+from framework.data.shards.folder import check_folder
 from framework.data.shards.naming import cut_pattern, is_held_out, series, split_of
 from framework.data.shards.store import is_url
 from framework.runtime.errors import UserError
@@ -21,7 +22,7 @@ def check_train_folder(data: Data) -> None:
         check_split(data, data.train)
 
 
-def place(data: Data, split: str) -> tuple[str, str | None]:
+def split_path(data: Data, split: str) -> tuple[str, str | None]:
     """The folder of a split, and which of its shards; "." is ``data.path`` itself."""
     split = split.removeprefix("./").rstrip("/")
     folder, pattern = cut_pattern(f"{data.path.rstrip('/') or '/'}/{split}")
@@ -42,29 +43,24 @@ def check_split(data: Data, split: str) -> None:
     """Check that the folder of a split is there.
 
     Raises:
-        UserError: no such folder; says which keys would name the shards that lie in ``data.path`` itself.
+        UserError: no such folder; says which keys would name the shards that ``data.path`` has elsewhere.
     """
-    folder = Path(place(data, split)[0])
+    folder = Path(split_path(data, split)[0])
     if not folder.is_dir():
         _explain_missing(data, folder)
     check_folder(folder)
 
 
-def check_folder(folder: Path) -> None:
-    """Check that a folder of shards is there.
-
-    Raises:
-        UserError: no such folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it must hold the shards (*.tar)")
-
-
 def _explain_missing(data: Data, folder: Path) -> None:
-    """Where a split has no folder, say which keys would name the shards that lie in ``data.path`` itself."""
-    if folder.exists() or not (root := Path(data.path)).is_dir():
-        return
+    """Say which keys would name the shards that ``data.path`` has in itself, or in folders of other names."""
+    root = Path(data.path)
     names = [path.name for path in root.glob("*.tar")]
+    folders = sorted({path.parent.name for path in root.glob("*/*.tar")})
+    if folders and not names:
+        raise UserError(
+            f"{folder}: no such folder; {root} has shards in {', '.join(folders[:5])}: set data.train to one of these, "
+            f"and data.test"
+        )
     if not names:
         return
     found = series(names)

@@ -1,0 +1,43 @@
+"""How the tests of packing ask readers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from framework.data.packing.images import Images
+from framework.data.packing.readers import read
+from framework.data.packing.reading import Choices, Reading
+from framework.runtime.errors import UserError
+
+
+def reading(source: Path | str, work: Path, **choices: object) -> Reading:
+    work.mkdir(exist_ok=True)
+    return read([str(source)], Choices(**choices), work, work / "cache", 10**9)
+
+
+def refused(source: Path | str, work: Path, **choices: object) -> str:
+    with pytest.raises(UserError) as error:
+        reading(source, work, **choices).open()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def classes_of(images: Images) -> dict[str, str]:
+    """File name -> name of its class."""
+    names = images.classes or []
+    return {images[i].where: names[images[i].label] for i in range(len(images))}
+
+
+def sizes(found: dict[str, Images]) -> dict[str, int]:
+    return {split: len(images) for split, images in found.items()}
+
+
+def some(files: dict[str, bytes], count: int) -> dict[str, bytes]:
+    """The first of them."""
+    return dict(list(files.items())[:count])
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
