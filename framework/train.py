@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return train_all(lambda: parts(recipe))
 
-    return status(work)
+    return status(work, stopped="stopped without saving; touch RUN_DIR/stop-now saves first")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -75,9 +76,14 @@ def main() -> None:
 
 def list_recipes() -> None:
     """Print every recipe with the first line of its comment."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly when piped into head
     paths = [path for folder in FOLDERS for path in sorted((RECIPES / folder).glob("*.yaml"))]
     comments = [path.read_text().partition("\n")[0].removeprefix("#").strip() for path in paths]
     print("\n".join(f"{p.relative_to(RECIPES.parent)}: {c}" for p, c in zip(paths, comments, strict=True)))
+
+
+def _saving(ratio: float) -> str:
+    return f"{ratio:.2f}x less" if ratio >= 1 else f"{1 / ratio:.2f}x more"
 
 
 def show(recipe: Recipe, cost: PlanCost) -> None:
@@ -107,10 +113,10 @@ def show(recipe: Recipe, cost: PlanCost) -> None:
         table.add_row(u.name, window, u.head, f"{u.parameters:,}", *sizes, f"{u.weight:g}")
     console.print(table)
     console.print(
-        f"At {cost.images} images of {recipe.data.image_size} px: peak activations "
+        f"At {cost.images} views of {recipe.data.image_size} px: peak activations "
         f"{readable.text(cost.peak_activation_bytes, readable.BYTES)}, end-to-end "
         f"{readable.text(cost.end_to_end_activation_bytes, readable.BYTES)}, "
-        f"so {cost.memory_saving:.2f}x less memory for activations.",
+        f"so {_saving(cost.memory_saving)} memory for activations.",
         highlight=False,
         soft_wrap=True,
     )

@@ -133,7 +133,7 @@ class Plan:
             raise UserError(f"no unit trains segment {min(missing)} of 0..{self.segments - 1}")
         names = [unit.name for unit in self.units]
         if twice := {n for n in names if names.count(n) > 1}:
-            raise UserError(f"two units are called {min(twice)}")
+            raise UserError(f"two units are called {min(twice)}; LocalUnit(name, ...) must differ")
         windows = [(unit.first, unit.last) for unit in self.units]
         own = windows == [(s, s) for s in range(self.segments)] and len(self.heads) == len(self.units)
         if self.execution.kind != "synchronous" and not own:
