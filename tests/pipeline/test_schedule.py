@@ -1,20 +1,15 @@
-"""Schedules of pipeline stages, without a process: order, deadlocks, memory, waiting; and who gets which segments."""
+"""Schedules of pipeline stages, without a process: order, deadlocks, memory, waiting."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import product
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from framework.execution.program import InputGradient, WeightGradient, segment_programs
-from framework.local import LocalUnit, Plan
-from framework.local.head import Head
-from framework.local.units import Window, sliding_windows
-from framework.pipeline.scheduling.placement import Costs, Placement, balanced, listed
+from framework.pipeline.scheduling.placement import Costs, Placement, balanced
 from framework.pipeline.scheduling.schedule import (
     Contrast,
     Forward,
@@ -33,30 +28,9 @@ from framework.pipeline.scheduling.schedule import (
     step_instructions,
 )
 from framework.pipeline.scheduling.simulation import Deadlock, Duration, Event, costs_of, simulate
-from framework.runtime.errors import UserError
+from tests.support.plans import named_plan, unit_costs
 
 STEPS = 4
-
-
-def plan(segments: int, windows: list[Window]) -> Plan:
-    units = (LocalUnit(f"u{i}", first, last, Head()) for i, (first, last) in enumerate(windows))
-    return Plan(tuple(units), segments)
-
-
-def named_plan(name: str, segments: int) -> Plan:
-    windows = {
-        "bp": [(0, segments - 1)],
-        "gim": sliding_windows(segments, 1),
-        "loco": sliding_windows(segments, min(2, segments)),
-        "mlaan-3": sliding_windows(segments, 1) + sliding_windows(segments, min(3, segments)),
-    }
-    return plan(segments, windows[name])
-
-
-def unit_costs(segments: int, head: float = 0.1, calls: int | None = None) -> Costs:
-    """Passes cost 1, a weight pass of many layers 2."""
-    ones = (1.0,) * segments
-    return Costs(ones, ones, (2.0,) * segments, (head,) * (segments if calls is None else calls))
 
 
 def layouts() -> Iterator[Layout]:
@@ -273,37 +247,6 @@ def test_contrast_over_the_whole_batch_comes_after_all_heads_and_before_all_walk
         kinds = [type(i) for i in step_instructions(layout, stage, 0)]
         cut = kinds.index(Contrast)
         assert Walk not in kinds[:cut] and not {Heads, Forward} & set(kinds[cut:])
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.data())
-def test_the_dearest_stage_is_as_cheap_as_can_be(costs: list[int], data: st.DataObject) -> None:
-    stages = data.draw(st.integers(1, len(costs)))
-    placement = balanced(costs, stages)
-
-    def dearest(bounds: tuple[int, ...]) -> int:
-        return max(sum(costs[a:b]) for a, b in pairwise(bounds))
-
-    def splits(start: int, parts: int) -> Iterator[tuple[int, ...]]:
-        if parts == 1:
-            yield (start, len(costs))
-            return
-        for stop in range(start + 1, len(costs) - parts + 2):
-            yield from ((start, *rest) for rest in splits(stop, parts - 1))
-
-    assert placement.stages == stages
-    assert [s for k in range(stages) for s in placement.span(k)] == list(range(len(costs)))
-    assert all(placement.stage_of(s) == k for k in range(stages) for s in placement.span(k))
-    assert dearest(placement.bounds) == min(dearest(bounds) for bounds in splits(0, stages))
-
-
-def test_stages_that_are_impossible() -> None:
-    with pytest.raises(UserError, match=r"pipeline.stages=5: the network has 4 segments"):
-        balanced([1.0] * 4, 5)
-    assert listed([1, 3], 4, 2) == Placement((0, 1, 4))
-    for wrong in ([1, 2], [4], [1, 1, 2], [0, 4]):
-        with pytest.raises(UserError, match=r"pipeline.balance=.*4 in all"):
-            listed(wrong, 4, 2)
 
 
 def test_the_work_of_a_segment_is_counted_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +18,8 @@ def run_tool(name: str, *arguments: object) -> object:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
         runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
     return left.value.code
+
+
+def tool(name: str) -> dict[str, Any]:
+    """What is defined in it, by name."""
+    return runpy.run_path(str(TOOLS / f"{name}.py"))

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
+from framework.local import NetworkInfo
 from framework.local.heads import Classifier, Projection
 from framework.local.methods import dgl, gim, infopro, loco, mlaan
 from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
+from framework.network import Segment, create, cut
 
 CLASSES = 10
 
@@ -128,3 +130,17 @@ def routed(net: LocalNetwork, data: Batch) -> dict[str, Tensor]:
     net = copy.deepcopy(net)
     net(data).loss.backward()
     return gradients(net)
+
+
+def modules_of(name: str, ends: list[tuple[int, int]]) -> NetworkInfo:
+    """A CIFAR ResNet cut after the blocks (stage, number) in ``ends``."""
+    backbone = create(name)
+    blocks = cut(backbone, "block")
+    segments, paths = [], ()
+    for segment in blocks:
+        paths += segment.paths
+        stage, number = segment.name.removeprefix("layer").split(".")
+        if (int(stage), int(number)) in ends:
+            segments.append(Segment(backbone, segment.name, paths))
+            paths = ()
+    return NetworkInfo.of(segments, 32, CLASSES, (0.5,) * 3, (0.25,) * 3)
