@@ -183,16 +183,18 @@ def test_recipes_name_urls(tmp_path, local):
         with pytest.raises(UserError, match=r"data\.cache_gb=.*set a smaller data\.window above 0"):
             Splits.open(recipe(**remote, cache_gb=small))
         with pytest.raises(UserError, match="packed into a local folder"):
-            Splits.open(recipe(**remote, source="digits"))
+            Splits.open(recipe(**remote, prepare="digits"))
 
 
 def test_recipes_keep_images_in_memory(tmp_path, local):
     shutil.copytree(local.folder, tmp_path / "www" / "test")
-    settings = recipe(path=str(tmp_path / "www"), cache="memory")
-    settings.views = dataclasses.replace(PLAIN, kind="supervised")
-    in_memory = Splits.open(settings).train_loader(2)
-    settings.data.cache = "none"
-    ((expected,),) = Splits.open(settings).train_loader(2).steps(0, 1)
+    views = dataclasses.replace(PLAIN, kind="supervised")
+    kept, read = (
+        dataclasses.replace(recipe(path=str(tmp_path / "www"), cache=cache), views=views)
+        for cache in ("memory", "none")
+    )
+    in_memory = Splits.open(kept).train_loader(2)
+    ((expected,),) = Splits.open(read).train_loader(2).steps(0, 1)
     shutil.rmtree(tmp_path / "www")
     ((found,),) = in_memory.steps(0, 1)
     assert found.images.shape == (8, 3, 8, 8)
