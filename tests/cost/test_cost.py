@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tests.support.marks import slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@cache
 def cost(recipe: str, images: int = 2, *overrides: str) -> PlanCost:
     """Cost of a shipped recipe on a few images."""
     loaded = loading.load([str(ROOT / "recipes" / f"{recipe}.yaml"), *overrides])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,9 +25,8 @@ from framework.tracking.measuring import Throughput
 from framework.tracking.metric_log import read_log
 from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop, Position
-from tests.support.marks import slow, soak
+from tests.support.marks import slow
 from tests.support.pool import Pool
-from tests.support.ports import free_port
 from tests.support.runs import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,43 +282,3 @@ def test_resume_never_does_not_mix_two_runs(tmp_path: Path, pool: PoolOf) -> Non
     (message,) = pool(1).run(run, arguments(tmp_path, "network.name=resnet14"))
     assert "a checkpoint of another network: backbone.layer1.1" in message
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-
-
-def launch(*argv: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """The command line as users have it."""
-    program = Path(sys.executable).with_name("deepspeed")
-    places = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
-    command = [str(program), *places, "framework/train.py", *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_the_launcher_prints_an_error_once_and_fails(tmp_path: Path) -> None:
-    done = launch(*arguments(tmp_path, "method.windw=2"), ranks=2)
-    assert done.returncode != 0
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
-    assert lines == [
-        "error: command line: method.windw=2: unknown key for the method chosen; the nearest is method.window"
-    ]
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("recipe", "score", "least", "shorter"),
-    [
-        *slow([("quickstart", "knn_top1", 91, ["train.epochs=8"])]),
-        *slow([("quickstart_mlaan", "test_top1", 95, ["train.epochs=6"])]),
-        *soak([("quickstart", "knn_top1", 95, []), ("quickstart_mlaan", "test_top1", 97, [])]),
-    ],
-)
-def test_the_quick_starts_learn(
-    tmp_path: Path, recipe: str, score: str, least: float, shorter: list[str]
-) -> None:
-    places = [f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'digits'}"]
-    done = launch(f"recipes/{recipe}.yaml", *places, *shorter)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result[score] >= least
-    assert result["knn_top1"] > result["knn_top1_untrained"]
-    assert "raw pixels" in done.stdout
