@@ -56,8 +56,8 @@ def test_a_run_leaves_everything(tmp_path: Path, pool: PoolOf) -> None:
     for picture in ("loss_curves.png", "neighbors.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     with safe_open(folder / "backbone.safetensors", "pt") as file:
-        about = file.metadata()
-    assert about["network"] == "resnet8" and json.loads(about["views"])["mean"] == [0.5, 0.5, 0.5]
+        about = json.loads(file.metadata()["stagewise"])
+    assert about["network"] == "resnet8" and about["views"]["mean"] == [0.5, 0.5, 0.5]
     again = loading.load([str(folder / "recipe.yaml")])
     assert again == loading.load(argv)
     backbone = timm.create_model(
