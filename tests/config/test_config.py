@@ -283,6 +283,19 @@ WRONG = {
 }
 
 
+def test_braces_that_a_shell_expanded_are_refused(recipes: Path) -> None:
+    shards = [f"data.train=a-{i:03d}.tar" for i in range(3)]
+    message = fails("recipes/base.yaml", "seed=1", *shards)
+    assert message == (
+        "command line: data.train=a-000.tar data.train=a-001.tar: sets data.train twice; leave one out, or, if a shell "
+        "made them of braces, quote these: 'data.train=a-{000..127}.tar'"
+    )
+    assert load(["recipes/base.yaml", "data.train=a-{000..127}.tar"]).data.train == "a-{000..127}.tar"
+    assert load(["recipes/base.yaml", "seed=1", "seed=1"]).seed == 1
+    assert load(["recipes/base.yaml", "seed=1", "optim.lr=1", "seed=2"]).seed == 2  # over a script's default
+    assert load(["recipes/base.yaml", "deepspeed={a: 1}", "deepspeed={b: 2}"]).deepspeed == {"a": 1, "b": 2}
+
+
 def test_values_in_a_dictionary_of_known_kind_are_checked(recipes: Path) -> None:
     message = fails("recipes/base.yaml", "method.name=mlaan", "method.lam_blocks.layer1=x")
     assert (
