@@ -14,5 +14,5 @@ for argument in "$@"; do
   esac
 done
 run_dir=${run_dir:-${RUNS:-runs}/$name}
-until_done "$run_dir" '*/checkpoints/step-*/state.json' framework/train.py "$recipe" run_dir="$run_dir" \
-  faults.nonfinite=skip ${DATA:+data.path="$DATA"} "$@"
+until_done "$run_dir" '*/checkpoints/step-*/state.json' framework/train.py "$recipe" \
+  faults.nonfinite=skip ${DATA:+data.path="$DATA"} run_dir="$run_dir" "$@"

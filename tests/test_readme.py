@@ -174,7 +174,7 @@ def started(script: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     if script.name == "train_detectron2.py":  # its parser is Detectron2's
         return
     if recipes and script.name in ("train.py", "show_plan.py", "memory_report.py"):
-        loading.load([recipes[0], "data.path=unused", *overrides(words)])
+        loading.load([recipes[0], *(overrides(words) or ["data.path=unused"])])
     if script.name != "train.py":
         with monkeypatch.context() as patch:
             patch.syspath_prepend(str(ROOT / "tools"))

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from framework.data.packing.place import kinds_text
-from framework.data.packing.readers import READERS, read
+from framework.data.packing.readers import all_readers, read
 from framework.data.packing.reading import Choices, Reading, check_apart
+from framework.data.packing.rows import counted_classes
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
@@ -52,7 +53,9 @@ def _pack(reading: Reading, arguments: argparse.Namespace) -> None:
     classes = next((images.classes for images in splits.values() if images.classes), None)
     counts = ", ".join(f"{split} {len(images)} images".strip() for split, images in splits.items())
     names = (
-        f"{len(classes)} classes, {', '.join(classes[:5])}{' ...' * (len(classes) > 5)}" if classes else ""
+        f"{counted_classes(classes)}, {', '.join(classes[:5])}{' ...' * (len(classes) > 5)}"
+        if classes
+        else ""
     )
     _say(f"{source}: read as '{reading.reader}': {counts}; {names or 'no names of classes'}")
     if reading.unpacked:
@@ -102,7 +105,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="default: one per core")
     parser.add_argument("--cache-gb", type=_size, default=10.0, help="for shards of a URL; default: 10")
     parser.add_argument(
-        "--as", dest="reader", choices=[reader.name for reader in READERS], help="how to read SRC; see below"
+        "--as",
+        dest="reader",
+        choices=[reader.name for reader in all_readers()],
+        help="how to read SRC; see below",
     )
     parser.add_argument(
         "--skip",
@@ -123,7 +129,7 @@ def _arguments() -> argparse.Namespace:
 def _readers() -> str:
     """What SRC may be, from the registry."""
     lines = ["what SRC may be, and the splits that come of it:"]
-    for reader in READERS:
+    for reader in all_readers():
         text = f"{reader.recognizes} -> {reader.becomes}".replace("`", "")
         lines += textwrap.wrap(
             f"{reader.name:12} {text}", 100, initial_indent="  ", subsequent_indent=" " * 15

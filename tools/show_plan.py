@@ -51,7 +51,8 @@ def main() -> None:
         return
     if arguments.recipe is None:
         parser.error("name a recipe, or --list")
-    recipe = loading.load([arguments.recipe, "data.path=unused", *arguments.overrides])
+    named = any(text.startswith("data.path=") for text in arguments.overrides)
+    recipe = loading.load([arguments.recipe, *arguments.overrides, *([] if named else ["data.path=unused"])])
 
     from framework.cost.counting import likely_classes, plan_cost
     from framework.cost.plan_picture import draw_plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
 FORMAT = 1
+ABOUT = "stagewise"  # key of a backbone file's metadata
 
 
 class Snapshot(NamedTuple):
@@ -86,7 +88,7 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return state, model
 
 
-def export_backbone(engine: Engine, path: Path, about: Mapping[str, str] | None = None) -> None:
+def export_backbone(engine: Engine, path: Path, about: Mapping[str, Any] | None = None) -> None:
     """Write the backbone alone, under timm's names; all ranks must call it.
 
     ``timm.create_model(name, num_classes=0, checkpoint_path=path)`` reads the file.
@@ -94,7 +96,8 @@ def export_backbone(engine: Engine, path: Path, about: Mapping[str, str] | None 
     Args:
         engine: whose network is written.
         path: the safetensors file.
-        about: metadata of the file.
+        about: for whoever reads the file; JSON in its metadata, under one key, since safetensors writes several in any
+            order, and the same weights are to give the same bytes.
 
     Raises:
         UserError: on every rank, if rank 0 can't write. An earlier file of that name is untouched.
@@ -103,7 +106,7 @@ def export_backbone(engine: Engine, path: Path, about: Mapping[str, str] | None 
     with same_outcome():
         if is_main():
             backbone = {n.removeprefix("backbone."): t for n, t in model.items() if n.startswith("backbone.")}
-            write_whole(path, to_bytes(backbone, metadata={"format": "pt", **(about or {})}))
+            write_whole(path, to_bytes(backbone, metadata={ABOUT: json.dumps(about or {})}))
 
 
 def _check(folder: Path, state: dict[str, Any], model: dict[str, Tensor], engine: Engine) -> None:

@@ -53,6 +53,7 @@ def load(argv: Sequence[str]) -> Recipe:
     arguments = parser.parse_intermixed_args(argv)
     path: Path = arguments.recipe
     parsed = [overrides.parse(text) for text in arguments.overrides]
+    overrides.check_repeated(parsed)
     sources, idle = overrides.apply(recipe_files(path), parsed)
     for source in sources:
         _refuse_old_names(source)

@@ -6,19 +6,17 @@ module finds the method's file and imports it when a recipe asks for it; ``confi
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
-import traceback
 from collections.abc import Callable
 from dataclasses import is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from framework.config.method_options import MethodOptions
 from framework.config.schema import check_declaration
 from framework.runtime.errors import UserError
+from framework.runtime.imports import import_found
 
 FOLDER = Path(__file__).resolve().parents[1] / "local" / "methods"
 
@@ -52,7 +50,7 @@ def load(name: str) -> Method:
     """
     if name not in names():
         raise UserError(f"method.name={name}: must be one of {', '.join(names())}")
-    module = _imported(name)
+    module = import_found(f"framework.local.methods.{name}")
     defined = vars(module)
     options, plan = defined.get("Options"), defined.get("plan")
     if not (isinstance(options, type) and is_dataclass(options)):
@@ -66,17 +64,6 @@ def load(name: str) -> Method:
             f"{module.__file__}: must define a function plan(network, options) that returns a Plan"
         )
     return Method(name, _based(options), plan)
-
-
-def _imported(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"framework.local.methods.{name}")
-    except SyntaxError as error:
-        raise UserError(f"{error.filename}, line {error.lineno}: can't be imported: {error.msg}") from error
-    except Exception as error:  # whatever the file does when it is run
-        ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == FOLDER]
-        where = f"{ours[-1].filename}, line {ours[-1].lineno}" if ours else str(FOLDER / f"{name}.py")
-        raise UserError(f"{where}: can't be imported: {type(error).__name__}: {error}") from error
 
 
 def _based(options: type) -> type[MethodOptions]:

@@ -9,13 +9,15 @@
 
 A value that Hydra's grammar has no place for, such as the path ``/a b/(c)=d``, is taken as the text it is. Refused are
 sweeps (``1,2``, ``range(1,9)``: a run has one value), packages and config groups (``key@package``, ``group/name``:
-recipes have none).
+recipes have none), and a key that is set twice in a row to different values, which is what a shell makes of braces
+that are not quoted. Elsewhere the last value of a key counts, so that scripts can put their defaults in front.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -70,6 +72,23 @@ def parse(text: str) -> Override:
             f"{COMMAND_LINE}: {text}: write section.key=value; recipes have no packages and config groups"
         )
     return Override(text, key, override.value(), override.is_delete())
+
+
+def check_repeated(overrides: Sequence[Override]) -> None:
+    """Refuse ``data.train=a-{0..7}.tar`` that a shell has expanded, since only the last of these would count.
+
+    Raises:
+        UserError: neighbors set the same key to different values.
+    """
+    for first, second in pairwise(overrides):
+        sections = isinstance(first.value, dict) and isinstance(second.value, dict)
+        if first.key != second.key or first.deletes or second.deletes or sections:
+            continue
+        if first.value != second.value:
+            raise UserError(
+                f"{COMMAND_LINE}: {first.text} {second.text}: sets {first.key} twice; leave one out, or, "
+                f"if a shell made them of braces, quote these: '{first.key}=a-{{000..127}}.tar'"
+            )
 
 
 def apply(files: Sequence[Source], overrides: Sequence[Override]) -> tuple[list[Source], list[Override]]:

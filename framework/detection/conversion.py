@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from framework import network
 from framework.checkpoints.folder import MANIFEST
 from framework.checkpoints.run_checkpoints import newest_checkpoint
-from framework.checkpoints.snapshot import read_model
+from framework.checkpoints.snapshot import ABOUT, read_model
 from framework.detection.layouts import NETWORKS, Layout
 from framework.detection.normalization import Normalization
 from framework.runtime.errors import UserError
@@ -254,13 +254,11 @@ def _said_of_network(path: Path, recipe: Any) -> dict[str, Any]:
 def _read_safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: damaged, or no safetensors file: {error}") from error
-    normalization = (
-        Normalization.of_recipe({"views": json.loads(about["views"])}) if "views" in about else None
-    )
+    normalization = Normalization.of_recipe(about) if "views" in about else None
     return _backbone(Weights(str(path), tensors, normalization=normalization))
 
 

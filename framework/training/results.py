@@ -33,10 +33,9 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[s
     """
     run_dir = Path(recipe.run_dir)
     # Before the scores, which may fail over an image.
-    views = json.dumps({"mean": recipe.views.mean, "std": recipe.views.std})
-    export_backbone(
-        engine, run_dir / "backbone.safetensors", {"network": recipe.network.name, "views": views}
-    )
+    views = {"mean": recipe.views.mean, "std": recipe.views.std}
+    about = {"network": recipe.network.name, "views": views}
+    export_backbone(engine, run_dir / "backbone.safetensors", about)
     net = engine.whole_net()
     scores = score(recipe, net, splits)
     scored = splits.labeled and recipe.evaluate.knn

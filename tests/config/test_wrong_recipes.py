@@ -214,3 +214,16 @@ def test_the_recipe_in_a_run_folder_may_have_old_names(
     Path("run/recipe.yaml").write_text(text)
     assert load(["run/recipe.yaml"]) == now
     assert capsys.readouterr() == ("", "")
+
+
+def test_braces_that_a_shell_expanded_are_refused(recipes: Path) -> None:
+    shards = [f"data.train=a-{i:03d}.tar" for i in range(3)]
+    message = fails("recipes/base.yaml", "seed=1", *shards)
+    assert message == (
+        "command line: data.train=a-000.tar data.train=a-001.tar: sets data.train twice; leave one out, or, if a shell "
+        "made them of braces, quote these: 'data.train=a-{000..127}.tar'"
+    )
+    assert load(["recipes/base.yaml", "data.train=a-{000..127}.tar"]).data.train == "a-{000..127}.tar"
+    assert load(["recipes/base.yaml", "seed=1", "seed=1"]).seed == 1
+    assert load(["recipes/base.yaml", "seed=1", "optim.lr=1", "seed=2"]).seed == 2  # over a script's default
+    assert load(["recipes/base.yaml", "deepspeed={a: 1}", "deepspeed={b: 2}"]).deepspeed == {"a": 1, "b": 2}

@@ -267,7 +267,9 @@ def test_digits(tmp_path):
     assert images.shape == (50, 3, 8, 8)
     assert (images.min(), images.max()) == (0, 255)
     write_shards(samples(3), tmp_path / "other" / "train", None)
-    with pytest.raises(UserError, match="holds 3 samples, not the 1437 digits"):
+    with pytest.raises(
+        UserError, match=r"holds 3 samples, not the 1437 digits.*data.prepare=none to train on your own"
+    ):
         prepare_digits(tmp_path / "other")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.data.packing.readers import READERS
+from framework.data.packing.readers import all_readers
 from framework.data.packing.reading import check_apart
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
@@ -204,22 +204,22 @@ README = Path(__file__).parents[2] / "framework" / "data" / "README.md"
 
 
 def table() -> list[str]:
-    return [f"| `{reader.name}` | {reader.recognizes} | {reader.becomes} |" for reader in READERS]
+    return [f"| `{reader.name}` | {reader.recognizes} | {reader.becomes} |" for reader in all_readers()]
 
 
 def test_every_reader_is_in_the_help_and_in_the_readme(capsys):
     assert run_tool("make_shards", "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for reader in READERS:
+    for reader in all_readers():
         assert f"{reader.name} {reader.recognizes} -> {reader.becomes}".replace("`", "") in shown
     lines = README.read_text().splitlines()
     head = next(number for number, line in enumerate(lines) if line.startswith("| `--as` |"))
-    assert lines[head + 2 : head + 3 + len(READERS)] == [*table(), ""]
+    assert lines[head + 2 : head + 3 + len(all_readers())] == [*table(), ""]
 
 
 def test_names_of_readers_need_no_quotes_but_a_slash():
-    assert all(shlex.quote(reader.name) == reader.name for reader in READERS)
-    assert len({reader.name for reader in READERS}) == len(READERS)
+    assert all(shlex.quote(reader.name) == reader.name for reader in all_readers())
+    assert len({reader.name for reader in all_readers()}) == len(all_readers())
 
 
 def write_table() -> None:

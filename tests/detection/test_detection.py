@@ -183,7 +183,7 @@ def test_a_runs_own_normalization_goes_along(
     checkpoint = run / "checkpoints" / "step-00000007"
     folder.write_files(checkpoint, inside, {}, {"format": FORMAT, "recipe": recipe})
     (run / "recipe.yaml").write_text(recipe)
-    save_file(resnet18, run / "backbone.safetensors", {"format": "pt", "views": json.dumps(views)})
+    save_file(resnet18, run / "backbone.safetensors", {"stagewise": json.dumps({"views": views})})
     for weights in (run, checkpoint, run / "backbone.safetensors"):
         assert run_tool("convert_to_detectron2", weights, "-o", output) == 0
         assert pixels_of(output) == PIXELS

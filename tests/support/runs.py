@@ -25,6 +25,7 @@ TOY = [
     "data.workers=1",
     "train.batch_size=64",
     "train.precision=fp32",
+    "optim.name=lars",
     "optim.lr=0.5",
     "optim.warmup_epochs=1",
     "evaluate.knn=false",

@@ -48,7 +48,8 @@ def _whole(folder: Path) -> bool:
         return False
     if len(shards := ShardSet.open(folder)) != (expected := SIZES[folder.name]) or shards.classes != CLASSES:
         raise UserError(
-            f"{folder}: holds {len(shards)} samples, not the {expected} digits; remove it or name another"
+            f"{folder}: holds {len(shards)} samples, not the {expected} digits that data.prepare=digits packs; set "
+            f"data.prepare=none to train on your own shards, or name another data.path for the digits"
         )
     return True
 

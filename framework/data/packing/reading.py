@@ -42,7 +42,8 @@ class Reading:
         summary: what it sees there, in a few words.
         open: the images of every split by its name; a place without splits has one, named "". Raises ``UserError``.
         unpacked: which kinds of files it leaves out, and how many.
-        replaces: readers that would read the same images and know less of them.
+        replaces: names of readers that would also accept the place, but see less in it (no labels, say): where this
+            reading fits, theirs are not offered.
     """
 
     reader: str
@@ -67,7 +68,10 @@ class Reader:
         find: the reading of a place, or ``None`` where the place is something else. ``Choices.reader`` says whether
             the user asked for this reader, which may then accept what it would not guess. Raises ``Incomplete``, or
             ``UserError`` where no other reading should be taken in silence.
-        overrules: readers whose readings do not silence its complaints; they know less of the place (no labels).
+        overrules: names of readers that would also accept the place, but see less in it (no labels, say). Where
+            ``find`` raises ``Incomplete``, the user is told of it even though one of these could read the place.
+        generality: 0 for one data set that is known by its own files, 1 for a table of labels, 2 for folders, 3 for
+            shards. Less general readers come first in the help, and of several complaints theirs is told.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Reader:
     becomes: str
     find: Callable[[Place, Choices], Reading | None]
     overrules: frozenset[str] = frozenset()
+    generality: int = 0
 
 
 def choose(place: Place, readers: Sequence[Reader], choices: Choices) -> Reading:

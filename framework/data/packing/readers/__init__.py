@@ -1,30 +1,48 @@
-"""The registry of what can be packed.
+"""What can be packed: every file of this folder defines one ``READER``, or several in ``READERS``.
 
-A data set is added by a ``Reader`` of its own: in a new file of this folder, or beside a similar one; either way it
-is listed in ``READERS`` below, from where ``make_shards.py --help`` and ``framework/data/README.md`` have their tables.
-Importing this must stay quick: what is slow (torchvision, SciPy) is imported where it is used.
+A data set is added by a new file; it is found by being here, and needs no entry elsewhere. ``make_shards.py --help``
+and the table in ``framework/data/README.md`` are made of what is found.
+All files are imported at every start, which must stay quick: what is slow (torchvision, SciPy) is imported where it
+is used.
 """
 
 from __future__ import annotations
 
+import pkgutil
+from functools import cache
 from pathlib import Path
 
 from framework.data.packing.archives import open_archive
 from framework.data.packing.place import open_folder
-from framework.data.packing.readers import folders, imagenet, shards, tables, torchvision_sets
+from framework.data.packing.readers import shards
 from framework.data.packing.reading import Choices, Reader, Reading, choose
 from framework.data.shards.naming import names_shards
 from framework.data.shards.store import is_url
 from framework.runtime.errors import UserError
+from framework.runtime.imports import import_found
 
-#: In the order of help; where several readers complain, the first is heard.
-READERS: tuple[Reader, ...] = (
-    *imagenet.READERS,
-    *torchvision_sets.READERS,
-    *tables.READERS,
-    *folders.READERS,
-    *shards.READERS,
-)
+
+@cache
+def all_readers() -> tuple[Reader, ...]:
+    """The readers of all files here: by ``Reader.generality``, then by file, then as the file lists them.
+
+    Raises:
+        UserError: a file can't be imported, or defines no reader; two readers have the same name.
+    """
+    readers: dict[str, Reader] = {}
+    files: dict[str, str | None] = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        module = import_found(f"{__name__}.{name}")
+        defined = vars(module).get("READERS", (vars(module).get("READER"),))
+        for reader in defined:
+            if not isinstance(reader, Reader):
+                raise UserError(f"{module.__file__}: must define READER, a Reader (or READERS, several)")
+            if reader.name in readers:
+                raise UserError(
+                    f"{module.__file__}: {files[reader.name]} has a reader named {reader.name}, too"
+                )
+            readers[reader.name], files[reader.name] = reader, module.__file__
+    return tuple(sorted(readers.values(), key=lambda reader: reader.generality))
 
 
 def read(sources: list[str], choices: Choices, work: Path, cache: Path, cache_bytes: int) -> Reading:
@@ -48,9 +66,9 @@ def read(sources: list[str], choices: Choices, work: Path, cache: Path, cache_by
         return shards.read_url(path, choices, cache, cache_bytes)
     place = Path(path)
     if place.is_dir():
-        return choose(open_folder(place, choices.skip), READERS, choices)
+        return choose(open_folder(place, choices.skip), all_readers(), choices)
     if place.is_file():
-        return choose(open_archive(place, work, choices.skip), READERS, choices)
+        return choose(open_archive(place, work, choices.skip), all_readers(), choices)
     if names_shards(path) and place.parent.is_dir():
         return shards.read_pattern(path, choices)
     raise UserError(f"{place}: no such file or folder")

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from framework.data.packing.images import FileImages, Images
 from framework.data.packing.place import Place, kind, kinds_text
 from framework.data.packing.reading import Choices, Reader, Reading
+from framework.data.packing.rows import labeled_files, summary
 from framework.data.shards.naming import is_split
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
 
-# What folders that only hold images are called; as the only class they are none.
-_CONTAINERS = {"images", "image", "imgs", "img", "jpg", "jpegs", "jpegimages", "pictures", "photos", "data"}
+# Words in names of folders that only hold images, such as my_images or png256; alone, such a folder may be no class.
+_CONTAINER_WORDS = {
+    *("images", "image", "imgs", "img", "jpg", "jpgs", "jpeg", "jpegs", "png", "pngs", "jpegimages"),
+    *("pictures", "pics", "photos", "frames", "files", "data", "dataset"),
+}
+# Files that may say of which classes the images are.
+_TEXTS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".mat", ".parquet"}
 
 
 class _Layout(NamedTuple):
@@ -33,28 +39,6 @@ class _Layout(NamedTuple):
 def split_name(folder: str) -> str:
     """What a split is called after its folder: ``Train`` is ``train``."""
     return folder.lower() if is_split(folder) else folder
-
-
-def labeled_files(
-    place: Place, rows: Iterable[tuple[str, str, str]], classes: Sequence[str]
-) -> dict[str, Images]:
-    """Images by split from rows (file, split, class or ""); ``classes`` is empty where there are no labels."""
-    number = {name: i for i, name in enumerate(classes)}
-    splits: dict[str, tuple[list[str], list[int]]] = {}
-    for name, split, label in rows:
-        names, labels = splits.setdefault(split, ([], []))
-        names.append(name)
-        if classes:
-            labels.append(number[label])
-    shown = [printable(name) for name in classes] or None
-    return {
-        split: FileImages(names, labels if classes else None, shown, _reader(place, names), str(place.path))
-        for split, (names, labels) in splits.items()
-    }
-
-
-def _reader(place: Place, names: list[str]) -> Callable[[int], bytes]:
-    return lambda i: place.read(names[i])
 
 
 def _find(name: str, place: Place, choices: Choices) -> Reading | None:
@@ -88,9 +72,9 @@ def _guess(place: Place) -> _Layout:
         unsure = len(splits) > 1 and any(split_name(top).startswith("train") for top in splits)
         if unsure:
             return _Layout("", ("class", "split"))
-        return _Layout("", ("class", "images") if _is_container(tops) else ("class",))
+        return _Layout("", _classes_or_none(place, tops))
     if len(tops) == 1:
-        return _Layout(f"{common[0]}/", ("class",))
+        return _Layout(f"{common[0]}/", _classes_or_none(place, {part[1] for part in parts}))
     return _Layout("", ("split/class", "class"))
 
 
@@ -106,9 +90,19 @@ def _guess_in_splits(place: Place, around: str) -> _Layout:
     return _Layout(around, ("split/class",))
 
 
+def _classes_or_none(place: Place, folders: set[str]) -> tuple[str, ...]:
+    """The readings of images in these folders: one folder alone may be no class, and the user is asked.
+
+    So it is if its name says so, or if a text file that no reader knows may hold the classes.
+    """
+    described = len(folders) == 1 and any(kind(name) in _TEXTS for name in place.files)
+    return ("class", "images") if described or _is_container(folders) else ("class",)
+
+
 def _is_container(folders: set[str]) -> bool:
     """Whether the only class would be called after what it holds."""
-    return len(folders) == 1 and next(iter(folders)).lower() in _CONTAINERS
+    words = re.split(r"[-_. \d]+", next(iter(folders)).lower())
+    return len(folders) == 1 and not _CONTAINER_WORDS.isdisjoint(words)
 
 
 def _asked(name: str, place: Place) -> _Layout:
@@ -161,11 +155,9 @@ def _build(name: str, around: str, place: Place) -> Reading:
     _check_same_split(place, parts if "split" in levels else [])
     classes = sorted(set(labels), key=os.fsencode) if "class" in levels else []
     _check_none_vanishes(name, around, place, parts)
-    counts = Counter(splits)
-    text = [f"{split} {count} images".strip() for split, count in sorted(counts.items())]
     return Reading(
         name,
-        f"{', '.join(text)}, {len(classes) or 'no'} classes",
+        summary(splits, classes),
         lambda: labeled_files(place, zip(place.images, splits, labels, strict=True), classes),
         place.unpacked(place.images),
     )
@@ -230,7 +222,7 @@ def _top(name: str, around: str) -> str:
 
 
 def _reader_of(name: str, recognizes: str, becomes: str) -> Reader:
-    return Reader(name, recognizes, becomes, lambda place, choices: _find(name, place, choices))
+    return Reader(name, recognizes, becomes, lambda place, choices: _find(name, place, choices), generality=2)
 
 
 _LEVELS = {"split/class": ("split", "class"), "class": ("class",), "split": ("split",), "images": ()}

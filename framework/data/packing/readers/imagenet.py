@@ -19,6 +19,7 @@ from framework.data.packing.images import FileImages, Images
 from framework.data.packing.place import Place, open_folder
 from framework.data.packing.readers.folders import split_name
 from framework.data.packing.reading import Choices, Incomplete, Reader, Reading
+from framework.data.packing.rows import UNLABELED
 from framework.data.shards.scan import PARSE_ERRORS
 from framework.runtime.errors import UserError
 
@@ -244,6 +245,6 @@ READERS = (
         f"ImageNet's downloads: `{_TRAIN}` (or the `n01440764.tar ...` in it), `{_VAL}` and `{_KIT}.tar.gz`",
         "`train`, `val`",
         _find,
-        frozenset({"images", "split"}),
+        overrules=UNLABELED,
     ),
 )

@@ -189,5 +189,6 @@ READERS = (
         "WebDataset shards: a folder, a folder for each split, a pattern such as `'train-{000..127}.tar'`, a URL",
         "the same, anew; labels in `.json` become `.cls`",
         _find,
+        generality=3,
     ),
 )

@@ -10,11 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from framework.data.packing.place import Place, kind
-from framework.data.packing.readers.folders import labeled_files, split_name
+from framework.data.packing.readers.folders import split_name
 from framework.data.packing.reading import Choices, Incomplete, Reader, Reading
+from framework.data.packing.rows import UNLABELED, Row, labeled_files, less_known, sorted_classes, summary
 from framework.data.shards.naming import SPLIT_WORDS, is_split
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
@@ -36,16 +36,7 @@ _LABEL_COLUMNS = {
     "breed",
     "species",
 }
-_UNLABELED = frozenset({"images", "split"})  # readers of the same images that find no labels
 _SPLIT_COLUMNS = {"split", "set", "subset"}
-
-
-class _Row(NamedTuple):
-    """One line of a table, its file found."""
-
-    image: str
-    split: str
-    label: str
 
 
 @dataclass
@@ -100,7 +91,7 @@ def _find(place: Place, choices: Choices) -> Reading | None:
     if not tables or not place.images:
         return None
     files = _Files(place)
-    rows: list[_Row] = []
+    rows: list[Row] = []
     missing: Counter[str] = Counter()
     problems: list[Incomplete] = []
     used: list[str] = []
@@ -118,7 +109,7 @@ def _find(place: Place, choices: Choices) -> Reading | None:
     return None
 
 
-def _labels(place: Place, name: str, files: _Files, choices: Choices, missing: Counter[str]) -> list[_Row]:
+def _labels(place: Place, name: str, files: _Files, choices: Choices, missing: Counter[str]) -> list[Row]:
     """What a table says; nothing if it is no table of labels."""
     table = _parsed(place, name)
     if table is None or (file := _file_column(place, table, files, choices)) is None:
@@ -127,28 +118,25 @@ def _labels(place: Place, name: str, files: _Files, choices: Choices, missing: C
     return [] if label is None else list(_rows(place, table, file, label, files, missing))
 
 
-def _reading(place: Place, rows: list[_Row], tables: list[str], missing: Counter[str]) -> Reading:
-    unique: dict[str, _Row] = {}
+def _reading(place: Place, rows: list[Row], tables: list[str], missing: Counter[str]) -> Reading:
+    unique: dict[str, Row] = {}
     for row in rows:
-        if unique.setdefault(row.image, row).label != row.label:
+        if unique.setdefault(row.file, row).label != row.label:
             raise UserError(
-                f"{place.path}: {printable(row.image)} has two labels in {', '.join(tables)}, "
-                f"{unique[row.image].label!r} and {row.label!r}"
+                f"{place.path}: {printable(row.file)} has two labels in {', '.join(tables)}, "
+                f"{unique[row.file].label!r} and {row.label!r}"
             )
-    labels = {row.label for row in unique.values()}
-    classes = sorted(labels, key=int if all(label.isdecimal() for label in labels) else str)
+    classes = sorted_classes({row.label for row in unique.values()})
     images = [unique[name] for name in sorted(unique)]
     unpacked = place.unpacked([*tables, *place.images]) + missing
     if without := len(place.images) - len(images):
         unpacked[f"images without a row in {', '.join(tables)}"] = without
-    counts = Counter(row.split for row in images)
-    text = [f"{split} {count} images".strip() for split, count in sorted(counts.items())]
     return Reading(
         "table",
-        f"{', '.join(text)}, {len(classes)} classes by {', '.join(tables)}",
+        f"{summary((row.split for row in images), classes)} by {', '.join(tables)}",
         lambda: labeled_files(place, images, classes),
         unpacked,
-        _UNLABELED | ({"class"} if len({posixpath.dirname(name) for name in place.images}) == 1 else set()),
+        less_known(place),
     )
 
 
@@ -248,7 +236,7 @@ def _label_column(place: Place, table: _Table, file: str, choices: Choices) -> s
 
 def _rows(
     place: Place, table: _Table, file: str, label: str, files: _Files, missing: Counter[str]
-) -> Iterator[_Row]:
+) -> Iterator[Row]:
     """The lines whose image is there; the others are counted.
 
     Raises:
@@ -274,7 +262,7 @@ def _rows(
             missing[f"rows of {table.name} without an image"] += 1
             continue
         found_labels.add(text)
-        yield _Row(found[0], split if split_column else _folder_split(found[0]) or own, text)
+        yield Row(found[0], split if split_column else _folder_split(found[0]) or own, text)
     if lost := sorted(wanted - found_labels):
         raise UserError(
             f"{place.path / table.name}: no image of class {lost[0]!r} is there, so it would be missing"
@@ -294,6 +282,7 @@ READERS = (
         "path ...) and a column label (class, category, target ...)",
         "the splits that folders, tables or a column split name, else one",
         _find,
-        _UNLABELED,
+        overrules=UNLABELED,
+        generality=1,
     ),
 )
