@@ -79,11 +79,11 @@ def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
     """Median seconds of a step, and of what a save costs; a checkpoint is left."""
     from framework.data.splits import Splits
     from framework.model import recipe_network
-    from framework.runtime import distributed
+    from framework.runtime import joining
     from framework.training.engine_choice import build_engine
     from framework.training.loop import Loop, Position
 
-    distributed.start()
+    joining.start()
     recipe = loading.load(argv)
     splits = Splits.open(recipe)
     net = recipe_network(recipe, splits.num_classes)
@@ -110,7 +110,7 @@ def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
     loop.position.step -= 1  # the first, which was not timed
     loop.save()
     loop.saver.wait()
-    distributed.stop()
+    joining.stop()
     return statistics.median(quiet), statistics.median(costs)
 
 

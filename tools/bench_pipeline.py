@@ -234,14 +234,14 @@ def _answer(rank: Any) -> dict[str, Any]:
 def _serve(pipe: Any, rank: int, stages: int, port: int, arguments: argparse.Namespace) -> None:
     import torch
 
-    from framework.runtime import distributed
+    from framework.runtime import joining
     from framework.runtime.launch import LAUNCH_VARIABLES
 
     values = (rank, stages, rank, "127.0.0.1", port)
     os.environ.update(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
-    distributed.start()
+    joining.start()
     while True:
         method, micro_batches = pipe.recv()
         pipe.send(_compare(method, micro_batches, stages, arguments))

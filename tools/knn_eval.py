@@ -24,14 +24,14 @@ def main() -> None:
     arguments = parse(parser)
 
     from framework.evaluation.scoring import knn_scores
-    from framework.runtime import distributed
+    from framework.runtime import distributed, joining
 
-    distributed.start()
+    joining.start()
     scores = {run.label: knn_scores(run, arguments.neighbors, arguments.images) for run in arguments.runs}
     if distributed.is_main():
         _show(scores)
         leave(arguments.out, "knn_eval", scores)
-    distributed.stop()
+    joining.stop()
 
 
 def _show(scores: dict[str, dict[str, float]]) -> None:

@@ -36,10 +36,10 @@ def main() -> None:
 
     from framework.evaluation.linear_classifier import check_batch
     from framework.evaluation.linear_eval import evaluate_augmented, evaluate_cached
-    from framework.runtime import distributed
+    from framework.runtime import distributed, joining
 
     run, protocol = only_run(arguments.runs), protocol_of(arguments)
-    distributed.start()
+    joining.start()
     check_batch(protocol)
     run.checkpoint  # noqa: B018  a missing one is an error before the long work
     started = time.perf_counter()
@@ -53,7 +53,7 @@ def main() -> None:
     if distributed.is_main():
         seconds = time.perf_counter() - started
         _report(arguments.out, run, conditions(arguments, overrides), scores, random, seconds)
-    distributed.stop()
+    joining.stop()
 
 
 @contextmanager

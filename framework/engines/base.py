@@ -123,7 +123,8 @@ def prepare(net: nn.Module, settings: EngineSettings, stages: int = 1) -> None:
             f"(train.accumulation={settings.micro_batches} x {replicas})"
         )
     net.to(device())
-    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepSpeed and FSDP2 take no other
+    convert: Callable[..., nn.Module] = net.to  # its overloads lack memory_format alone before torch 2.15
+    convert(memory_format=torch.contiguous_format)  # DeepSpeed and FSDP2 take no other
     broadcast_weights(net)
 
 

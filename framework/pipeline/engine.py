@@ -31,7 +31,7 @@ from framework.pipeline.scheduling.placement import Placement
 from framework.pipeline.scheduling.schedule import Layout, drain_instructions, step_instructions
 from framework.pipeline.scheduling.simulation import AHEAD, Event
 from framework.pipeline.scheduling.weight_readers import WeightReaders
-from framework.runtime.distributed import device, gather_tensors, is_main, rank, world_size
+from framework.runtime.distributed import device, gather_tensors, is_main, new_group, rank, world_size
 from framework.runtime.errors import UserError
 
 
@@ -96,7 +96,7 @@ class PipelinedEngine:
             group["shard"] = partitioned.shard()
         self._owners = owners(net, placement)
         self._parked = False
-        self._reports = dist.new_group()
+        self._reports = new_group()
         self._steps = 0
         self.lag = 1 + -(-(placement.stages - 1) * (1 + AHEAD) // settings.micro_batches)
         self.loads = self._worker.stage == 0

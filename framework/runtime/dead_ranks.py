@@ -70,7 +70,7 @@ def dead_ranks_named() -> Iterator[None]:
 def _connected() -> dist.ProcessGroup | None:
     """A gloo group beside the training's; ``None`` if some rank can't connect, where NCCL may do without."""
     try:
-        group = dist.new_group(backend="gloo", timeout=_CONNECTING)
+        group = distributed.new_group(backend="gloo", timeout=_CONNECTING)
     except RuntimeError as error:
         group = None
         logger.warning(

@@ -1,19 +1,15 @@
-"""Ranks: how they find each other, agree on errors and exchange tensors.
+"""Ranks: how they agree on errors and exchange tensors.
 
-Without ``start`` everything here behaves as in a run of one rank.
+Before ``joining.start`` everything here behaves as in a run of one rank.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -21,12 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.runtime.errors import LocalError, UserError
-from framework.runtime.launch import launch_variables
-
-# Timeout of collectives. NCCL's 10 minutes are less than rank 0 may take to index shards.
-PATIENCE = timedelta(hours=1)
-JOINING = timedelta(minutes=10)  # for all ranks to start and find each other
-SLOW = timedelta(seconds=30)  # of which this much passes in silence
 
 Group = dist.ProcessGroup | Literal["alone"] | None
 _REPLICAS: ContextVar[Group] = ContextVar("replicas", default=None)
@@ -64,106 +54,6 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def start() -> None:
-    """Join the other ranks: NCCL between GPUs, gloo on a machine without one.
-
-    ``LOCAL_RANK`` becomes the number of this rank's GPU among those that it sees.
-
-    Raises:
-        UserError: incomplete launch variables, more ranks than GPUs on a machine, a port that is taken, or ranks
-            that don't come.
-    """
-    os.environ.update(launch_variables(os.environ))
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    try:
-        _join()
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise LocalError.as_transient(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} can't meet the others at {address}:{port} "
-            f"({str(error).splitlines()[0]}); all must be started, and if another run has that port, choose one with "
-            "--master_port or MASTER_PORT"
-        ) from error
-
-
-def _join() -> None:
-    with _told_if_slow():
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=JOINING))
-        store.set_timeout(JOINING)
-        gpus = torch.cuda.is_available()
-        if gpus:
-            os.environ["LOCAL_RANK"] = str(_own_gpu(store, rank, ranks))
-            torch.cuda.set_device(device())
-        else:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search and its warning
-        dist.init_process_group(
-            "nccl" if gpus else "gloo",
-            store=dist.PrefixStore("training", store),
-            rank=rank,
-            world_size=ranks,
-            device_id=device() if gpus else None,
-            timeout=PATIENCE,
-        )
-        store.set_timeout(PATIENCE)
-
-
-@contextmanager
-def _told_if_slow() -> Iterator[None]:
-    """Say who waits for whom where ranks take long to come."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    rank, ranks, address, port = (os.environ[name] for name in names)
-    words = (
-        f"rank {rank} on {socket.gethostname()} still waits for all {ranks} ranks to meet at {address}:{port}; "
-        f"after {JOINING.total_seconds():g} s it gives up"
-    )
-    timer = threading.Timer(SLOW.total_seconds(), lambda: print(words, file=sys.stderr, flush=True))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _own_gpu(store: dist.Store, rank: int, ranks: int) -> int:
-    """Number of this rank's GPU among those that it sees; every rank publishes what it sees, so all fail alike."""
-    uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-    store.set(f"gpus/{rank}", json.dumps([socket.gethostname(), int(os.environ["LOCAL_RANK"]), uuids]))
-    return choose_gpus([json.loads(seen) for seen in store.multi_get([f"gpus/{r}" for r in range(ranks)])])[
-        rank
-    ]
-
-
-def choose_gpus(seen: Sequence[tuple[str, int, Sequence[str]]]) -> list[int]:
-    """For every rank, which of the GPUs that it sees it takes.
-
-    Ranks of a machine may all see all of its GPUs, or each its own (Slurm's ``--gpus-per-task``).
-
-    Args:
-        seen: host, local rank and the unique names of the visible GPUs, by rank.
-
-    Raises:
-        UserError: two ranks would have the same GPU.
-    """
-    chosen = [local % len(gpus) for _, local, gpus in seen]
-    owners: dict[str, int] = {}
-    for rank, ((host, _, gpus), number) in enumerate(zip(seen, chosen, strict=True)):
-        other = owners.setdefault(gpus[number], rank)
-        if other != rank:
-            raise UserError(
-                f"ranks {other} and {rank} on {host} would share a GPU, of which it shows them {len(gpus)}: start one "
-                "process a GPU (deepspeed --num_gpus, torchrun --nproc_per_node, srun --ntasks-per-node with as many "
-                "--gpus-per-node, or --gpus-per-task=1)"
-            )
-    return chosen
-
-
-def stop() -> None:
-    """Leave when all ranks are here: srun ends those that are late, which may still be writing."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 @contextmanager
@@ -280,6 +170,14 @@ def max_over_ranks(number: int) -> Callable[[], int]:
         return int(largest)
 
     return answer
+
+
+def new_group(**options: Any) -> dist.ProcessGroup:
+    """A process group of all ranks; ``options`` are those of ``torch.distributed.new_group``."""
+    group = dist.new_group(**options)
+    if not isinstance(group, dist.ProcessGroup):  # -100 stands for "this rank is no member"
+        raise RuntimeError("a group of all ranks has this rank")
+    return group
 
 
 def sum_over_ranks(number: int) -> int:

@@ -10,7 +10,7 @@ from framework.config.recipe import Recipe
 from framework.data.splits import Splits
 from framework.evaluation.scoring import check_scorable, score_trained
 from framework.model import recipe_network
-from framework.runtime import distributed, requests
+from framework.runtime import distributed, joining, requests
 from framework.runtime.dead_ranks import dead_ranks_named
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
@@ -36,14 +36,14 @@ def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
     """
     for number in requests.SIGNALS:
         signal.signal(number, requests.leave_at_once)
-    distributed.start()
+    joining.start()
     recipes, request = read(), Request.NOTHING
     with dead_ranks_named():
         for recipe in recipes:
             request = train(recipe)
             if request >= Request.STOP:
                 break
-    distributed.stop()
+    joining.stop()
     return EXIT_TRY_AGAIN if request is Request.LEAVE else 0
 
 

@@ -22,7 +22,7 @@ from framework.checkpoints.folder import FILES, MANIFEST
 from framework.checkpoints.retention import Keep
 from framework.checkpoints.run_checkpoints import newest_checkpoint, save_checkpoint
 from framework.checkpoints.snapshot import export_backbone, load_checkpoint
-from framework.runtime import distributed
+from framework.runtime import joining
 from framework.runtime.errors import UserError
 from tests.support import training
 from tests.support.marks import slow
@@ -236,7 +236,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_checkpoint(pool: PoolOf
 
 def save_for_ever(run_dir: Path, connection: Any) -> None:
     """Save as fast as possible, reporting every step that is on the disk."""
-    distributed.start()
+    joining.start()
     net = training.Dyadic()
     net.weights.append(
         nn.Parameter(torch.zeros(500_000))

@@ -116,7 +116,7 @@ class Pool:
 def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
     import torch
 
-    from framework.runtime import distributed
+    from framework.runtime import joining
     from framework.runtime.launch import LAUNCH_VARIABLES
 
     os.environ.update(
@@ -126,7 +126,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
     os.environ.update(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
     torch.set_num_threads(1)
     gc.freeze()  # a collection need not walk through all that was imported
-    distributed.start()
+    joining.start()
     while True:
         try:
             function, args = connection.recv()

@@ -190,7 +190,7 @@ class StageWorker:
     def _connect(self) -> None:
         timeout = self._timeout
         down, up, weights = self.groups = [
-            dist.new_group(timeout=timedelta(seconds=timeout)) for _ in range(3)
+            distributed.new_group(timeout=timedelta(seconds=timeout)) for _ in range(3)
         ]
         below, above = self._peer(self.stage - 1), self._peer(self.stage + 1)
         self._from_below = Receiver(down, below, timeout) if below else None
