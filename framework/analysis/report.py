@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from framework.analysis.curves import Losses, draw_units, read_losses, read_scores, score_curves
 from framework.analysis.pictures import dress, png, run_colors
 from framework.config import loading
+from framework.cost import readable
 from framework.cost.counting import PlanCost, likely_classes, plan_cost
 from framework.cost.plan_picture import plan_figure
 from framework.evaluation.run_folder import Run, recipe_values
@@ -87,11 +88,10 @@ def _summary(run: Run, losses: Losses, cost: PlanCost) -> dict[str, str]:
     }
     if result:
         rows["images/s"] = f"{result['images_per_second']:.0f}"
-        rows["peak memory of a process"] = f"{result['peak_memory_bytes'] / 2**30:.2f} GiB"
-    rows["activations counted"] = (
-        f"{_mib(cost.peak_activation_bytes)} ({_mib(cost.end_to_end_activation_bytes)} end-to-end, "
-        f"{cost.memory_saving:.2f}x less)"
-    )
+        rows["peak memory of a process"] = readable.text(result["peak_memory_bytes"], readable.BYTES)
+    activations = readable.text(cost.peak_activation_bytes, readable.BYTES)
+    end_to_end = readable.text(cost.end_to_end_activation_bytes, readable.BYTES)
+    rows["activations counted"] = f"{activations} ({end_to_end} end-to-end, {cost.memory_saving:.2f}x less)"
     return rows | scores(run)
 
 
@@ -211,7 +211,3 @@ def _settings(run: Run) -> dict[str, str]:
     """The recipe, less what always differs."""
     values = recipe_values(loading.to_yaml(run.recipe))
     return {key: str(value) for key, value in values.items() if key not in ("name", "run_dir")}
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
