@@ -83,6 +83,10 @@ def list_recipes() -> None:
     print("\n".join(f"{p.relative_to(RECIPES.parent)}: {c}" for p, c in zip(paths, comments, strict=True)))
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _saving(ratio: float) -> str:
     return f"{ratio:.2f}x less" if ratio >= 1 else f"{1 / ratio:.2f}x more"
 
@@ -94,7 +98,7 @@ def show(recipe: Recipe, cost: PlanCost) -> None:
     flop, segment_flops = readable.column([s.flops for s in segments], readable.FLOPS)
     size, segment_sizes = readable.column([s.activation_bytes for s in segments], readable.BYTES)
     table = _table(
-        f"{recipe.network.name}: {len(segments)} segments",
+        f"{recipe.network.name}: {_counted(len(segments), 'segment')}",
         ("segment",),
         ("parameters", f"forward {flop}", f"activations {size}"),
     )
@@ -104,7 +108,7 @@ def show(recipe: Recipe, cost: PlanCost) -> None:
     flop, unit_flops = readable.column([u.flops for u in units], readable.FLOPS)
     size, unit_sizes = readable.column([u.activation_bytes for u in units], readable.BYTES)
     table = _table(
-        f"{recipe.method.name}: {len(units)} local units",
+        f"{recipe.method.name}: {_counted(len(units), 'local unit')}",
         ("unit", "window", "head"),
         ("parameters", f"forward {flop}", f"activations {size}", "weight"),
     )

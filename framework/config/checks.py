@@ -14,7 +14,7 @@ def check(recipe: Recipe) -> None:
     """
     warmup, epochs = recipe.optim.warmup_epochs, recipe.train.epochs
     if warmup > epochs:
-        raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}")
+        raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}; set it, too")
     recipe.method.options.check()
     _check_pipeline(recipe)
     _check_execution(recipe)

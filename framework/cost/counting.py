@@ -20,6 +20,7 @@ from framework.cost.activations import LiveActivations
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.local import methods
+from framework.local.head import TrunkHead
 from framework.model import recipe_network
 
 
@@ -48,7 +49,7 @@ class UnitCost:
         name: of the unit.
         first: lowest segment of the window.
         last: highest.
-        head: what the head's trunk is made of.
+        head: the kind of its trunk and what it is made of.
         parameters: trainable scalars of the head.
         flops: forward of the head.
         activation_bytes: most that window and head keep alive at once.
@@ -215,7 +216,9 @@ def _forward(run: Callable[[Tensor], Tensor], x: Tensor, net: nn.Module) -> tupl
 
 
 def _describe(head: nn.Module) -> str:
-    """The head's layers with weights by kind, such as ``4 Conv2d, 2 Linear``."""
+    """The kinds of its trunks and its layers with weights, such as ``mlp_sr: 4 Conv2d, 2 Linear``."""
     layers = [type(m).__name__ for m in head.modules() if not list(m.children()) and list(m.parameters())]
     kinds = [kind for kind in dict.fromkeys(layers) if "Norm" not in kind]
-    return ", ".join(f"{layers.count(k)} {k}" if layers.count(k) > 1 else k for k in kinds)
+    trunks = dict.fromkeys(m.kind for m in head.modules() if isinstance(m, TrunkHead) and m.kind)
+    text = ", ".join(f"{layers.count(k)} {k}" if layers.count(k) > 1 else k for k in kinds)
+    return f"{', '.join(trunks)}: {text}" if trunks else text

@@ -96,13 +96,14 @@ class TrunkHead(Head):
         trunk: maps a segment's output (N, C, H, W) to logits or embeddings (N, D); its convolutions are initialized
             here.
         objective: maps those and the batch to a scalar loss.
+        kind: of trunk, for tables of plans.
     """
 
     separable = True
 
-    def __init__(self, trunk: nn.Module, objective: Objective) -> None:
+    def __init__(self, trunk: nn.Module, objective: Objective, kind: str = "") -> None:
         super().__init__()
-        self.trunk, self.objective = trunk, objective
+        self.trunk, self.objective, self.kind = trunk, objective, kind
         self.needs, self.contrasts = objective.needs, objective.contrasts
         self.classifies = objective.classifies
         initialize(self.trunk)

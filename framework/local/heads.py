@@ -55,11 +55,11 @@ class Classifier:
         from framework.local.trunks import TRUNKS
 
         if self.kind not in TRUNKS:  # a recipe's was checked before
-            raise UserError(f"kind={self.kind}: must be one of {', '.join(TRUNKS)}")
+            raise UserError(f"Classifier({self.kind!r}): its kind must be one of {', '.join(TRUNKS)}")
         trunk, shape = TRUNKS[self.kind], shape or network.shapes[segment]
         if self.task == "contrast":
-            return TrunkHead(trunk(shape, EMBEDDING), SupCon())
-        return TrunkHead(trunk(shape, network.num_classes), CrossEntropy())
+            return TrunkHead(trunk(shape, EMBEDDING), SupCon(), self.kind)
+        return TrunkHead(trunk(shape, network.num_classes), CrossEntropy(), self.kind)
 
 
 @dataclass

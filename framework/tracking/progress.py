@@ -67,7 +67,8 @@ class Progress:
         now = time.monotonic()
         if now - self._printed >= self._interval or step + 1 == self._steps:
             self._printed = now
-            head = f"step {step + 1}/{self._steps}  epoch {epoch:.1f}  {images_per_second:.0f} images/s"
+            speed = f"  {images_per_second:.0f} images/s" if images_per_second else ""
+            head = f"step {step + 1}/{self._steps}  epoch {epoch:.1f}{speed}"
             print(f"{head}  {text}", file=self._console.file, flush=True)
 
     def note(self, text: str) -> None:

@@ -54,7 +54,7 @@ WRONG = {
     "optim.name=larss": "optim.name=larss: must be one of lars, sgd, adamw",
     "optim=lars": "optim=lars: must be a section with the keys name, lr, ",
     "optim.lr.x=1": "optim.lr: must be a finite number",
-    "optim.warmup_epochs=21": "optim.warmup_epochs=21.0: must be at most train.epochs=20",
+    "optim.warmup_epochs=21": "optim.warmup_epochs=21.0: must be at most train.epochs=20; set it, too",
     "train.epochs=0": "train.epochs=0: must be at least 1",
     "train.epochs=1.5": "train.epochs=1.5: must be a whole number",
     "train.epochs=true": "train.epochs=True: must be a whole number",

@@ -78,8 +78,8 @@ def test_a_file_among_the_readers_is_a_new_data_set(tmp_path, another, capsys):
             "images/0.png is listed twice, as ('train', 'cat') and ('test', 'cat')",
         ),
         (SPLIT_TXT + "test 5.png\n", "split.txt, line 6: must read SPLIT FILE CLASS"),
-        ("test 9.png cat\n", "none of the 1 files listed by split-txt is there"),
-        ("", "none of the 0 files listed by split-txt is there"),
+        ("test 9.png cat\n", "none of the 1 images listed by split-txt is there"),
+        ("", "none of the 0 images listed by split-txt is there"),
     ],
 )
 def test_rows_that_lose_a_class_or_contradict_each_other_are_refused(tmp_path, work, another, text, problem):
@@ -105,6 +105,28 @@ def test_all_rows_have_a_class_or_none_has(tmp_path, labels, splits, problem):
     else:
         found = reading_of_rows("mine", place, rows)
         assert (found.summary, found.open()[""].labels) == ("2 images, no classes", None)
+
+
+def test_rows_may_be_parts_of_a_file(tmp_path):
+    """Many images in one file: each is packed from its own bytes, and the file is not counted as left out."""
+    pictures = [image(i) for i in range(5)]
+    ends = np.cumsum([len(picture) for picture in pictures]).tolist()
+    place = open_folder(tree(tmp_path / "src", {"all.bin": b"".join(pictures), "all.idx": b""}))
+    rows = [
+        Row("all.bin", "test" if i > 2 else "train", f"class{i % 2}", end - len(picture), len(picture))
+        for i, (end, picture) in enumerate(zip(ends, pictures, strict=True))
+    ]
+    found = reading_of_rows("mine", place, rows, tables=["all.idx"])
+    splits = found.open()
+    assert not found.unpacked
+    packed = [splits[split][i].image for split in ("train", "test") for i in range(len(splits[split]))]
+    assert packed == pictures
+    assert [splits[split].labels.tolist() for split in ("train", "test")] == [[0, 1, 0], [1, 0]]
+    assert splits["test"][0].where == f"all.bin[{ends[2]}:{ends[3]}]"
+    with pytest.raises(
+        UserError, match=r"all\.bin\[0:\d+\] is listed twice, as \('train', 'class0'\) and \('test'"
+    ):
+        reading_of_rows("mine", place, [*rows, rows[0]._replace(split="test")])
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,10 @@ BAD = [
         "share_blocks=1: must be at least 1, on a network",
     ),
     (lambda: build("loco", loco.Options(window=3, soft_share=1.0)), "soft_share=1.0: copies whole segments"),
-    (lambda: build("dgl", dgl.Options(head=Classifier("2c9f"))), "kind=2c9f: must be one of linear, mlp_sr"),
+    (
+        lambda: build("dgl", dgl.Options(head=Classifier("2c9f"))),
+        "Classifier('2c9f'): its kind must be one of linear, mlp_sr",
+    ),
     (
         lambda: build("infopro", infopro.Options(reconstruction=Reconstruction("svhn"))),
         "lambdas=svhn: has no values for K=7 of 6 blocks, only for K=2 of 54",

@@ -66,11 +66,11 @@ class Place:
         if len(self.files) < len(listing.files):
             self.ignored["skipped as asked"] = len(listing.files) - len(self.files)
 
-    def read(self, name: str) -> bytes:
-        """A whole file."""
-        return self.contents.pread(name, 0, self.contents.size(name))
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """A whole file, or ``size`` bytes of it from ``start`` on (fewer at its end)."""
+        return self.contents.pread(name, start, self.contents.size(name) - start if size is None else size)
 
-    def open(self, name: str, start: int, size: int) -> BinaryIO:
+    def open_part(self, name: str, start: int, size: int) -> BinaryIO:
         """``size`` bytes of a file from ``start`` on, as a file. Unbuffered: headers of a tar lie far apart."""
         return cast(BinaryIO, _Part(self.contents, name, start, size))
 

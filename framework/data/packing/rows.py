@@ -17,24 +17,34 @@ UNLABELED = frozenset({"images", "split"})
 
 
 class Row(NamedTuple):
-    """One image.
+    """One image: a file, or part of one.
 
     Attributes:
         file: its path below the place.
         split: "" where there are no splits.
         label: name of its class; "" where there are no labels.
+        start: its first byte in the file.
+        size: its bytes from there on; ``None`` for all.
     """
 
     file: str
-    split: str
-    label: str
+    split: str = ""
+    label: str = ""
+    start: int = 0
+    size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.file if self.size is None else f"{self.file}[{self.start}:{self.start + self.size}]"
 
 
 def reading_of_rows(name: str, place: Place, rows: Iterable[Row], tables: Collection[str] = ()) -> Reading:
     """The reading of a place in which a table says the split and the class of every image.
 
     The classes are those of all splits, numbered in the order of their names (of their values if all are numbers).
-    Rows whose file is not there, and files that no row names, are counted in ``Reading.unpacked``.
+    Parts of one file may have rows of their own. Rows whose file is not there, and files that no row names, are
+    counted in ``Reading.unpacked``.
 
     Args:
         name: of the reader.
@@ -48,14 +58,14 @@ def reading_of_rows(name: str, place: Place, rows: Iterable[Row], tables: Collec
     """
     listed: dict[str, Row] = {}
     for row in rows:
-        if (other := listed.setdefault(row.file, row)) != row:
+        if (other := listed.setdefault(row.name, row)) != row:
             raise UserError(
-                f"{place.path}: {printable(row.file)} is listed twice, as {other[1:]} and {row[1:]}"
+                f"{place.path}: {printable(row.name)} is listed twice, as {other[1:3]} and {row[1:3]}"
             )
     there = set(place.files)
     found = [row for row in listed.values() if row.file in there]
     if not found:
-        raise UserError(f"{place.path}: none of the {len(listed)} files listed by {name} is there")
+        raise UserError(f"{place.path}: none of the {len(listed)} images listed by {name} is there")
     _check_column(place, "split", {row.split for row in listed.values()}, {row.split for row in found})
     _check_column(place, "class", {row.label for row in listed.values()}, {row.label for row in found})
     classes = sorted_classes({row.label for row in found} - {""})
@@ -102,23 +112,24 @@ def counted_classes(classes: Sequence[str]) -> str:
     return "1 class" if len(classes) == 1 else f"{len(classes) or 'no'} classes"
 
 
-def labeled_files(
-    place: Place, rows: Iterable[tuple[str, str, str]], classes: Sequence[str]
-) -> dict[str, Images]:
-    """Images by split from rows (file, split, class or ""); ``classes`` is empty where there are no labels."""
+def labeled_files(place: Place, rows: Iterable[Row], classes: Sequence[str]) -> dict[str, Images]:
+    """The images by split; ``classes`` is empty where there are no labels."""
     number = {name: i for i, name in enumerate(classes)}
-    splits: dict[str, tuple[list[str], list[int]]] = {}
-    for name, split, label in rows:
-        names, labels = splits.setdefault(split, ([], []))
-        names.append(name)
-        if classes:
-            labels.append(number[label])
+    splits: dict[str, list[Row]] = {}
+    for row in rows:
+        splits.setdefault(row.split, []).append(row)
     shown = [printable(name) for name in classes] or None
     return {
-        split: FileImages(names, labels if classes else None, shown, _reader(place, names), str(place.path))
-        for split, (names, labels) in splits.items()
+        split: FileImages(
+            [row.name for row in rows],
+            [number[row.label] for row in rows] if classes else None,
+            shown,
+            _reader(place, rows),
+            str(place.path),
+        )
+        for split, rows in splits.items()
     }
 
 
-def _reader(place: Place, names: list[str]) -> Callable[[int], bytes]:
-    return lambda i: place.read(names[i])
+def _reader(place: Place, rows: list[Row]) -> Callable[[int], bytes]:
+    return lambda i: place.read(rows[i].file, rows[i].start, rows[i].size)

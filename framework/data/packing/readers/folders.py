@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from framework.data.packing.place import Place, kind, kinds_text
 from framework.data.packing.reading import Choices, Reader, Reading
-from framework.data.packing.rows import labeled_files, summary
+from framework.data.packing.rows import Row, labeled_files, summary
 from framework.data.shards.naming import is_split
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
@@ -158,7 +158,7 @@ def _build(name: str, around: str, place: Place) -> Reading:
     return Reading(
         name,
         summary(splits, classes),
-        lambda: labeled_files(place, zip(place.images, splits, labels, strict=True), classes),
+        lambda: labeled_files(place, map(Row, place.images, splits, labels), classes),
         place.unpacked(place.images),
     )
 

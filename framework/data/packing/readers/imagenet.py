@@ -176,7 +176,7 @@ def _extents(place: Place, tar: _Tar) -> dict[str, _Tar]:
     """Where the files of a tar lie."""
     where = place.path / tar.name
     try:
-        extents, _, _ = tar_files(where, place.open(tar.name, tar.start, tar.size))
+        extents, _, _ = tar_files(where, place.open_part(tar.name, tar.start, tar.size))
     except (OSError, *PARSE_ERRORS) as error:
         raise UserError(f"{where}: not a whole tar ({error}); download it again") from error
     return {name: _Tar(tar.name, tar.start + offset, size) for name, (offset, size) in extents.items()}
