@@ -238,25 +238,32 @@ def test_environment_can_be_written_and_names_what_matters(tmp_path: Path) -> No
     assert {"python", "stagewise", "deepspeed", "timm"} <= set(found["versions"])
 
 
+TRIES = 5
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_in_bytes() -> None:
+    def grown() -> int:
+        held = resident()
+        memory = PeakMemory(torch.device("cpu"))
+        torch.ones(2**26).sum()
+        memory.step()
+        return memory.bytes - held
+
+    assert any(grown() == pytest.approx(4 * 2**26, rel=0.1) for _ in range(TRIES))
     memory = PeakMemory(torch.device("cpu"))
     memory.step()
-    before = memory.bytes
-    torch.ones(2**26).sum()
-    memory.step()
-    assert memory.bytes - before == pytest.approx(4 * 2**26, rel=0.1)
     status = Path("/proc/self/status").read_text()
     kernel = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
     assert memory.bytes == kernel
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="writes to /proc")
 def resident() -> int:
-    """Bytes of this process in RAM. The system may take pages back at any time, so tests can't take it for constant."""
+    """Bytes of this process in RAM. The system may take pages back at any time: tests try several times."""
     return 1024 * int(re.findall(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /proc")
 def test_memory_of_a_pause_does_not_count() -> None:
     torch.ones(2**26).sum()  # nor does what was before
     memory = PeakMemory(torch.device("cpu"))
@@ -266,9 +273,13 @@ def test_memory_of_a_pause_does_not_count() -> None:
         torch.ones(2**26).sum()
     memory.step()
     assert memory.bytes - before < 2**26, "a quarter of what the pause took"
-    held = resident()
-    torch.ones(2**26).sum()
-    memory.step()
-    assert memory.bytes - held > 0.8 * 4 * 2**26
-    assert memory.bytes < max(before, held) + 1.2 * 4 * 2**26
+
+    def grown() -> int:
+        held = resident()
+        torch.ones(2**26).sum()
+        memory.step()
+        assert memory.bytes < max(before, held) + 1.2 * 4 * 2**26
+        return memory.bytes - held
+
+    assert any(grown() > 0.8 * 4 * 2**26 for _ in range(TRIES))
     assert PeakMemory(torch.device("cpu"), largest=2**50).bytes == 2**50, "of an earlier start"
