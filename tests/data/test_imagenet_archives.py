@@ -131,6 +131,13 @@ def test_a_download_beside_folders(downloads, tmp_path, work):
             "not a whole development kit",
         ),
     ],
+    ids=[
+        "images missing",
+        "class missing",
+        "cut off",
+        "no gzip",
+        "no kit",
+    ],  # the bytes hold times: no names of tests
 )
 def test_damaged_downloads_are_named(downloads, work, name, content, problem):
     (downloads / name).write_bytes(content)
