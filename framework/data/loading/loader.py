@@ -227,6 +227,7 @@ def _data_loader(
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # Python 3.14's default would pickle the data
         worker_init_fn=shield,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",

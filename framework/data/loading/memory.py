@@ -122,6 +122,7 @@ def _decoded(shards: ShardSet, workers: int) -> DataLoader[Tensor | str | UserEr
         batch_size=None,
         collate_fn=lambda image: image,
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # Python 3.14's default would pickle the data
         generator=torch.Generator(),
     )
 

@@ -133,7 +133,12 @@ def _settings(images: Images, packing: Packing) -> dict[str, Any]:
 def _written(writer: _Writer, numbers: list[int], workers: int) -> Iterator[int | UserError]:
     """The shards of these numbers as they get written."""
     loader = DataLoader(
-        writer, batch_size=None, sampler=numbers, num_workers=workers, generator=torch.Generator()
+        writer,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # Python 3.14's default would pickle the data
+        generator=torch.Generator(),
     )
     outcomes = iter(loader)
     while True:
