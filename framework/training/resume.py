@@ -33,6 +33,8 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
     if folder is None:
         return Position()
     state = load_checkpoint(folder, engine)
+    position = Position(**state["position"])
+    engine.net.taken = float(not position.skipped)
     with distributed.same_outcome():
         _check_batch(folder, state, recipe, engine.net)
         if (before := state.get("steps_per_epoch", steps_per_epoch)) != steps_per_epoch:
@@ -45,7 +47,7 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
             for name in set_aside_later(run_dir, state["step"]):
                 print(f"later than {folder.name}, renamed: {name}", flush=True)
             print(f"going on from {folder}", flush=True)
-    return Position(**state["position"])
+    return position
 
 
 def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
