@@ -83,12 +83,18 @@ class EffectiveBatch(NamedTuple):
     ) -> EffectiveBatch:
         """Of a recipe on so many ranks and micro-batches."""
         norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
-        batch, pipeline = recipe["train"]["batch_size"], recipe["pipeline"]
-        together = batch if pipeline["contrast"] == "batch" else batch // micro_batches
-        replicas = 1 if recipe["network"]["sync_bn"] else ranks // pipeline["stages"]
+        batch = recipe["train"]["batch_size"]
+        replicas = 1 if recipe["network"]["sync_bn"] else ranks // recipe["pipeline"]["stages"]
         return cls(
-            together if network.plan.contrasts else None, batch // micro_batches // replicas if norm else None
+            contrasted_images(recipe, micro_batches) if network.plan.contrasts else None,
+            batch // micro_batches // replicas if norm else None,
         )
+
+
+def contrasted_images(recipe: Mapping[str, Any], micro_batches: int) -> int:
+    """How many images a contrastive loss sees together, over all ranks."""
+    batch: int = recipe["train"]["batch_size"]
+    return batch if recipe["pipeline"]["contrast"] == "batch" else batch // micro_batches
 
 
 def _check_batch(folder: Path, state: dict[str, Any], recipe: Recipe, net: LocalNetwork) -> None:
