@@ -66,7 +66,7 @@ def test_nothing_is_learned_from_fewer_images_than_an_objective_declares(name: s
         loss = objective(few, Batch(torch.empty(0), torch.tensor([0, 0, 1])[:images]))
         gradients.append(torch.autograd.grad(loss, few)[0])
     assert gradients[0].nan_to_num(0.0).abs().max() < 1e-3  # Barlow Twins has an epsilon
-    assert torch.isfinite(gradients[1]).all() and gradients[1].abs().max() > 1e-2
+    assert torch.isfinite(gradients[1]).all() and gradients[1].abs().max() > 1e-3
 
 
 def test_barlow_twins_is_equation_1() -> None:
