@@ -24,7 +24,7 @@ from framework.data.loading.loader import TrainLoader
 from framework.engines import Engine, StepResult
 from framework.evaluation.run_folder import recipe_values
 from framework.network.norm import RunningStatistics
-from framework.optim import learning_rate
+from framework.optim import learning_rate, learning_rate_of_epoch
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
@@ -241,6 +241,9 @@ class Loop:
 
     def _learning_rate(self) -> float:
         optim = self.recipe.optim
+        if optim.schedule == "cosine_of_epochs":
+            epoch = self.position.updates // self.per_epoch
+            return learning_rate_of_epoch(epoch, self.recipe.train.epochs, optim.warmup_epochs, optim.lr)
         warmup = round(optim.warmup_epochs * self.per_epoch)
         return learning_rate(self.position.updates, self.total, warmup, optim.lr)
 
