@@ -232,7 +232,7 @@ def put(tree: Tree, key: str, value: Any) -> None:
 @st.composite
 def recipes(draw: st.DrawFn, most_keys: int = 6) -> Tree:
     """Values of a recipe: a method on a network and a size, some keys, and in one of four a value of a wrong kind."""
-    choice = LARGE if draw(st.integers(0, 19)) == 19 else NETWORKS
+    choice = LARGE if draw(st.integers(0, 19)) == 13 else NETWORKS
     method, network = draw(st.sampled_from(methods.names())), draw(st.sampled_from(list(choice)))
     tree: Tree = {
         "method": {"name": method},
@@ -248,4 +248,32 @@ def recipes(draw: st.DrawFn, most_keys: int = 6) -> Tree:
         put(tree, key, draw(_value(key, kinds[key])))
     if draw(st.integers(0, 5)) == 5:
         put(tree, draw(st.sampled_from(sorted(kinds))), draw(st.sampled_from(JUNK)))
+    return tree
+
+
+@st.composite
+def run_recipes(draw: st.DrawFn, most_keys: int = 6) -> Tree:
+    """The same for whole runs, on small images: an engine, and keys of all sections."""
+    method = draw(st.sampled_from(methods.names()))
+    network = draw(st.sampled_from(("resnet8", "resnet14", "vit_tiny_patch16_224", "resnet10t")))
+    size = draw(st.sampled_from((8, 16)))
+    tree: Tree = {
+        "engine": draw(st.sampled_from(("ddp", "deepspeed", "fsdp"))),
+        "method": {"name": method},
+        "network": {"name": network, "args": dict(NETWORKS[network]), "sync_bn": False},
+        "data": {"image_size": size},
+        "train": {"batch_size": draw(st.sampled_from((4, 8, 64)))},
+        "optim": {"lr": 0.1},
+        "evaluate": {"knn": False},
+    }
+    if network in TRANSFORMERS:
+        tree["network"]["args"] |= {"img_size": size, "patch_size": 4}
+    if method in ("simclr", "gim", "loco"):
+        tree["method"]["head"] = {"proj_hidden": 16, "dim": 8}  # those of Barlow Twins are 8192
+    kinds = {key: kind for key, kind in fields(Recipe).items() if not key.startswith("network.args")}
+    kinds |= fields(methods.load(method).Options, "method.")
+    for key in draw(st.lists(st.sampled_from(sorted(kinds)), max_size=most_keys, unique=True)):
+        put(tree, key, draw(_value(key, kinds[key])))
+    if draw(st.integers(0, 2)) == 2:
+        put(tree, "deepspeed", draw(_value("deepspeed", None)))
     return tree
