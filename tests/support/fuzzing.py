@@ -114,6 +114,8 @@ LAM_BLOCKS: list[Tree] = [
     {"layer1.0": [3]},
     {"layer1.0": "layer2.0"},
 ]
+#: Methods with the heads of two views; Barlow Twins' are 8192 wide unless something is said.
+CONTRASTIVE: dict[str, Tree] = dict.fromkeys(("simclr", "gim", "loco"), {"proj_hidden": 16, "dim": 8})
 DICTIONARIES = {"network.args": NETWORK_ARGS, "deepspeed": DEEPSPEED}
 CUTS = ["stage", "block", 1, 2, 3, 4, 5, 8, 16, 99, [], ["layer2"], ["layer1.0", "layer2.0"], ["nonsense"]]
 SIZES = (1, 4, 8, 16, 20, 28, 32, 33, 36, 64)
@@ -124,6 +126,8 @@ CHOSEN: dict[str, list[Any]] = {
     "method.unit_loss_weights": [[], [1.0], [1.0, 0.5, 2.0], [1, 1, 1, 1]],
     "method.window": [0, 1, 2, 3, 9],
     "method.share_blocks": [None, 0, 1, 2, 3],
+    "method.head.proj_hidden": [1, 8, 16],
+    "method.head.dim": [1, 8],
     "train.batch_size": [1, 2, 3, 4, 6],
     "pipeline.balance": ["flops", "parameters", "memory", [2, 1], [1], []],
 }
@@ -241,6 +245,8 @@ def recipes(draw: st.DrawFn, most_keys: int = 6) -> Tree:
     }
     if network in TRANSFORMERS:
         tree["network"]["args"]["img_size"] = tree["data"]["image_size"]
+    if method in CONTRASTIVE:
+        tree["method"]["head"] = dict(CONTRASTIVE[method])
     kinds = fields(Recipe) | fields(methods.load(method).Options, "method.")
     own = [key for key in kinds if key.startswith(("method.", "network."))]
     names = st.sampled_from(own) | st.sampled_from(sorted(kinds))
@@ -268,8 +274,8 @@ def run_recipes(draw: st.DrawFn, most_keys: int = 6) -> Tree:
     }
     if network in TRANSFORMERS:
         tree["network"]["args"] |= {"img_size": size, "patch_size": 4}
-    if method in ("simclr", "gim", "loco"):
-        tree["method"]["head"] = {"proj_hidden": 16, "dim": 8}  # those of Barlow Twins are 8192
+    if method in CONTRASTIVE:
+        tree["method"]["head"] = dict(CONTRASTIVE[method])
     kinds = {key: kind for key, kind in fields(Recipe).items() if not key.startswith("network.args")}
     kinds |= fields(methods.load(method).Options, "method.")
     for key in draw(st.lists(st.sampled_from(sorted(kinds)), max_size=most_keys, unique=True)):
