@@ -13,6 +13,7 @@ from torch import Tensor
 
 from framework.checkpoints.folder import damage_of, read_files
 from framework.engines.base import Engine, OptimizerState
+from framework.execution.local_network import LOSS_SCALES
 from framework.runtime.distributed import is_main, same_outcome
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
@@ -60,6 +61,8 @@ def take_snapshot(engine: Engine, step: int, state: Mapping[str, Any]) -> Snapsh
 def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
     """Put a checkpoint into an engine; all ranks must call it and see the folder.
 
+    Loss scales belong to float16 alone: from another precision they start afresh, to another one they are dropped.
+
     Returns:
         The ``state`` that ``take_snapshot`` was given, and ``step``.
 
@@ -70,6 +73,7 @@ def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
         if damage := damage_of(folder):  # as this rank reads it
             raise UserError(f"{folder}: {damage}")
         state, model, optimizer = read_files(folder)
+        _take_over_precision(folder, model, engine)
         _check(folder, state, model, engine)
     engine.load_model_state(model)
     engine.load_optimizer_state(optimizer)
@@ -107,6 +111,21 @@ def export_backbone(engine: Engine, path: Path, about: Mapping[str, Any] | None 
         if is_main():
             backbone = {n.removeprefix("backbone."): t for n, t in model.items() if n.startswith("backbone.")}
             write_whole(path, to_bytes(backbone, metadata={ABOUT: json.dumps(about or {})}))
+
+
+def _take_over_precision(folder: Path, model: dict[str, Tensor], engine: Engine) -> None:
+    """Leave in ``model`` the loss scales that the engine's network has, and say so where they are others."""
+    here = engine.net.state_dict()
+    fresh = {name: here[name].clone().cpu() for name in here if name.startswith(LOSS_SCALES)}
+    saved = [name for name in model if name.startswith(LOSS_SCALES)]
+    if bool(fresh) == bool(saved):
+        return
+    for name in saved:
+        del model[name]
+    model.update(fresh)
+    if is_main():
+        what = "loss scales start afresh, it has none" if fresh else "its loss scales (fp16) are dropped"
+        print(f"train.precision is another than in {folder}: {what}", flush=True)
 
 
 def _check(folder: Path, state: dict[str, Any], model: dict[str, Tensor], engine: Engine) -> None:

@@ -99,7 +99,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    """Optimizer and its schedule: linear warm-up, then cosine to 0. The defaults are LoCo's (section 5.1), or SimCLR's.
+    """Optimizer and its schedule, which ends at 0. The defaults are LoCo's (section 5.1), or SimCLR's.
 
     Attributes:
         name: optimizer.
@@ -109,6 +109,8 @@ class Optim:
         weight_decay: coefficient.
         decay: what it applies to, and the adaptation of lars: weights, or BatchNorm and biases too.
         trust: trust coefficient of lars.
+        schedule: "cosine": by step, a linear warm-up, then half a cosine over the rest. "cosine_of_epochs": one rate an
+            epoch, half a cosine over all of them, in the warm-up blended with a ramp from 0.01, as in MLAAN's code.
         warmup_epochs: length of the warm-up; may be a fraction.
         clip: largest norm of the whole gradient; 0 clips nothing.
     """
@@ -120,6 +122,7 @@ class Optim:
     weight_decay: NonNegative = 1e-6
     decay: Literal["weights", "all"] = "weights"
     trust: Positive = 0.001
+    schedule: Literal["cosine", "cosine_of_epochs"] = "cosine"
     warmup_epochs: NonNegative = 10.0
     clip: NonNegative = 0.0
 

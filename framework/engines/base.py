@@ -52,11 +52,14 @@ class StepResult(NamedTuple):
         unit_losses: (U,) averaged over micro-batches and ranks; still on the device.
         skipped: overflow in some micro-batch on some rank: weights and optimizer are as before.
         pending: must complete before ``unit_losses`` is read; ``losses`` waits for it.
+        hopeless: numbers of the units for whose gradients the step was skipped, where no lower loss scale would help
+            (float16).
     """
 
     unit_losses: Tensor
     skipped: bool
     pending: Pending | None = None
+    hopeless: tuple[int, ...] = ()
 
     def losses(self) -> list[float]:
         """The unit losses as numbers; waits for the device, and for pipeline stages that are behind."""
@@ -140,17 +143,27 @@ class Outputs:
     def __init__(self) -> None:
         self._unit_losses: list[Tensor] = []
         self._overflows: list[Tensor] = []
+        self._hopeless: list[Tensor] = []
 
     def add(self, output: StepOutput) -> None:
-        """Note the losses and the overflow flag of one micro-batch."""
+        """Note the losses and the overflow flags of one micro-batch."""
         self._unit_losses.append(output.unit_losses)
         if output.overflow is not None:
             self._overflows.append(output.overflow)
+        if output.hopeless is not None:
+            self._hopeless.append(output.hopeless)
 
     def result(self) -> StepResult:
         """Averages over micro-batches and ranks. Where overflow is looked for, this waits for the GPU."""
         losses = mean_over_ranks(torch.stack(self._unit_losses).mean(0))
-        return StepResult(losses, bool(self._overflows) and bool(torch.stack(self._overflows).any()))
+        skipped = bool(self._overflows) and bool(torch.stack(self._overflows).any())
+        hopeless = numbers_of(torch.stack(self._hopeless).any(0)) if skipped and self._hopeless else ()
+        return StepResult(losses, skipped, hopeless=hopeless)
+
+
+def numbers_of(units: Tensor) -> tuple[int, ...]:
+    """Of the units that are marked in (U,) bool; waits for the device."""
+    return tuple(units.nonzero().flatten().tolist())
 
 
 def update(optimizer: SkippableOptimizer, net: nn.Module, result: StepResult, lr: float, clip: float) -> None:

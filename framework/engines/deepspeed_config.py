@@ -66,8 +66,8 @@ def merged_config(settings: EngineSettings, parameters: int, replicas: int) -> d
         zero["compute_grad_norm"] = settings.clip > 0
     return {
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at every micro-batch
-        "zero_allow_untested_optimizer": True,
         **section,
+        "zero_allow_untested_optimizer": True,  # it knows none of this package's
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": settings.batch_size // (settings.micro_batches * replicas),
         "gradient_accumulation_steps": settings.micro_batches,
@@ -85,6 +85,12 @@ def _check(section: Mapping[str, Any], zero_stage: int) -> None:
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         raise UserError(f"deepspeed.zero_optimization={zero}: must be a section of DeepSpeed's keys")
+    for key in ("steps_per_print", "gradient_predivide_factor"):  # DeepSpeed divides by them without a check
+        number = section.get(key)
+        if number is not None and (
+            not isinstance(number, int | float) or isinstance(number, bool) or number <= 0
+        ):
+            raise UserError(f"deepspeed.{key}={number}: must be a number above 0")
     for key in [*section, *(f"zero_optimization.{key}" for key in zero)]:
         if key in DECIDED:
             raise UserError(f"deepspeed.{key}: the recipe decides this; set {DECIDED[key]}")

@@ -28,6 +28,8 @@ from framework.network.segments import Segment
 from framework.runtime.distributed import any_over_ranks
 from framework.runtime.errors import UserError
 
+LOSS_SCALES = "scales."  # how names of float16's loss scales begin, in a network's state
+
 
 class StepOutput(NamedTuple):
     """The result of a forward; a named tuple, so that FSDP2 finds the loss in it.
@@ -37,11 +39,13 @@ class StepOutput(NamedTuple):
         unit_losses: (U,) detached, unweighted, in the order of the plan's units.
         overflow: bool scalar, the same on every rank: skip this step. ``None`` in float32 and bfloat16, unless the
             network was made with ``skip_nonfinite``.
+        hopeless: (U,) bool, of float16: units whose gradients are infinite or NaN at the lowest loss scale, too.
     """
 
     loss: Tensor
     unit_losses: Tensor
     overflow: Tensor | None = None
+    hopeless: Tensor | None = None
 
 
 class LocalNetwork(nn.Module):
@@ -65,6 +69,8 @@ class LocalNetwork(nn.Module):
     Attributes:
         program: what a step does.
         scales: loss scales, of float16.
+        taken: 1, or 0 where the optimizer step before was skipped, as heads are told; a run that goes on from a
+            checkpoint sets it.
 
     Raises:
         UserError: the plan is for another number of segments, or there is no such precision.
@@ -96,7 +102,7 @@ class LocalNetwork(nn.Module):
         self.skip_nonfinite = skip_nonfinite
         self._overflowed: Tensor | None = None
         self._between_steps = True
-        self._taken: Tensor | float = 1.0
+        self.taken: Tensor | float = 1.0
 
     @property
     def plan(self) -> Plan:
@@ -143,7 +149,7 @@ class LocalNetwork(nn.Module):
         """Call the heads' ``after_step`` if this is the first micro-batch after an optimizer step, or of all."""
         if self._between_steps:
             for head in self.plan.heads:
-                head.after_step(self.segments, self._taken)
+                head.after_step(self.segments, self.taken)
         self._between_steps = False
 
     def end_micro_batch(self, batch: Batch, overflow: Tensor | None = None) -> None:
@@ -158,10 +164,10 @@ class LocalNetwork(nn.Module):
             self._overflowed = overflow if self._overflowed is None else self._overflowed | overflow
         if not batch.last:
             return
-        self._taken = 1.0 if self._overflowed is None else (~self._overflowed).float()
+        self.taken = 1.0 if self._overflowed is None else (~self._overflowed).float()
         self._overflowed, self._between_steps = None, True
         for head in self.plan.heads:
-            head.before_step(self.segments, self._taken)
+            head.before_step(self.segments, self.taken)
 
     def clear_replay_buffers(self) -> None:
         """Drop the batches in replay buffers, which a checkpoint does not contain."""
@@ -229,16 +235,15 @@ class LocalNetwork(nn.Module):
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step, penalty = self.routed_step(batch)
         result = _output(self.plan, step.losses, penalty)
-        overflow = self._overflow(step, batch.last)
         loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
-        return StepOutput(loss, result.unit_losses, overflow)
-
-    def _overflow(self, step: RoutedStep, last: bool) -> Tensor | None:
-        """Whether any loss or gradient on any rank is infinite or NaN, if that is to be reported."""
         if self.scales is not None:
-            return self.scales.update(step.take_overflows(), last)
-        if not self.skip_nonfinite:
-            return None
+            overflow, hopeless = self.scales.update(step.take_overflows(), batch.last)
+            return StepOutput(loss, result.unit_losses, overflow, self.program.by_unit(hopeless))
+        return StepOutput(loss, result.unit_losses, self._nonfinite(step) if self.skip_nonfinite else None)
+
+    @staticmethod
+    def _nonfinite(step: RoutedStep) -> Tensor:
+        """Whether any loss or gradient on any rank is infinite or NaN (bool scalar)."""
         seen = [*step.losses.values(), *torch._foreach_norm(list(step.gradients.values()))]
         return any_over_ranks(~torch.isfinite(torch.stack([x.float() for x in seen])).all())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from framework.runtime.distributed import any_over_ranks
 from framework.runtime.errors import UserError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-START = 2.0**16
+START = 2.0**16  # times the loss weight; 1 is the lowest
 GROWTH_INTERVAL = 2000
 
 
@@ -38,10 +39,23 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[o
     return torch.autocast(device, dtype=dtype, cache_enabled=False)
 
 
+class Overflow(NamedTuple):
+    """What overflowed in a micro-batch, on whatever rank.
+
+    Attributes:
+        skip: bool scalar: skip the step.
+        hopeless: (calls,) bool: head calls whose gradients are infinite or NaN, if no lower scale would help.
+    """
+
+    skip: Tensor
+    hopeless: Tensor
+
+
 class LossScales(nn.Module):
     """A power-of-two scale for each head call, halved at an overflow, doubled after 2000 steps without one.
 
-    A step is an optimizer step, whatever its number of micro-batches. The buffers are part of a checkpoint.
+    A step is an optimizer step, whatever its number of micro-batches. The buffers are part of a checkpoint. What
+    overflows at the lowest scale, where cotangents are about as large as in float32, is not for the scale to mend.
 
     Args:
         weights: loss weight of each head call; the lower the weight, the larger the scale at the start.
@@ -52,7 +66,9 @@ class LossScales(nn.Module):
         start = [START * 2.0 ** round(-math.log2(w)) if w > 0 else START for w in weights]
         self.scale: Tensor
         self.clean_steps: Tensor
+        self.lowest: Tensor
         self.register_buffer("scale", torch.tensor(start, dtype=torch.float64))
+        self.register_buffer("lowest", self.scale / START, persistent=False)
         self.register_buffer("clean_steps", torch.zeros(len(weights), dtype=torch.int64))
         self._overflowed: Tensor | None = None  # (calls,) bool, in earlier micro-batches of this step
 
@@ -61,7 +77,7 @@ class LossScales(nn.Module):
         return self.scale.tolist()
 
     @torch.no_grad()
-    def update(self, overflowed: Tensor, last: bool = True) -> Tensor:
+    def update(self, overflowed: Tensor, last: bool = True) -> Overflow:
         """Note the overflows of a micro-batch; after the last one of an optimizer step, update the scales.
 
         Collective: what overflowed on one rank counts as overflowed on all.
@@ -71,17 +87,19 @@ class LossScales(nn.Module):
             last: whether the micro-batch is the last one of its step.
 
         Returns:
-            Whether to skip the step for this micro-batch (bool scalar).
+            What is to be done about this micro-batch.
         """
         overflowed = any_over_ranks(overflowed)
+        helpless = (self.scale <= self.lowest).masked_fill(~overflowed, True).all()
         seen = overflowed if self._overflowed is None else self._overflowed | overflowed
         self._overflowed = None if last else seen
         if last:
             self.clean_steps.add_(1).masked_fill_(seen, 0)
             grown = self.clean_steps >= GROWTH_INTERVAL
             self.scale.mul_(torch.where(seen, 0.5, torch.where(grown, 2.0, 1.0)))
+            self.scale.copy_(torch.where(seen, self.scale.maximum(self.lowest), self.scale))
             self.clean_steps.masked_fill_(grown, 0)
-        return overflowed.any()
+        return Overflow(overflowed.any(), overflowed & helpless)
 
 
 def unscale_(gradients: list[Tensor], scale: float) -> Tensor:

@@ -124,6 +124,11 @@ class Program:
         """The largest weight of the units that share a head call."""
         return max(self.plan.units[i].weight for i in call.units)
 
+    def by_unit(self, by_call: Tensor) -> Tensor:
+        """Values of the head calls (calls,) as those of the units that share them (U,)."""
+        calls = {unit: call.number for call in self.calls for unit in call.units}
+        return by_call[[calls[unit] for unit in range(len(calls))]]
+
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The precision in which segments and heads run on the device of ``x``."""
         return autocast(x.device.type, self.low_precision)

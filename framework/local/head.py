@@ -28,6 +28,7 @@ class Head(nn.Module):
         needs: what the head uses besides its input. With ``Need.LABELS`` the method is a supervised one.
         contrasts: whether the loss compares the images of a batch with each other, so that it depends on which of
             them are in the batch.
+        fewest_images: that the loss needs in a batch of all ranks together, to have something to learn from.
         separable: whether ``loss(x, batch)`` equals ``score(embed(x), batch)``. A loss that contrasts over several
             micro-batches (``pipeline.contrast=batch``) must be.
         classifies: whether ``predict`` gives logits of the classes.
@@ -39,6 +40,7 @@ class Head(nn.Module):
 
     needs: frozenset[Need] = frozenset()
     contrasts: bool = False
+    fewest_images: int = 1
     separable: bool = False
     classifies: bool = False
     reads: tuple[int, ...] = ()
@@ -105,7 +107,7 @@ class TrunkHead(Head):
         super().__init__()
         self.trunk, self.objective, self.kind = trunk, objective, kind
         self.needs, self.contrasts = objective.needs, objective.contrasts
-        self.classifies = objective.classifies
+        self.fewest_images, self.classifies = objective.fewest_images, objective.classifies
         initialize(self.trunk)
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
@@ -137,7 +139,7 @@ class WrappingHead(Head):
         self._name = name
         self.add_module(name, module)
         self.head = head
-        self.needs, self.contrasts = head.needs, head.contrasts
+        self.needs, self.contrasts, self.fewest_images = head.needs, head.contrasts, head.fewest_images
         self.separable, self.classifies = head.separable, head.classifies
         self.reads, self.penalizes, self.may_lag = head.reads, head.penalizes, head.may_lag
 
@@ -183,6 +185,7 @@ class WeightedHeads(Head):
         self.parts = nn.ModuleList(heads)
         self.needs = frozenset().union(*(head.needs for head in heads))
         self.contrasts = any(head.contrasts for head in heads)
+        self.fewest_images = max(head.fewest_images for head in heads)
         self.reads = tuple(dict.fromkeys(s for head in heads for s in head.reads))
         self.penalizes = any(head.penalizes for head in heads)
         self.may_lag = all(head.may_lag for head in heads)

@@ -20,11 +20,13 @@ class Objective(nn.Module):
     Attributes:
         needs: what the loss uses besides the outputs.
         contrasts: whether it compares the images of a batch with each other.
+        fewest_images: of all ranks together, from which there is something to learn.
         classifies: whether the outputs are logits of the classes.
     """
 
     needs: frozenset[Need] = frozenset()
     contrasts: bool = False
+    fewest_images: int = 1
     classifies: bool = False
 
 
@@ -59,6 +61,7 @@ class InfoNCE(Objective):
     """
 
     contrasts = True
+    fewest_images = 2
 
     def __init__(
         self,
@@ -101,6 +104,7 @@ class SupCon(Objective):
 
     needs = frozenset({Need.LABELS})
     contrasts = True
+    fewest_images = 3  # an anchor, its positive, and a negative
 
     def __init__(self, temperature: float = 0.07) -> None:
         super().__init__()
@@ -138,6 +142,7 @@ class BarlowTwins(Objective):
     """
 
     contrasts = True
+    fewest_images = 3  # two are standardized to 1 and -1, whatever they are
 
     def __init__(self, redundancy: float = 0.0051) -> None:
         super().__init__()
@@ -163,6 +168,7 @@ class VICReg(Objective):
     """
 
     contrasts = True
+    fewest_images = 2
 
     def __init__(self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> None:
         super().__init__()

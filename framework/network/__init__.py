@@ -30,5 +30,8 @@ def create(name: str, **arguments: Any) -> nn.Module:
         )
     try:
         return timm.create_model(name, num_classes=0, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"network.args={arguments}: {name} refuses them: {error}") from error
+    except (
+        Exception
+    ) as error:  # timm checks few arguments: a KeyError, an IndexError or a RuntimeError may come
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"network.args={arguments}: {name} refuses them: {reason}") from error

@@ -9,7 +9,7 @@ from torch import nn
 
 from framework.optim.groups import Decay, parameter_groups
 from framework.optim.lars import LARS
-from framework.optim.learning_rate import learning_rate
+from framework.optim.learning_rate import learning_rate, learning_rate_of_epoch
 from framework.runtime.errors import UserError
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "SkippableOptimizer",
     "build_optimizer",
     "learning_rate",
+    "learning_rate_of_epoch",
     "parameter_groups",
 ]
 

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step, or of the epoch."""
 
 from __future__ import annotations
 
@@ -23,3 +23,25 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, base_lr: float
         return base_lr * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return base_lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def learning_rate_of_epoch(epoch: int, epochs: int, warmup_epochs: float, base_lr: float) -> float:
+    """The schedule of MLAAN's and InfoPro's code: one rate an epoch, of half a cosine over all epochs.
+
+    In the first epochs it is blended with a ramp that falls from 0.01.
+
+    Args:
+        epoch: from 0; the rate of the last one is 0.
+        epochs: length of the run.
+        warmup_epochs: how many are blended, 10 in the code.
+        base_lr: rate that the cosine starts from.
+
+    Raises:
+        ValueError: the epoch is outside the run.
+    """
+    if not 0 <= epoch <= epochs:
+        raise ValueError(f"epoch {epoch} lies outside a run of {epochs} epochs")
+    cosine = base_lr * 0.5 * (1 + math.cos(math.pi * min(epoch + 1, epochs) / epochs))
+    if epoch >= warmup_epochs:
+        return cosine
+    return cosine * epoch / warmup_epochs + 0.01 * (warmup_epochs - epoch) / warmup_epochs

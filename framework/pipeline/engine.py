@@ -113,7 +113,8 @@ class PipelinedEngine:
         if not skipped and not self._engine.was_step_applied():
             raise UserError("the norm of the gradient is not finite: lower optim.lr, or check the data")
         losses = self._worker.unit_losses / (self.layout.micro_batches * self._engine.dp_world_size)
-        return StepResult(losses, skipped, dist.all_reduce(losses, group=self._reports, async_op=True))
+        pending = dist.all_reduce(losses, group=self._reports, async_op=True)
+        return StepResult(losses, skipped, pending, self._worker.hopeless)
 
     def whole_net(self) -> LocalNetwork:
         self._drain()

@@ -24,7 +24,7 @@ from framework.data.loading.loader import TrainLoader
 from framework.engines import Engine, StepResult
 from framework.evaluation.run_folder import recipe_values
 from framework.network.norm import RunningStatistics
-from framework.optim import learning_rate
+from framework.optim import learning_rate, learning_rate_of_epoch
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
@@ -43,6 +43,7 @@ class Position:
     Attributes:
         step: steps done, which is also the place in the data.
         updates: those that changed the weights; skipped ones do not, and the schedule waits for them.
+        skipped: whether the last step did not.
         broken: images that were skipped because they could not be decoded, over all ranks.
         nonfinite: steps that were skipped for losses or gradients that were infinite or NaN.
         images: those that were timed, over all starts.
@@ -52,6 +53,7 @@ class Position:
 
     step: int = 0
     updates: int = 0
+    skipped: bool = False
     broken: int = 0
     nonfinite: int = 0
     images: int = 0
@@ -195,6 +197,7 @@ class Loop:
         self.memory.step()
         self.position.step += 1
         self.position.updates += not result.skipped
+        self.position.skipped = result.skipped
         return Pending(step, lr, result, requests.ask())
 
     def _read(self, pending: Pending, logs: Logs | None, progress: Progress) -> Request:
@@ -208,34 +211,39 @@ class Loop:
                 step, epoch=epoch, lr=lr, losses=losses, images_per_second=speed, skipped=result.skipped
             )
         progress.update(step, epoch, losses, speed)
-        self._check_finite(step, losses, result.skipped)
+        self._check_finite(step, losses, result)
         return answer()
 
-    def _check_finite(self, step: int, losses: dict[str, float], skipped: bool) -> None:
+    def _check_finite(self, step: int, losses: dict[str, float], result: StepResult) -> None:
         """Count a step whose loss or gradient is not finite, and stop where the recipe says so.
 
         Raises:
-            UserError: a loss that is not finite and may not be skipped; too many steps that were.
+            UserError: a loss or gradient that is not finite and may not be skipped; too many steps that were.
         """
-        bad = next((unit for unit, loss in losses.items() if not math.isfinite(loss)), None)
+        bad = _nonfinite(losses, [self.units[number] for number in result.hopeless])
         faults, lr = self.recipe.faults, self.recipe.optim.lr
         if bad and faults.nonfinite == "stop":
             raise UserError(
-                f"the loss of unit {bad} is {losses[bad]} at step {step}: lower optim.lr={lr}, look at the data, or "
+                f"{bad} at step {step}: lower optim.lr={lr}, look at the data, or "
                 f"set faults.nonfinite=skip; the last checkpoint is as it was"
             )
-        if bad is None and not skipped:
+        if bad is None and not result.skipped:
             self.since_save.append(float(np.dot(self.weights, list(losses.values()))))
-        if bad or (skipped and self.recipe.train.precision != "fp16"):  # there a gradient may overflow
+        # In float16 a gradient may overflow, at other than the lowest loss scale.
+        if bad or (result.skipped and self.recipe.train.precision != "fp16"):
             self.position.nonfinite += 1
             if self.position.nonfinite > faults.nonfinite_limit:
                 raise UserError(
-                    f"step {step} is the {self.position.nonfinite}th with a loss or gradient that is not finite, and "
-                    f"faults.nonfinite_limit={faults.nonfinite_limit}: lower optim.lr={lr}, or look at the data"
+                    f"step {step} is the {self.position.nonfinite}th with a loss or gradient that is not finite"
+                    f"{f' ({bad})' if bad else ''}, and faults.nonfinite_limit={faults.nonfinite_limit}: "
+                    f"lower optim.lr={lr}, or look at the data"
                 )
 
     def _learning_rate(self) -> float:
         optim = self.recipe.optim
+        if optim.schedule == "cosine_of_epochs":
+            epoch = self.position.updates // self.per_epoch
+            return learning_rate_of_epoch(epoch, self.recipe.train.epochs, optim.warmup_epochs, optim.lr)
         warmup = round(optim.warmup_epochs * self.per_epoch)
         return learning_rate(self.position.updates, self.total, warmup, optim.lr)
 
@@ -286,6 +294,18 @@ class Loop:
         changed = [key for key in made.keys() & asked.keys() if made[key] != asked[key]]
         without_effect = f"; of no effect on them: {', '.join(sorted(changed))}" if changed else ""
         print(f"all steps are made, by the settings in {recipe}{without_effect}", flush=True)
+
+
+def _nonfinite(losses: dict[str, float], hopeless: list[str]) -> str | None:
+    """What is infinite or NaN, in words: a loss, or the gradients of the units ``hopeless``."""
+    for unit, loss in losses.items():
+        if not math.isfinite(loss):
+            return f"the loss of unit {unit} is {loss}"
+    if hopeless:
+        more = f" and {len(hopeless) - 3} more" if len(hopeless) > 3 else ""
+        units = f"{'unit' if len(hopeless) == 1 else 'units'} {', '.join(hopeless[:3])}{more}"
+        return f"the gradient of {units} is infinite or NaN whatever the loss scale"
+    return None
 
 
 def _seed(seed: int, step: int) -> None:

@@ -33,6 +33,8 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
     if folder is None:
         return Position()
     state = load_checkpoint(folder, engine)
+    position = Position(**state["position"])
+    engine.net.taken = float(not position.skipped)
     with distributed.same_outcome():
         _check_batch(folder, state, recipe, engine.net)
         if (before := state.get("steps_per_epoch", steps_per_epoch)) != steps_per_epoch:
@@ -45,7 +47,7 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
             for name in set_aside_later(run_dir, state["step"]):
                 print(f"later than {folder.name}, renamed: {name}", flush=True)
             print(f"going on from {folder}", flush=True)
-    return Position(**state["position"])
+    return position
 
 
 def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
@@ -81,12 +83,18 @@ class EffectiveBatch(NamedTuple):
     ) -> EffectiveBatch:
         """Of a recipe on so many ranks and micro-batches."""
         norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
-        batch, pipeline = recipe["train"]["batch_size"], recipe["pipeline"]
-        together = batch if pipeline["contrast"] == "batch" else batch // micro_batches
-        replicas = 1 if recipe["network"]["sync_bn"] else ranks // pipeline["stages"]
+        batch = recipe["train"]["batch_size"]
+        replicas = 1 if recipe["network"]["sync_bn"] else ranks // recipe["pipeline"]["stages"]
         return cls(
-            together if network.plan.contrasts else None, batch // micro_batches // replicas if norm else None
+            contrasted_images(recipe, micro_batches) if network.plan.contrasts else None,
+            batch // micro_batches // replicas if norm else None,
         )
+
+
+def contrasted_images(recipe: Mapping[str, Any], micro_batches: int) -> int:
+    """How many images a contrastive loss sees together, over all ranks."""
+    batch: int = recipe["train"]["batch_size"]
+    return batch if recipe["pipeline"]["contrast"] == "batch" else batch // micro_batches
 
 
 def _check_batch(folder: Path, state: dict[str, Any], recipe: Recipe, net: LocalNetwork) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
 from framework.evaluation.scoring import check_scorable, score_trained
+from framework.execution import LocalNetwork
 from framework.model import recipe_network
 from framework.runtime import distributed, joining, requests
 from framework.runtime.dead_ranks import dead_ranks_named
@@ -19,7 +21,7 @@ from framework.runtime.watchdog import Watchdog
 from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop
 from framework.training.results import leave_results
-from framework.training.resume import restore
+from framework.training.resume import contrasted_images, restore
 
 
 def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
@@ -69,6 +71,7 @@ def train(recipe: Recipe) -> Request:
             raise UserError(
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
             )
+        _check_contrast(recipe, net)
         check_scorable(recipe, net, splits)
     with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
         engine = build_engine(recipe, net, splits.num_classes)
@@ -87,3 +90,19 @@ def train(recipe: Recipe) -> Request:
         leave_results(recipe, engine, splits, loop.summary())
     engine.close()
     return request
+
+
+def _check_contrast(recipe: Recipe, net: LocalNetwork) -> None:
+    """Refuse micro-batches that are too small for a loss.
+
+    Raises:
+        UserError: there is a unit that would learn nothing.
+    """
+    together = contrasted_images(asdict(recipe), recipe.micro_batches)
+    for unit in net.plan.units:
+        if unit.head.fewest_images > together:
+            raise UserError(
+                f"train.batch_size={recipe.train.batch_size} in micro-batches: {recipe.micro_batches} "
+                f"(train.accumulation): unit {unit.name} compares images with each other and needs "
+                f"{unit.head.fewest_images} or more in a micro-batch of all ranks, not {together}"
+            )

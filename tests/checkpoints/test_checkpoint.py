@@ -21,7 +21,7 @@ from torch import nn
 from framework.checkpoints.folder import FILES, MANIFEST
 from framework.checkpoints.retention import Keep
 from framework.checkpoints.run_checkpoints import newest_checkpoint, save_checkpoint
-from framework.checkpoints.snapshot import export_backbone, load_checkpoint
+from framework.checkpoints.snapshot import export_backbone, load_checkpoint, read_model
 from framework.runtime import joining
 from framework.runtime.errors import UserError
 from tests.support import training
@@ -93,6 +93,33 @@ def test_it_goes_on_under_another_engine_and_number_of_ranks(
     for ranks, other in [(4, replace(case, zero_stage=1)), (4, replace(case, engine="fsdp")), (1, case)]:
         resumed, _ = pool(ranks).run(load_and_go_on, other, folder, range(1, 3))[0]
         assert differences(resumed, expected) == {}
+
+
+MOVES = [(Case("dgl", precision="fp16"), Case("dgl", precision="bf16", engine="ddp"))]
+MOVES += [(Case("dgl", precision="bf16"), Case("dgl", precision="fp16", engine="fsdp"))]
+MOVES += slow(
+    (Case("dgl", precision="fp32", engine="ddp"), Case("dgl", precision="fp16", zero_stage=z)) for z in (0, 2)
+)
+MOVES += slow(
+    (Case("dgl", precision="fp16", engine=e), Case("dgl", precision="fp32")) for e in ("ddp", "fsdp")
+)
+
+
+@pytest.mark.parametrize(("first", "second"), MOVES, ids=str)
+def test_it_goes_on_in_another_precision(pool: PoolOf, tmp_path: Path, first: Case, second: Case) -> None:
+    """All but the loss scales is taken over; fp16 starts with those of a fresh run."""
+    folder = pool(2).run(save_after, first, tmp_path, range(1))[0]
+    saved = read_model(folder)[1]
+    loaded, _ = pool(2).run(load_and_go_on, second, folder, range(0))[0]
+    fresh = {
+        name: t for name, t in training.network(second).state_dict().items() if name.startswith("scales.")
+    }
+    assert bool(fresh) == (second.precision == "fp16")
+    expected = {name: t for name, t in saved.items() if not name.startswith("scales.")} | fresh
+    assert loaded.model.keys() == expected.keys() and loaded.optimizer
+    assert all(torch.equal(loaded.model[name], t) for name, t in expected.items())
+    further, _ = pool(2).run(load_and_go_on, second, folder, range(1, 3))[0]
+    assert torch.isfinite(further.losses).all()
 
 
 def test_nothing_in_it_is_a_pickle(pool: PoolOf, tmp_path: Path) -> None:

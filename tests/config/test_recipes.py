@@ -24,7 +24,8 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FOLDERS = ("", "cifar10", "stl10", "svhn")
 PATHS = sorted(path for folder in FOLDERS for path in (RECIPES / folder).glob("*.yaml"))
 NAMES = [str(path.relative_to(RECIPES).with_suffix("")) for path in PATHS]
-ROW = re.compile(r"^#   ((?:MLAAN )?Table \d+(?: row \d+)?) \| ([\d.]+) \|(.*)$", re.MULTILINE)
+ROW = re.compile(r"^#   ((?:MLAAN )?Table \d+(?: row \d+)?|Rebuttal) \| ([\d.]+) \|(.*)$", re.MULTILINE)
+DEVIATIONS = "# Where the authors' code differs, and what follows it:\n"
 SMALL = ["train.batch_size=4", "train.precision=fp32"]
 
 
@@ -123,7 +124,44 @@ def test_a_table_row_trains_a_step(name: str, row: str, overrides: str) -> None:
 def test_every_row_of_the_ablation_tables_is_listed() -> None:
     listed = {row for _, row, _ in ROWS}
     assert {f"Table 4 row {i}" for i in range(1, 13)} | {f"Table 5 row {i}" for i in range(1, 9)} <= listed
-    assert {f"MLAAN Table 4 row {i}" for i in range(1, 5)} | {"MLAAN Table 5"} <= listed
+    assert {f"MLAAN Table 4 row {i}" for i in range(1, 5)} | {"MLAAN Table 5", "Rebuttal"} <= listed
+
+
+def deviations(name: str) -> dict[str, list[str]]:
+    """What the heads of a recipe and its bases say of the authors' code: topic -> overrides that follow it."""
+    found: dict[str, list[str]] = {}
+    for source in recipe_files(RECIPES / f"{name}.yaml"):
+        _, _, listed = Path(source.where).read_text().partition(DEVIATIONS)
+        for line in listed.partition("\n\n")[0].splitlines():
+            topic, overrides, what = (part.strip() for part in line.removeprefix("#").split(" |", 2))
+            assert what, line
+            found[topic] = overrides.split()
+    return found
+
+
+STATED = {
+    "cifar10/mlaan_r32_k16_cifar10": {"schedule", "updates"},
+    "cifar10/dglstar_r32_k16_cifar10": {"schedule", "updates", "row 2 of Table 4"},
+    "stl10/infopro_r110_k32_stl10": {"schedule", "classes", "contrast"},
+    "svhn/infoprostar_r32_k8_svhn": {"schedule", "updates", "contrast"},
+    "mlaan_r34": {"precision", "resizing", "gradients", "heads", "start"},
+    "mlaan_r101": {"precision", "resizing", "gradients"},
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_a_recipe_states_where_the_authors_code_differs(name: str) -> None:
+    """Each override that follows the code is one that this recipe takes, and changes it."""
+    found = deviations(name)
+    assert set(found) == STATED[name]
+    for topic, overrides in found.items():
+        assert topic in ("resizing", "gradients") or load(name, *overrides) != load(name), topic
+
+
+def test_padding_is_the_codes() -> None:
+    """torchvision's RandomCrop pads with zeros; for CIFAR-10 the code reflects beforehand."""
+    edges = {set_: load(f"{set_}/bp_r32_{set_}").views.edge for set_ in ("cifar10", "stl10", "svhn")}
+    assert edges == {"cifar10": "reflect", "stl10": "zeros", "svhn": "zeros"}
 
 
 @pytest.mark.slow

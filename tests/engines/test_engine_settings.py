@@ -55,6 +55,8 @@ def refusal(case: Case) -> str:
         (Case(zero_stage=3), "zero_stage=3: must be 0, 1 or 2"),
         (Case(deepspeed=zero(overlap_comm="perhaps")), "deepspeed: refused by DeepSpeed"),
         (Case(deepspeed=zero(overlap_com=True)), "deepspeed: refused by DeepSpeed"),
+        (Case(deepspeed={"flops_profiler": 3}), "deepspeed: refused by DeepSpeed"),
+        (Case(deepspeed={"communication_data_type": 3}), "deepspeed: refused by DeepSpeed"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -79,6 +81,11 @@ def test_settings_that_are_refused(pool: PoolOf, case: Case, message: str) -> No
             "deepspeed.zero_optimization.offload_optimizer: DeepSpeed",
         ),
         ({"zero_optimization": True}, "deepspeed.zero_optimization=True: must be a section"),
+        ({"steps_per_print": 0}, "deepspeed.steps_per_print=0: must be a number above 0"),
+        (
+            {"gradient_predivide_factor": "x"},
+            "deepspeed.gradient_predivide_factor=x: must be a number above 0",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )

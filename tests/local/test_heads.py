@@ -76,13 +76,21 @@ def test_a_head_behind_something_is_what_it_was(objective: type[nn.Module]) -> N
     """LAM and soft sharing keep what the inner head declares; the sum of several heads is not separable."""
     network = network_info()
     inner = TrunkHead(nn.Flatten(), objective())
-    declared = (inner.needs, inner.contrasts, inner.separable, inner.classifies)
+    declared = (inner.needs, inner.contrasts, inner.fewest_images, inner.separable, inner.classifies)
     lam, _ = LamBuilder(network, {}, Copies()).build(0)
     for wrapped in (lam.under(inner), SoftSharedHead(network, 1, inner, 0.1)):
-        assert (wrapped.needs, wrapped.contrasts, wrapped.separable, wrapped.classifies) == declared
+        found = (
+            wrapped.needs,
+            wrapped.contrasts,
+            wrapped.fewest_images,
+            wrapped.separable,
+            wrapped.classifies,
+        )
+        assert found == declared
     both = Reconstruction(first=(1, 1), last=(1, 1)).beside(inner, network, 0)
     assert isinstance(both, WeightedHeads)
     assert (both.needs, both.contrasts) == (inner.needs | IMAGES, inner.contrasts)
+    assert both.fewest_images == inner.fewest_images
     assert not both.separable and not both.classifies
 
 

@@ -57,6 +57,18 @@ def test_ranks_together_equal_one_process(pool: Callable[[int], Pool], name: str
     torch.testing.assert_close(together, gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_nothing_is_learned_from_fewer_images_than_an_objective_declares(name: str) -> None:
+    z, _ = embeddings()
+    objective, gradients = OBJECTIVES[name](), []
+    for images in (objective.fewest_images - 1, objective.fewest_images):
+        few = z[: 1 if name == "supcon" else 2, :images].flatten(0, 1).requires_grad_()
+        loss = objective(few, Batch(torch.empty(0), torch.tensor([0, 0, 1])[:images]))
+        gradients.append(torch.autograd.grad(loss, few)[0])
+    assert gradients[0].nan_to_num(0.0).abs().max() < 1e-3  # Barlow Twins has an epsilon
+    assert torch.isfinite(gradients[1]).all() and gradients[1].abs().max() > 1e-3
+
+
 def test_barlow_twins_is_equation_1() -> None:
     a, b = (z.numpy() for z in embeddings()[0])
     correlation = np.corrcoef(a.T, b.T)[:DIM, DIM:]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.network import create
-from framework.optim import LARS, build_optimizer, learning_rate, parameter_groups
+from framework.optim import LARS, build_optimizer, learning_rate, learning_rate_of_epoch, parameter_groups
 from framework.optim.lars import Piece, Shard
 from framework.runtime.distributed import rank, world_size
 from framework.runtime.errors import UserError
@@ -208,3 +208,17 @@ def test_schedule_is_simclrs() -> None:
     assert learning_rate(10, 10, 10, 1.0) == 1.0
     with pytest.raises(ValueError, match="outside a run of 10"):
         learning_rate(11, 10, 0, 1.0)
+
+
+def test_the_schedule_of_epochs_is_that_of_the_authors_code() -> None:
+    """0.8 and 400 epochs: e = 1 has 0.01, e = 11 the cosine alone, e = 400 nothing."""
+    rates = [learning_rate_of_epoch(epoch, 400, 10, 0.8) for epoch in range(401)]
+    assert rates[0] == pytest.approx(0.01)
+    blended = 0.4 * (1 + math.cos(math.pi * 4 / 400)) * 3 / 10 + 0.01 * 7 / 10
+    assert rates[3] == pytest.approx(blended)
+    assert rates[10] == pytest.approx(0.4 * (1 + math.cos(math.pi * 11 / 400)))
+    assert rates[399] == rates[400] == 0
+    ours = sum(learning_rate(step, 4000, 100, 0.8) for step in range(4000)) / 10
+    assert ours / sum(rates) == pytest.approx(1.031, abs=1e-3)
+    with pytest.raises(ValueError, match="outside"):
+        learning_rate_of_epoch(401, 400, 10, 0.8)

@@ -172,7 +172,7 @@ def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:
     for step in steps:
         batches = micro_batches(case, step, rank(), world_size())
         results.append(engine.step(batches, learning_rate(case, step)).unit_losses)
-    return torch.stack(results)
+    return torch.stack(results) if results else torch.empty(0)
 
 
 def train(case: Case, net: nn.Module | None = None) -> Run | None:

@@ -251,6 +251,10 @@ BAD = [
     ),
     (["data.num_classes=5"], "data.num_classes=5: {tmp}/digits/train has labels up to 9, so at least 10"),
     (["train.batch_size=65", "train.accumulation=2"], "batch_size=65"),
+    (
+        ["train.accumulation=64"],
+        "unit layer2 compares images with each other and needs 2 or more in a micro-batch of all ranks, not 1",
+    ),
     (["train.batch_size=4096"], "holds 1437 samples, fewer than batch_size=4096"),
     (["zero_stage=3"], "zero_stage=3: must be one of 0, 1, 2"),
     (["deepspeed.zero_optimization.stage=2"], "deepspeed.zero_optimization.stage: the recipe decides this"),
@@ -272,6 +276,19 @@ def test_bad_input_is_named_and_damages_nothing(
     assert message.format(tmp=tmp_path) in messages[0]
     assert "\n" not in messages[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "images"), [("infonce", 2), ("barlow", 4), ("vicreg", 2)])
+def test_few_images_a_rank_are_enough_where_ranks_contrast_together(
+    tmp_path: Path, pool: PoolOf, objective: str, images: int
+) -> None:
+    small = ("method.head.proj_hidden=16", "method.head.dim=8", "train.max_steps=3")
+    argv = arguments(tmp_path, f"method.head.objective={objective}", *small, f"train.batch_size={images}")
+    assert set(pool(2).run(run, argv)) == {""}
+    losses = steps(tmp_path / "run" / "metrics.jsonl")
+    assert all(value is not None and value > 0 for step in losses for value in step.values())
+    assert len({step["layer3"] for step in losses}) == 3
 
 
 def test_resume_never_does_not_mix_two_runs(tmp_path: Path, pool: PoolOf) -> None:

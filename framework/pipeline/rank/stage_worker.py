@@ -11,6 +11,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
+from framework.engines.base import numbers_of
 from framework.execution import LocalNetwork
 from framework.execution.local_network import add_gradients
 from framework.execution.step import RoutedStep
@@ -36,6 +37,7 @@ class StageWorker:
         micro_batches: of the current step; first stage only.
         groups: process groups of the messages, one for each direction.
         unit_losses: (U,) sum over the step's micro-batches, 0 for units of other stages.
+        hopeless: see ``StepResult``, of the last step.
     """
 
     def __init__(
@@ -54,14 +56,14 @@ class StageWorker:
         self._images_above = any(_needs_images(net, s) for s in range(self.span.stop, len(net.segments)))
         self._skips: deque[bool] = deque()  # of steps whose weights of other stages have not arrived yet
         self._x = torch.empty(0)  # output of the segment run last
-        self._skipped = False
+        self.hopeless: tuple[int, ...] = ()
         self._connect()
         self._reset([])
 
     def begin_step(self, micro_batches: list[Batch]) -> None:
         """Call ``after_step`` of heads that read this stage's weights, and drop what belongs to the step before."""
         for head in self.readers.local[self.stage]:
-            head.after_step(self.net.segments, float(not self._skipped))
+            head.after_step(self.net.segments, self.net.taken)
         self._reset(micro_batches)
 
     def _reset(self, micro_batches: list[Batch]) -> None:
@@ -170,15 +172,17 @@ class StageWorker:
 
         In float16 this waits for all stages: an overflow on one skips the step on all.
         """
-        skip = False
+        skip, self.hopeless = False, ()
         if self.net.scales is not None:
             assert self._overflow is not None
-            skip = bool(self.net.scales.update(self._overflow))
+            overflow = self.net.scales.update(self._overflow)
+            if skip := bool(overflow.skip):
+                self.hopeless = numbers_of(self.net.program.by_unit(overflow.hopeless))
+        self.net.taken = float(not skip)
         for head in self.readers.local[self.stage]:
-            head.before_step(self.net.segments, float(not skip))
+            head.before_step(self.net.segments, self.net.taken)
         if self._from_owners:
             self._skips.append(skip)
-        self._skipped = skip
         return skip
 
     def flush(self) -> None:
