@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -51,6 +53,12 @@ def load_and_go_on(case: Case, folder: Path, steps: range) -> tuple[Run, dict[st
     run = Run(engine.model_state(), engine.optimizer_state(), losses)
     engine.close()
     return run, state
+
+
+def load_in_another_precision(case: Case, folder: Path, steps: range) -> tuple[Run, str]:
+    """The same, and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        return load_and_go_on(case, folder, steps)[0], printed.getvalue()
 
 
 def load_error(case: Case, folder: Path) -> str:
@@ -110,7 +118,8 @@ def test_it_goes_on_in_another_precision(pool: PoolOf, tmp_path: Path, first: Ca
     """All but the loss scales is taken over; fp16 starts with those of a fresh run."""
     folder = pool(2).run(save_after, first, tmp_path, range(1))[0]
     saved = read_model(folder)[1]
-    loaded, _ = pool(2).run(load_and_go_on, second, folder, range(0))[0]
+    (loaded, said), (_, nothing) = pool(2).run(load_in_another_precision, second, folder, range(0))
+    assert said.startswith("train.precision is another than in ") and said.count("\n") == 1 and not nothing
     fresh = {
         name: t for name, t in training.network(second).state_dict().items() if name.startswith("scales.")
     }
@@ -118,7 +127,7 @@ def test_it_goes_on_in_another_precision(pool: PoolOf, tmp_path: Path, first: Ca
     expected = {name: t for name, t in saved.items() if not name.startswith("scales.")} | fresh
     assert loaded.model.keys() == expected.keys() and loaded.optimizer
     assert all(torch.equal(loaded.model[name], t) for name, t in expected.items())
-    further, _ = pool(2).run(load_and_go_on, second, folder, range(1, 3))[0]
+    further, _ = pool(2).run(load_in_another_precision, second, folder, range(1, 3))[0]
     assert torch.isfinite(further.losses).all()
 
 

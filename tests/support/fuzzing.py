@@ -29,7 +29,7 @@ NETWORKS: dict[str, Tree] = {
     "densenet121": {"block_config": [2, 2, 2, 2], "growth_rate": 8},
     "vgg11": {},
 }
-#: Their steps take seconds; one recipe in twenty has one.
+#: Their steps take seconds.
 LARGE: dict[str, Tree] = {"resnet18_cifar": {}, "presnet50": {}, "shufflenetv2_50": {}}
 TRANSFORMERS = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
 #: What people hand to ``timm.create_model``, right and wrong.
@@ -115,7 +115,7 @@ LAM_BLOCKS: list[Tree] = [
     {"layer1.0": "layer2.0"},
 ]
 #: Methods with the heads of two views; Barlow Twins' are 8192 wide unless something is said.
-CONTRASTIVE: dict[str, Tree] = dict.fromkeys(("simclr", "gim", "loco"), {"proj_hidden": 16, "dim": 8})
+CONTRASTIVE: dict[str, Tree] = {name: {"proj_hidden": 16, "dim": 8} for name in ("simclr", "gim", "loco")}
 DICTIONARIES = {"network.args": NETWORK_ARGS, "deepspeed": DEEPSPEED}
 CUTS = ["stage", "block", 1, 2, 3, 4, 5, 8, 16, 99, [], ["layer2"], ["layer1.0", "layer2.0"], ["nonsense"]]
 SIZES = (1, 4, 8, 16, 20, 28, 32, 33, 36, 64)
@@ -152,6 +152,14 @@ LEFT_OUT = (
         "evaluate.batch_size",
     ),
     *("pipeline.balance",),
+)
+#: What is said of sizes that heads and norms can't have, which is not a line yet: an entry goes when it is.
+OPEN = (
+    "Expected more than 1 value per channel",
+    "mat1 and mat2 shapes cannot be multiplied",
+    "Input and output sizes should be greater than 0",
+    "Target size (",
+    "list index out of range",
 )
 JUNK: list[Any] = [None, True, -1, 0, 1.5, "", "x", "nan", [], [1], {}, {"a": 1}, float("inf"), [None], 10**6]
 _INTEGERS = (0, 1, 2, 3, 4, 5, 8, 16)
@@ -234,9 +242,9 @@ def put(tree: Tree, key: str, value: Any) -> None:
 
 
 @st.composite
-def recipes(draw: st.DrawFn, most_keys: int = 6) -> Tree:
-    """Values of a recipe: a method on a network and a size, some keys, and in one of four a value of a wrong kind."""
-    choice = LARGE if draw(st.integers(0, 19)) == 13 else NETWORKS
+def recipes(draw: st.DrawFn, large: bool = False, most_keys: int = 6) -> Tree:
+    """Values of a recipe: a method on a network and a size, some keys, and in one of six a value of a wrong kind."""
+    choice = NETWORKS | LARGE if large else NETWORKS
     method, network = draw(st.sampled_from(methods.names())), draw(st.sampled_from(list(choice)))
     tree: Tree = {
         "method": {"name": method},
@@ -283,3 +291,8 @@ def run_recipes(draw: st.DrawFn, most_keys: int = 6) -> Tree:
     if draw(st.integers(0, 2)) == 2:
         put(tree, "deepspeed", draw(_value("deepspeed", None)))
     return tree
+
+
+def is_open(error: Exception) -> bool:
+    """Whether it is one of ``OPEN``."""
+    return any(text in str(error) for text in OPEN)
