@@ -28,6 +28,14 @@ def create(name: str, **arguments: Any) -> nn.Module:
         raise UserError(
             f"network.name={name}: no such network" + (f"; did you mean {near[0]}?" if near else "")
         )
+    for key, value in arguments.items():
+        # timm takes any number, and the first step of training fails.
+        if (
+            key.endswith(("drop_rate", "drop_path_rate"))
+            and isinstance(value, int | float)
+            and not 0 <= value < 1
+        ):
+            raise UserError(f"network.args.{key}={value}: must be at least 0 and below 1")
     try:
         return timm.create_model(name, num_classes=0, **arguments)
     except (

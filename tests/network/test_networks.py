@@ -202,7 +202,9 @@ def test_impossible_networks_are_refused(arguments: dict[str, Any], message: str
 
 
 def test_presnet_refuses_what_is_no_reading_of_the_paper() -> None:
-    with pytest.raises(UserError, match="refuses them: pres_groups=table7 must be one of table6, table8"):
+    with pytest.raises(
+        UserError, match="refuses them: ValueError: pres_groups=table7 must be one of table6, table8"
+    ):
         create("presnet50", pres_groups="table7")
 
 
