@@ -202,10 +202,15 @@ def test_impossible_networks_are_refused(arguments: dict[str, Any], message: str
 
 
 def test_presnet_refuses_what_is_no_reading_of_the_paper() -> None:
-    with pytest.raises(
-        UserError, match="refuses them: ValueError: pres_groups=table7 must be one of table6, table8"
-    ):
+    with pytest.raises(UserError, match="refuses them: pres_groups=table7 must be one of table6, table8"):
         create("presnet50", pres_groups="table7")
+
+
+def test_arguments_that_timm_does_not_check_are_refused() -> None:
+    with pytest.raises(UserError, match=r"network.args.drop_path_rate=2.0: must be at least 0 and below 1"):
+        create("resnet10t", drop_path_rate=2.0)
+    with pytest.raises(UserError, match="refuses them: KeyError: 'nonsense'"):
+        create("regnetx_002", act_layer="nonsense")
 
 
 def test_resnet18_cifar_is_timms_resnet18_but_for_the_stem() -> None:
