@@ -28,10 +28,16 @@ def create(name: str, **arguments: Any) -> nn.Module:
         raise UserError(
             f"network.name={name}: no such network" + (f"; did you mean {near[0]}?" if near else "")
         )
+    for key, value in arguments.items():
+        # timm takes any number, and the first step of training fails.
+        rate = key.endswith(("drop_rate", "drop_path_rate")) and isinstance(value, int | float)
+        if rate and not 0 <= value < 1:
+            raise UserError(f"network.args.{key}={value}: must be at least 0 and below 1")
     try:
         return timm.create_model(name, num_classes=0, **arguments)
-    except (
-        Exception
-    ) as error:  # timm checks few arguments: a KeyError, an IndexError or a RuntimeError may come
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"network.args={arguments}: {name} refuses them: {reason}") from error
+    except Exception as error:  # timm checks little; the text of a KeyError alone says nothing
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"network.args={arguments}: {name} refuses them: {reason}") from error

@@ -206,6 +206,13 @@ def test_presnet_refuses_what_is_no_reading_of_the_paper() -> None:
         create("presnet50", pres_groups="table7")
 
 
+def test_arguments_that_timm_does_not_check_are_refused() -> None:
+    with pytest.raises(UserError, match=r"network.args.drop_path_rate=2.0: must be at least 0 and below 1"):
+        create("resnet10t", drop_path_rate=2.0)
+    with pytest.raises(UserError, match="refuses them: KeyError: 'nonsense'"):
+        create("regnetx_002", act_layer="nonsense")
+
+
 def test_resnet18_cifar_is_timms_resnet18_but_for_the_stem() -> None:
     theirs = {n: tuple(t.shape) for n, t in timm.create_model("resnet18", num_classes=0).state_dict().items()}
     ours = {n: tuple(t.shape) for n, t in create("resnet18_cifar").state_dict().items()}
