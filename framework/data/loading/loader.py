@@ -24,6 +24,7 @@ from framework.data.loading.prefetch import finished
 from framework.data.loading.sample_order import Job, TrainJobs, eval_jobs
 from framework.data.loading.worker import CropSampler, Decoder, WorkerBatch, shield
 from framework.data.shards.index import ShardSet
+from framework.runtime import watchdog
 from framework.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class TrainLoader:
         self._jobs.steps = range(start, stop)
         batches = finished(map(_raised, self._loader), self._images, self._device)
         for _ in range(start, stop):
+            watchdog.sign()
             yield [self._batch(*next(batches)) for _ in range(self._accumulation)]
 
     def _images(self, drawn: WorkerBatch) -> Tensor:
@@ -190,6 +192,7 @@ class EvalLoader:
         device."""
         for drawn, images in finished(map(_raised, self._loader), self._images, self._device):
             self._tally.add(drawn)
+            watchdog.sign()
             yield drawn.samples, images, _labels(self._shards, drawn.samples, self._device)
 
     def _images(self, drawn: WorkerBatch) -> Tensor:

@@ -13,6 +13,7 @@ from framework.data.augment import crops
 from framework.data.loading.decode import BrokenImage, decode
 from framework.data.loading.worker import CropSampler, WorkerBatch
 from framework.data.shards.index import ShardSet
+from framework.runtime import watchdog
 from framework.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Resident:
         self.broken: dict[int, str] = {}
         whole: Tensor | None = None
         for sample, image in enumerate(_decoded(shards, workers)):
+            watchdog.sign()
             if isinstance(image, UserError):
                 raise image.alone()
             if isinstance(image, str):
