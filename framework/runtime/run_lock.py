@@ -62,7 +62,7 @@ class Holder:
             socket.gethostname(),
             _machine(),
             os.getpid(),
-            _born(os.getpid()) or 0,
+            _born("self") or 0,
             job if "SLURM_JOB_ID" in os.environ else "",
             int(os.environ.get("SLURM_RESTART_COUNT") or 0),
             datetime.now(UTC).isoformat(timespec="seconds"),
@@ -275,7 +275,7 @@ def _machine() -> str:
     return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
 
 
-def _born(pid: int) -> int | None:
+def _born(pid: int | str) -> int | None:
     """Start time of a process in clock ticks since the boot; ``None`` of one that has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -53,14 +53,24 @@ class Ranks:
         world: how many.
         record: folder for the samples and for what the ranks print.
         trouble: if any.
+        variables: added to their environment.
     """
 
-    def __init__(self, argv: list[str], world: int, record: Path, trouble: Trouble | None = None) -> None:
+    def __init__(
+        self,
+        argv: list[str],
+        world: int,
+        record: Path,
+        trouble: Trouble | None = None,
+        variables: dict[str, str] | None = None,
+    ) -> None:
         record.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.record = record
         self.processes = [
-            CONTEXT.Process(target=_rank, args=(argv, rank, world, port, record, trouble), daemon=True)
+            CONTEXT.Process(
+                target=_rank, args=(argv, rank, world, port, record, trouble, variables or {}), daemon=True
+            )
             for rank in range(world)
         ]
         for process in self.processes:
@@ -122,7 +132,15 @@ def samples(record: Path) -> dict[tuple[int, int], list[int]]:
     return found
 
 
-def _rank(argv: list[str], rank: int, world: int, port: int, record: Path, trouble: Trouble | None) -> None:
+def _rank(
+    argv: list[str],
+    rank: int,
+    world: int,
+    port: int,
+    record: Path,
+    trouble: Trouble | None,
+    variables: dict[str, str],
+) -> None:
     import torch
 
     from framework import train
@@ -132,6 +150,7 @@ def _rank(argv: list[str], rank: int, world: int, port: int, record: Path, troub
         os.dup2(output, stream)
     values = (rank, world, rank, "127.0.0.1", port)
     os.environ.update(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
+    os.environ.update(variables)
     torch.set_num_threads(1)
     gc.freeze()  # a collection need not walk through all that was imported
     logging.getLogger().handlers.clear()
