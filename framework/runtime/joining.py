@@ -25,6 +25,7 @@ from framework.runtime.watchdog import Watchdog
 # Timeout of collectives. NCCL's 10 minutes are less than rank 0 may take to index shards.
 PATIENCE = timedelta(hours=1)
 JOINING = 600.0  # seconds for all ranks to start and find each other
+DAY = 86_400.0  # seconds; a recipe may ask for more than the timeouts of a kernel can be
 SLOW = timedelta(seconds=30)  # of which this much passes in silence
 AFTER_A_DEATH = 15.0  # seconds in which ranks end by themselves; Slurm scripts give them 30
 
@@ -43,7 +44,7 @@ def joined(run_dir: Path | None, limit: float) -> Iterator[Watchdog]:
     """
     with Watchdog(run_dir, limit) as watchdog:
         with watchdog.during("joining the other ranks"):
-            peers = start(0.8 * limit)  # whose errors say more than a stack
+            peers = start(min(0.9 * limit, DAY))  # whose errors say more than a stack
         watchdog.hear(peers)
         with dead_ranks_named(peers, patience(limit)):
             yield watchdog
