@@ -27,8 +27,7 @@ from torch import Tensor
 
 from framework.engines.base import OptimizerState
 from framework.runtime.errors import UserError, is_transient
-from framework.runtime.files import new_file, sha256_of
-from framework.runtime.run_lock import unlocked
+from framework.runtime.files import new_file, sha256_of, unlocked
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"

@@ -18,7 +18,7 @@ from framework.checkpoints.snapshot import Snapshot, take_snapshot
 from framework.engines.base import Engine
 from framework.runtime.distributed import from_main, is_main, same_outcome
 from framework.runtime.errors import UserError
-from framework.runtime.run_lock import unlocked
+from framework.runtime.files import unlocked
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from framework.checkpoints.snapshot import take_snapshot
 from framework.engines import Engine
 from framework.runtime.distributed import is_main, same_outcome
 from framework.runtime.errors import LocalError, UserError
-from framework.runtime.run_lock import unlocked
+from framework.runtime.files import unlocked
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from framework.runtime import distributed, watchdog
 from framework.runtime.errors import LocalError, UserError
-from framework.runtime.files import write_whole
+from framework.runtime.files import unlocked, write_whole
 
 FOLDER = "lock"
 BEAT = 5.0  # seconds between two touches
@@ -152,10 +152,6 @@ def held(run_dir: Path) -> Iterator[Callable[[], None]]:
     finally:
         if lock:
             lock.release()
-
-
-def unlocked() -> None:
-    """In place of ``RunLock.check`` where no lock is needed."""
 
 
 def take(run_dir: Path) -> RunLock:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.runtime.errors import LocalError, UserError
-from framework.runtime.files import write_whole
-from framework.runtime.run_lock import unlocked
+from framework.runtime.files import unlocked, write_whole
 
 logger = logging.getLogger(__name__)
 

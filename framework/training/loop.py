@@ -27,9 +27,8 @@ from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
-from framework.runtime.files import write_whole
+from framework.runtime.files import unlocked, write_whole
 from framework.runtime.requests import Request, Requests
-from framework.runtime.run_lock import unlocked
 from framework.tracking.environment import environment
 from framework.tracking.measuring import PeakMemory, Throughput
 from framework.tracking.metric_log import MetricLog
