@@ -88,6 +88,7 @@ class RunLock:
 
     def __init__(self, folder: Path, number: int, holder: Holder) -> None:
         self._folder, self._number, self._holder = folder, number, holder
+        self._text = json.dumps(asdict(holder))
         self._path = _path(folder, number)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
@@ -102,8 +103,9 @@ class RunLock:
         """
         try:
             newest = _newest(self._folder)
+            mine = newest == self._number and self._path.read_text() == self._text
         except FileNotFoundError:
-            newest = 0
+            newest, mine = 0, False
         except OSError as error:
             raise UserError(f"{self._folder}: can't be read: {error.strerror}") from error
         if newest > self._number:
@@ -111,18 +113,23 @@ class RunLock:
                 f"{self._folder.parent}: start {newest} of this run has taken over from this one, start "
                 f"{self._number} ({self._holder}), which ends and writes nothing more"
             )
-        if newest < self._number:
+        if not mine:
             raise LocalError(
                 f"{self._path}: somebody has deleted it; this start ends and writes nothing more"
             )
 
     def release(self) -> None:
-        """Leave the folder to the next start."""
+        """Leave the folder to the next start; a folder without anything else disappears."""
         self._over.set()
         self._thread.join()
         with suppress(UserError, OSError):  # who can't say so is found dead
             self.check()
-            write_whole(self._path, json.dumps(asdict(replace(self._holder, ended=True))))
+            if os.listdir(self._folder.parent) == [FOLDER]:
+                self._path.unlink()
+                self._folder.rmdir()
+                self._folder.parent.rmdir()
+            else:
+                write_whole(self._path, json.dumps(asdict(replace(self._holder, ended=True))))
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):

@@ -14,13 +14,27 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.launch import launched_rank
-from framework.runtime.peers import Peers
 
 PACKAGE = str(Path(__file__).parents[1])
 OTHER_RANKS = 5.0  # seconds for the other ranks, which wait for this one, to write their reports too
+
+
+class Others(Protocol):
+    """The other ranks.
+
+    Attributes:
+        signs: how often this rank got on, which they are told.
+    """
+
+    signs: int
+
+    @property
+    def heard(self) -> int:
+        """A number that grows while any rank gets on."""
 
 
 class Watchdog:
@@ -39,7 +53,7 @@ class Watchdog:
         self.run_dir, self.limit = run_dir, limit
         self._over = threading.Event()
         self._done, self._signs, self._working, self._doing = 0, 0, False, ""
-        self._peers: Peers | None = None
+        self._others: Others | None = None
         self._watched = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -53,9 +67,9 @@ class Watchdog:
         self._thread.join()
         _CURRENT.reset(self._outer)
 
-    def hear(self, peers: Peers) -> None:
+    def hear(self, others: Others) -> None:
         """From now on count what other ranks do, and tell them what this one does."""
-        self._peers = peers
+        self._others = others
 
     def step(self, done: int) -> None:
         """Note that so many steps are done."""
@@ -91,9 +105,9 @@ class Watchdog:
         while not self._over.wait(tick):
             self._signs += self._working
             signs = self._signs
-            if self._peers is not None:
-                self._peers.signs = signs
-                signs += self._peers.heard
+            if self._others is not None:
+                self._others.signs = signs
+                signs += self._others.heard
             now = time.monotonic()
             # A process that was suspended (SIGSTOP, scontrol suspend) has not hung: a long tick counts as two.
             silent = silent + min(now - last, 2 * tick) if signs == seen else 0.0

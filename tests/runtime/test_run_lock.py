@@ -31,6 +31,7 @@ def holds(folder: Path, connection: Connection, variables: dict[str, str]) -> No
     os.environ.update(variables)
     run_lock.BEAT = 0.1
     lock = take(folder)
+    (folder / "recipe.yaml").touch()
     connection.send("taken")
     while connection.recv():
         try:
@@ -80,12 +81,12 @@ class Start:
         assert self.process.status() == 0
 
 
-def taken(folder: Path) -> RunLock:
-    """Take the folder, and leave it at once."""
+def taken(folder: Path) -> None:
+    """Take the folder, leave something there, and leave it."""
     lock = take(folder)
     lock.check()
+    (folder / "result.json").touch()
     lock.release()
-    return lock
 
 
 def test_who_has_the_folder_is_named_and_its_end_frees_it(tmp_path: Path) -> None:
@@ -141,11 +142,22 @@ def test_a_job_that_slurm_started_again_takes_over_and_the_earlier_start_ends(
 
 def test_a_deleted_lock_ends_the_start(tmp_path: Path) -> None:
     lock = take(tmp_path)
-    (tmp_path / "lock" / "start-00000001.json").unlink()
-    with pytest.raises(LocalError, match=r"start-00000001.json: somebody has deleted it; this start ends"):
-        lock.check()
+    path = tmp_path / "lock" / "start-00000001.json"
+    other = path.read_text().replace('"since": "2', '"since": "3')  # the first start in a folder made anew
+    path.unlink()
+    for _ in range(2):
+        with pytest.raises(
+            LocalError, match=r"start-00000001.json: somebody has deleted it; this start ends"
+        ):
+            lock.check()
+        path.write_text(other)
     lock.release()
-    assert os.listdir(tmp_path / "lock") == []
+    assert path.read_text() == other
+
+
+def test_a_start_that_leaves_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    take(tmp_path / "run").release()
+    assert os.listdir(tmp_path) == []
 
 
 def test_one_of_many_gets_the_folder(tmp_path: Path) -> None:
