@@ -201,28 +201,6 @@ def test_a_rank_that_outlives_the_time_limit_costs_no_more_than_that(
     assert_same_run(tmp_path, *undisturbed)
 
 
-def test_a_start_on_a_node_that_slurm_calls_lost_is_fenced(
-    cluster: Cluster, tmp_path: Path, undisturbed: Reference
-) -> None:
-    """Its daemon is gone and all its processes live on, while the job runs again on the other node."""
-    job = Job(cluster, tmp_path, undisturbed.steps, options=("--nodes=1", "--ntasks-per-node=2"))
-    job.until_checkpoint()
-    node = cluster.job(job.id)["BatchHost"]
-    zombies = [pid for pid in cluster.processes(job.id, node) if rank_of(pid) is not None]
-    assert len(zombies) == 2
-    for pid in zombies:
-        os.kill(pid, signal.SIGSTOP)  # so that they are not done before the other start has begun
-    cluster.silence(node)
-    until(lambda: starts(tmp_path) == 2, 300, "not started again")
-    for pid in zombies:
-        os.kill(pid, signal.SIGCONT)
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in zombies), PATIENCE, "zombies")
-    assert "start 2 of this run has taken over from this one, start 1 (process" in job.text
-    cluster.start_node(node)
-    job.until_done()
-    assert_same_run(tmp_path, *undisturbed)
-
-
 def test_linear_evaluation_is_a_job_too(cluster: Cluster, tmp_path: Path, undisturbed: Reference) -> None:
     """On two nodes it finds what the command finds without Slurm on one rank."""
     command = ["--cached", "--epochs", "30", "--batch-size", "64", "--lr", "1"]  # until both have converged

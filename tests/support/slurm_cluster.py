@@ -119,10 +119,6 @@ class Cluster:
             _kill(pid)
         self._end(f"slurmd -N {node}")
 
-    def silence(self, node: str) -> None:
-        """A node that falls silent while all that runs there lives on."""
-        self._end(f"slurmd -N {node}")
-
     def resume(self, node: str) -> bool:
         """Ask for a node back that was set down; whether it is.
 
