@@ -19,5 +19,5 @@ The rooms, from the top floor down; a module imports from its own room and from 
 * ``optim``: LARS, parameter groups, the learning rate
 * ``tracking``: the log of a run, progress, trackers, status
 * ``config``: recipes: their schema, composition and checks
-* ``runtime``: ranks, launch, requests and signals, watchdog, errors, files
+* ``runtime``: ranks, launch, requests and signals, watchdog, the lock of a run, errors, files
 """

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from framework.config import loading
 from framework.data.split_paths import check_train_folder
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from framework.model import parts
         from framework.training.run import train_all
 
-        return train_all(lambda: parts(recipe))
+        return train_all(lambda: parts(recipe), Path(recipe.run_dir), recipe.faults.hang_seconds)
 
     return status(work, stopped="stopped without saving; touch RUN_DIR/stop-now saves first")
 

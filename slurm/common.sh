@@ -20,6 +20,25 @@ FRUITLESS=3 # starts in a row without a new checkpoint, after which a job that f
 export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/extensions-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the loader's workers are processes
 
+# Wait for srun, process $1, and return its status. When Slurm begins to end the job, all get TERM, and after KillWait
+# seconds KILL, this shell too: it has to start the job again before that, even if a rank does not end.
+await() {
+  local status patience left
+  wait "$1"
+  status=$?
+  [[ ${ending:-} ]] || return $status
+  patience=$(scontrol show config | grep -oP '^KillWait\s*=\s*\K\d+')
+  for ((left = ${patience:-30} - 10; left > 0; left--)); do
+    kill -0 "$1" 2> /dev/null || break
+    sleep 1
+  done
+  if kill -0 "$1" 2> /dev/null; then
+    echo "a rank does not end" >&2
+    return 75
+  fi
+  wait "$1"
+}
+
 # Python with the arguments given, one task of Slurm for each rank. When one ends the others get half a minute: they may
 # be about to report the same, or wait for it for ever.
 on_all_ranks() {
@@ -35,7 +54,8 @@ on_all_ranks() {
       launch+=(--container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}")
       ;;
   esac
-  "${launch[@]}" "$PYTHON" "$@"
+  "${launch[@]}" "$PYTHON" "$@" &
+  await $!
 }
 
 # A command of Slurm, again and again while the controller is away: ten minutes.
@@ -53,21 +73,26 @@ newest() {
   find -L "$1" -path "$2" -printf '%T@ %p\n' 2> /dev/null | sort -n | tail -n 1
 }
 
-# Whether it is for this script to start the job again; sets $state. Slurm itself starts a preempted job, and a canceled
-# one is not to be started: both are COMPLETING by now. So is one whose ranks did not end in time. A node that was lost
-# and lives on may run an earlier start than Slurm's newest.
+# Whether it is for this script to start the job again; sets $state. Slurm itself starts a job again that it preempts
+# by PreemptMode=REQUEUE, and counts that at once; a node that was lost and lives on may run an earlier start, too. A
+# canceled job is not to be started. It is COMPLETING by now, as is one that is out of time, and one that was canceled
+# by PreemptMode=CANCEL, which ends when it is preempted.
 ours() {
-  state=$(patiently scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE '(JobState|Reason|Restarts)=\w*' | xargs)
-  [[ $state == @(JobState=RUNNING*|*Reason=TimeLimit*)" Restarts=${SLURM_RESTART_COUNT:-0}" ]]
+  state=$(patiently scontrol show job --oneliner "$SLURM_JOB_ID" |
+    grep -oE '\b(JobState|Reason|Restarts|EndTime|PreemptTime)=[^ ]*' | xargs)
+  [[ $state == *"Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || return
+  [[ $state == @(JobState=RUNNING*|*Reason=TimeLimit*) ]] && return
+  local end=${state##*EndTime=} preempted=${state##*PreemptTime=}
+  [[ $state == *PreemptTime=2* ]] && (($(date -d "${end%% *}" +%s) - $(date -d "${preempted%% *}" +%s) < 5))
 }
 
 # Python with the arguments from the third on, on all ranks; start the job again unless it is done (exit status 0) or
 # somebody must mend something (64). Its progress shows in files of path $2 below folder $1.
 until_done() {
-  local folder=$1 progress=$2 before now status count=0 last="" state
+  local folder=$1 progress=$2 before now status count=0 last="" state ending=
   shift 2
   [[ ${SLURM_RESTART_COUNT:-0} == 0 ]] && rm -f "$folder/fruitless-starts"
-  trap : TERM # comes at the time limit; this shell has to outlive its ranks
+  trap 'ending=yes' TERM
   before=$(newest "$folder" "$progress")
   on_all_ranks "$@"
   status=$?
@@ -87,7 +112,7 @@ until_done() {
     echo "$FRUITLESS starts in a row left no new checkpoint: not started again" >&2
     exit "$status"
   fi
-  if ((count)); then
+  if ((count)) && [[ ! $ending ]]; then
     echo "no new checkpoint: the next start is in ${PAUSE:-300} seconds"
     sleep "${PAUSE:-300}" &
     wait $! # which the time limit's TERM ends, unlike a sleep

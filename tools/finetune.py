@@ -35,16 +35,16 @@ def main() -> int:
     if not 0 < arguments.labels <= 1:
         raise UserError(f"--labels {arguments.labels}: must be above 0 and at most 1")
 
-    def read() -> list[Recipe]:
-        from framework.evaluation.run_folder import open_runs
-        from framework.training.fine_tuning import fine_tuning_recipe
-
-        run = only_run(open_runs(folders))
-        return [fine_tuning_recipe(run, arguments.labels, arguments.from_scratch, overrides)]
-
+    from framework.evaluation.run_folder import open_runs
+    from framework.training.fine_tuning import fine_tuning_recipe
     from framework.training.run import train_all
 
-    return train_all(read)
+    run = only_run(open_runs(folders))
+
+    def read() -> list[Recipe]:
+        return [fine_tuning_recipe(run, arguments.labels, arguments.from_scratch, overrides)]
+
+    return train_all(read, run.folder, run.recipe.faults.hang_seconds)
 
 
 if __name__ == "__main__":

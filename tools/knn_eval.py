@@ -26,12 +26,15 @@ def main() -> None:
     from framework.evaluation.scoring import knn_scores
     from framework.runtime import distributed, joining
 
-    joining.start()
-    scores = {run.label: knn_scores(run, arguments.neighbors, arguments.images) for run in arguments.runs}
-    if distributed.is_main():
-        _show(scores)
-        leave(arguments.out, "knn_eval", scores)
-    joining.stop()
+    first = arguments.runs[0]
+    with (
+        joining.joined(first.folder, first.recipe.faults.hang_seconds) as watchdog,
+        watchdog.during("scoring"),
+    ):
+        scores = {run.label: knn_scores(run, arguments.neighbors, arguments.images) for run in arguments.runs}
+        if distributed.is_main():
+            _show(scores)
+            leave(arguments.out, "knn_eval", scores)
 
 
 def _show(scores: dict[str, dict[str, float]]) -> None:

@@ -39,21 +39,20 @@ def main() -> None:
     from framework.runtime import distributed, joining
 
     run, protocol = only_run(arguments.runs), protocol_of(arguments)
-    joining.start()
-    check_batch(protocol)
-    run.checkpoint  # noqa: B018  a missing one is an error before the long work
-    started = time.perf_counter()
-    with _bar(protocol.epochs, arguments.preset) as on_epoch:
-        if arguments.cached:
-            scores = evaluate_cached(run, protocol, on_epoch)
-        else:
-            scores = evaluate_augmented(run, protocol, arguments.preset, on_epoch)
-    with _bar(protocol.epochs, "random encoder") as on_epoch:
-        random = evaluate_cached(run, protocol, on_epoch, trained=False)
-    if distributed.is_main():
-        seconds = time.perf_counter() - started
-        _report(arguments.out, run, conditions(arguments, overrides), scores, random, seconds)
-    joining.stop()
+    with joining.joined(run.folder, run.recipe.faults.hang_seconds) as watchdog, watchdog.during("scoring"):
+        check_batch(protocol)
+        run.checkpoint  # noqa: B018  a missing one is an error before the long work
+        started = time.perf_counter()
+        with _bar(protocol.epochs, arguments.preset) as on_epoch:
+            if arguments.cached:
+                scores = evaluate_cached(run, protocol, on_epoch)
+            else:
+                scores = evaluate_augmented(run, protocol, arguments.preset, on_epoch)
+        with _bar(protocol.epochs, "random encoder") as on_epoch:
+            random = evaluate_cached(run, protocol, on_epoch, trained=False)
+        if distributed.is_main():
+            seconds = time.perf_counter() - started
+            _report(arguments.out, run, conditions(arguments, overrides), scores, random, seconds)
 
 
 @contextmanager

@@ -15,8 +15,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,22 +27,30 @@ from torch import Tensor
 
 from framework.engines.base import OptimizerState
 from framework.runtime.errors import UserError, is_transient
-from framework.runtime.files import new_file, sha256_of
+from framework.runtime.files import new_file, sha256_of, unlocked
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
 
 
 def write_files(
-    folder: Path, model: dict[str, Tensor], optimizer: OptimizerState, state: dict[str, Any]
+    folder: Path,
+    model: dict[str, Tensor],
+    optimizer: OptimizerState,
+    state: dict[str, Any],
+    check: Callable[[], None] = unlocked,
 ) -> None:
     """Write a checkpoint's folder. It gets its name when all of it is on the disk, and replaces one of that name.
 
+    ``check`` says whether this process may still write, before the first byte and before the last step.
+
     Raises:
-        UserError: it can't be written. A folder of that name is untouched, unless it is the swap that failed:
-            then the old one may be left as ``.NAME.old``, or the new one be in place.
+        UserError: by ``check``; or it can't be written. A folder of that name is untouched, unless it is the swap that
+            failed: then the old one may be left as ``.NAME.old``, or the new one be in place.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    # Of a name of its own: a start that lives on, and is told so by ``check`` too late, must not meet it.
+    partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.partial")
+    check()
     try:
         for torn in folder.parent.glob(".step-*.partial"):  # of runs that were killed here
             shutil.rmtree(torn)
@@ -53,6 +63,7 @@ def write_files(
         }
         _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         _flush(partial)
+        check()
         _put_in_place(partial, folder)
         _flush(folder.parent)
     except (OSError, SafetensorError) as error:

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,30 @@ from framework.checkpoints.snapshot import Snapshot, take_snapshot
 from framework.engines.base import Engine
 from framework.runtime.distributed import from_main, is_main, same_outcome
 from framework.runtime.errors import UserError
+from framework.runtime.files import unlocked
 
 logger = logging.getLogger(__name__)
 
 
-def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: Keep | None = None) -> Path:
+def write_checkpoint(
+    run_dir: Path, snapshot: Snapshot, keep: Keep | None = None, check: Callable[[], None] = unlocked
+) -> Path:
     """Write a checkpoint on this rank alone, and delete those that ``keep`` does not want.
 
     Args:
         run_dir: folder of the run.
         snapshot: of rank 0; its step names the folder. One of that name is replaced.
         keep: judges by ``loss`` in the states; two stay if left out.
+        check: raises unless this process may still write.
 
     Returns:
         The new folder.
 
     Raises:
-        UserError: it can't be written. Earlier checkpoints are untouched.
+        UserError: by ``check``; or it can't be written. Earlier checkpoints are untouched.
     """
     folder = _folder(run_dir, snapshot.step)
-    write_files(folder, snapshot.model, snapshot.optimizer, snapshot.state)
+    write_files(folder, snapshot.model, snapshot.optimizer, snapshot.state, check)
     # Later ones are those of a run that went back to an earlier step; they are not ours to delete.
     with suppress(OSError):  # where one can't be judged for the moment, the next save deletes
         losses = {_step(f): _loss(f) for f in _folders(run_dir) if _step(f) <= snapshot.step}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from framework.checkpoints.run_checkpoints import write_checkpoint
 from framework.checkpoints.snapshot import take_snapshot
 from framework.engines import Engine
 from framework.runtime.distributed import is_main, same_outcome
-from framework.runtime.errors import UserError
+from framework.runtime.errors import LocalError, UserError
+from framework.runtime.files import unlocked
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,11 @@ class Saver:
     Args:
         run_dir: folder of the run.
         keep: which checkpoints stay.
+        check: raises a ``LocalError`` if another process has the folder.
     """
 
-    def __init__(self, run_dir: Path, keep: Keep) -> None:
-        self._run_dir, self._keep = run_dir, keep
+    def __init__(self, run_dir: Path, keep: Keep, check: Callable[[], None] = unlocked) -> None:
+        self._run_dir, self._keep, self._check = run_dir, keep, check
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
         self._failure: UserError | None = None
@@ -47,11 +49,14 @@ class Saver:
 
         Raises:
             UserError: on every rank, if a weight is not finite.
+            LocalError: by ``check`` for the checkpoint before.
         """
         self._finish()
         snapshot = take_snapshot(engine, step, state)
         if is_main():
-            self._writing = self._thread.submit(write_checkpoint, self._run_dir, snapshot, self._keep)
+            self._writing = self._thread.submit(
+                write_checkpoint, self._run_dir, snapshot, self._keep, self._check
+            )
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk; all ranks must call it.
@@ -70,6 +75,9 @@ class Saver:
         try:
             self._writing.result()
             self._failure = None
+        except LocalError:
+            self._writing = None
+            raise
         except UserError as error:
             logger.warning("%s; training goes on", error)
             self._failure = error

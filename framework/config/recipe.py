@@ -236,8 +236,9 @@ class Faults:
         nonfinite: a loss or gradient that is infinite or NaN stops the run, or the step is skipped: weights,
             optimizer and BatchNorm's statistics stay as they were.
         nonfinite_limit: steps that may be skipped in the whole run.
-        hang_seconds: a rank that makes no step for so long, scoring apart, reports its stack and ends, to be
-            started anew.
+        hang_seconds: when no rank gets on for so long (joins, indexes a shard, makes a step, scores a batch), each
+            reports its stack and ends, to be started anew. A machine that can't be reached for half as long counts
+            as dead, and a rank that waits longer for the others to come gives up.
     """
 
     nonfinite: Literal["stop", "skip"] = "stop"

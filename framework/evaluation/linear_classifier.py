@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from framework.data.loading.sample_order import epoch_order
 from framework.evaluation.linear_protocols import Protocol
-from framework.runtime import distributed
+from framework.runtime import distributed, watchdog
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
@@ -141,6 +141,7 @@ def fit(
         losses = torch.zeros((), device=like.device)
         for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
             x, y = next(stream)
+            watchdog.sign()
             loss = nn.functional.cross_entropy(classifier(x), y)
             gradients = torch.autograd.grad(loss, parameters)
             for p, gradient in zip(parameters, gradients, strict=True):

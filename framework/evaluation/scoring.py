@@ -23,7 +23,7 @@ from framework.evaluation.linear_probe import linear_top1
 from framework.evaluation.run_folder import Run
 from framework.execution import LocalNetwork
 from framework.model import recipe_network
-from framework.runtime import distributed
+from framework.runtime import distributed, watchdog
 from framework.runtime.errors import UserError
 
 FeaturesOf = Callable[[EvalBatches], tuple[Tensor, Tensor]]
@@ -119,7 +119,8 @@ def knn_scores(run: Run, neighbors: int | None, images: int | None) -> dict[str,
         train, test = (features_of(some.eval_loader(shards)) for shards in (some.train, some.held_out))
         with distributed.same_outcome():
             if distributed.is_main():
-                scores[name] = knn_top1(*train, *test, k)
+                with watchdog.at_work():
+                    scores[name] = knn_top1(*train, *test, k)
     return scores
 
 
@@ -131,7 +132,8 @@ def _probe(
     known, asked = (features_of(splits.eval_loader(shards)) for shards in (splits.train, test))
     with distributed.same_outcome():
         if distributed.is_main():
-            scores["knn_top1"] = knn_top1(*known, *asked, recipe.evaluate.neighbors)
-            if linear:
-                scores["linear_top1"] = linear_top1(*known, *asked)
+            with watchdog.at_work():
+                scores["knn_top1"] = knn_top1(*known, *asked, recipe.evaluate.neighbors)
+                if linear:
+                    scores["linear_top1"] = linear_top1(*known, *asked)
     return scores

@@ -1,1 +1,1 @@
-"""What every process of a run needs: its rank, launch variables, requests, watchdog, errors, whole files."""
+"""What every process of a run needs: its rank, launch variables, requests, watchdog, lock, errors, whole files."""

@@ -1,87 +1,102 @@
-"""Names ranks that die: the error of a collective says only that a connection closed."""
+"""Names ranks that die, and ends those that would wait for them for ever."""
 
 from __future__ import annotations
 
-import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 
-from framework.runtime import distributed
-from framework.runtime.errors import DeadRank, LocalError
+from framework.runtime.errors import DeadRank, LocalError, UserError
+from framework.runtime.exit_status import exit_status
+from framework.runtime.peers import End, Peers
 
-logger = logging.getLogger(__name__)
-
-_CONNECTING = timedelta(minutes=1)
-_SOON = timedelta(milliseconds=100)  # for all connections to notice a death
+SOON = 5.0  # seconds for the news of a death to follow the error of a collective
+TURN = 0.1  # between two looks
 
 
 @contextmanager
-def dead_ranks_named() -> Iterator[None]:
-    """Inside, a collective that fails because ranks have ended becomes an error that names them. Collective.
+def dead_ranks_named(peers: Peers, patience: float) -> Iterator[None]:
+    """Inside, a collective that fails because ranks have ended becomes an error that names them.
 
-    Each rank has a receive pending from every other one. A rank that leaves with an error, its own or a broken
-    collective's, sends a message first. So a rank whose connection closes without a message is one that died.
+    Where it does not fail but waits for ever, as under NCCL or over a link that is cut, this process prints that
+    error after ``patience`` seconds and ends.
+
+    Args:
+        peers: the other ranks; they are told how this one ends, unless it ends well.
+        patience: below the half minute that Slurm scripts give the other ranks.
 
     Raises:
         DeadRank: on every rank that is left, after a death.
         LocalError: on the others, after an error that one rank has met alone.
     """
-    others = [r for r in range(distributed.world_size()) if r != distributed.rank()]
-    if not others:
-        yield
-        return
-    group = _connected()
-    if group is None:
-        yield
-        return
-    words = {r: torch.zeros(1) for r in others}
-    farewells = {r: dist.irecv(word, r, group=group) for r, word in words.items()}
+    over = threading.Event()
+    thread = threading.Thread(
+        target=_end_in_time, args=(peers, patience, over), name="dead ranks", daemon=True
+    )
+    thread.start()
     try:
         yield
-    except (RuntimeError, LocalError) as error:
-        own = isinstance(error, LocalError)
-        if not own and not _broken(error):
-            raise
-        mine = torch.tensor([float(own and not isinstance(error, DeadRank))])
-        for r in others:
-            with suppress(RuntimeError):  # to those who died
-                dist.isend(mine, r, group=group)
-        time.sleep(_SOON.total_seconds())
-        if own:
-            raise
-        gone = [r for r, farewell in farewells.items() if _broken_off(farewell)]
-        failed = [r for r, word in words.items() if word]
-        where = f"rank {distributed.rank()}: "
-        if failed:
-            raise LocalError(
-                f"{where}{_named(failed)} stopped with an error, which tells what to mend"
-            ) from error
-        raise DeadRank(
-            f"{where}{_named(gone)} died or can't be reached ({_reason(error)}); the same command goes on from the "
-            "last checkpoint"
-        ) from error
-
-
-def _connected() -> dist.ProcessGroup | None:
-    """A gloo group beside the training's; ``None`` if some rank can't connect, where NCCL may do without."""
-    try:
-        group = distributed.new_group(backend="gloo", timeout=_CONNECTING)
+    except UserError as error:
+        own = isinstance(error, LocalError) and not isinstance(error, DeadRank)
+        peers.leave((End.TRANSIENT if error.transient else End.MISTAKE) if own else End.LEFT)
+        raise
     except RuntimeError as error:
-        group = None
-        logger.warning(
-            "ranks that die won't be named: gloo can't connect them (see GLOO_SOCKET_IFNAME): %s",
-            _reason(error),
+        if not _broken(error) or not peers.hosts[1:]:
+            raise
+        cause = _news(peers) or DeadRank(
+            f"rank {peers.rank}: another rank died or can't be reached ({_reason(error)}); {GOES_ON}"
         )
-    return None if distributed.max_over_ranks(int(group is None))() else group
+        peers.leave(End.LEFT)
+        raise cause from error
+    finally:
+        over.set()
+        thread.join()
+
+
+GOES_ON = "the same command goes on from the last checkpoint"
+
+
+def _news(peers: Peers) -> LocalError | None:
+    deadline = time.monotonic() + SOON
+    while blame(peers) is None and time.monotonic() < deadline:
+        time.sleep(TURN)
+    time.sleep(TURN)  # for others that died at the same time
+    return blame(peers)
+
+
+def blame(peers: Peers) -> LocalError | None:
+    """Why this rank can't go on: others that died, or met an error of their own; ``None`` if it can."""
+    ends = dict(peers.ends)
+    where = f"rank {peers.rank}: "
+    for end in (End.MISTAKE, End.TRANSIENT):
+        if failed := [r for r in sorted(ends) if ends[r] is end and r != peers.rank]:
+            kind = LocalError if end is End.MISTAKE else LocalError.as_transient
+            return kind(f"{where}{_named(failed)} stopped with an error, which tells what to mend")
+    if gone := [r for r in sorted(ends) if ends[r] is End.GONE]:
+        hosts = ", ".join(dict.fromkeys(peers.hosts[r] for r in gone))
+        return DeadRank(f"{where}{_named(gone)} died or can't be reached (on {hosts}); {GOES_ON}")
+    return None
+
+
+def _end_in_time(peers: Peers, patience: float, over: threading.Event) -> None:
+    while not over.wait(TURN):
+        if blame(peers) is not None:
+            if over.wait(patience):
+                return
+            error = blame(peers)
+            assert error is not None
+            peers.leave(End.LEFT)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(exit_status(error))
 
 
 def _named(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else "another rank"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def _reason(error: Exception) -> str:
@@ -93,13 +108,3 @@ def _reason(error: Exception) -> str:
 def _broken(error: Exception) -> bool:
     """Whether a collective has failed, rather than anything else."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def _broken_off(farewell: dist.Work | None) -> bool:
-    """Whether the other end closed the connection. A wait that times out closes all of this rank's connections."""
-    assert farewell is not None
-    try:
-        farewell.wait(_SOON)
-    except RuntimeError as error:
-        return "imed out" not in str(error) and "timeout" not in str(error)
-    return False

@@ -51,6 +51,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise UserError(f"{path}: can't be written: {error.strerror}") from error
 
 
+def unlocked() -> None:
+    """In place of ``RunLock.check`` where nobody else may write."""
+
+
 def sha256_of(content: Path | bytes) -> str:
     """SHA-256 of bytes, or of what a file holds, in hexadecimal.
 

@@ -10,24 +10,60 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from framework.runtime.dead_ranks import dead_ranks_named
 from framework.runtime.distributed import device
 from framework.runtime.errors import LocalError, UserError
 from framework.runtime.launch import launch_variables
+from framework.runtime.peers import End, Peers, meet
+from framework.runtime.watchdog import Watchdog
 
 # Timeout of collectives. NCCL's 10 minutes are less than rank 0 may take to index shards.
 PATIENCE = timedelta(hours=1)
-JOINING = timedelta(minutes=10)  # for all ranks to start and find each other
+JOINING = 600.0  # seconds for all ranks to start and find each other
+DAY = 86_400.0  # seconds; a recipe may ask for more than the timeouts of a kernel can be
 SLOW = timedelta(seconds=30)  # of which this much passes in silence
+AFTER_A_DEATH = 15.0  # seconds in which ranks end by themselves; Slurm scripts give them 30
 
 
-def start() -> None:
+@contextmanager
+def joined(run_dir: Path | None, limit: float) -> Iterator[Watchdog]:
+    """Join the other ranks; inside, a rank that dies is named, and one that hangs is ended. All leave together.
+
+    Args:
+        run_dir: gets the reports of ranks that hang.
+        limit: seconds in which all must have joined, and without a sign of any rank after which it hangs; in half
+            the time a rank counts as dead that can't be reached.
+
+    Raises:
+        UserError: as ``start``, and as ``dead_ranks_named``.
+    """
+    with Watchdog(run_dir, limit) as watchdog:
+        with watchdog.during("joining the other ranks"):
+            peers = start(min(0.9 * limit, DAY))  # whose errors say more than a stack
+        watchdog.hear(peers)
+        with dead_ranks_named(peers, patience(limit)):
+            yield watchdog
+            stop()
+        peers.leave(End.LEFT)
+
+
+def patience(limit: float) -> float:
+    """Seconds that a rank gets to end by itself after the death of another, of ``limit`` for all that hangs."""
+    return min(AFTER_A_DEATH, limit / 5)
+
+
+def start(limit: float = JOINING) -> Peers:
     """Join the other ranks: NCCL between GPUs, gloo on a machine without one.
 
     ``LOCAL_RANK`` becomes the number of this rank's GPU among those that it sees.
+
+    Args:
+        limit: seconds in which all must have come.
 
     Raises:
         UserError: incomplete launch variables, more ranks than GPUs on a machine, a port that is taken, or ranks
@@ -36,7 +72,8 @@ def start() -> None:
     os.environ.update(launch_variables(os.environ))
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        _join()
+        with _told_if_slow(limit):
+            return _join(limit)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise LocalError.as_transient(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} can't meet the others at {address}:{port} "
@@ -45,10 +82,12 @@ def start() -> None:
         ) from error
 
 
-def _join() -> None:
-    with _told_if_slow():
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=JOINING))
-        store.set_timeout(JOINING)
+def _join(limit: float) -> Peers:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _store(rank, ranks, timedelta(seconds=limit))
+    hosts = _meet_all(store, rank, ranks)
+    peers = meet(store, rank, hosts, limit / 2)
+    with dead_ranks_named(peers, patience(limit)):
         gpus = torch.cuda.is_available()
         if gpus:
             os.environ["LOCAL_RANK"] = str(_own_gpu(store, rank, ranks))
@@ -63,17 +102,48 @@ def _join() -> None:
             device_id=device() if gpus else None,
             timeout=PATIENCE,
         )
-        store.set_timeout(PATIENCE)
+    store.set_timeout(PATIENCE)
+    return peers
+
+
+def _store(rank: int, ranks: int, timeout: timedelta) -> dist.Store:
+    """That of torchrun's agent, or one that rank 0 has."""
+    if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        store: dist.Store = next(dist.rendezvous("env://", timeout=timeout))[0]
+        store.set_timeout(timeout)
+        return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(
+        *(address, port, ranks, rank == 0, timeout),
+        wait_for_workers=False,  # which could not say whom it waits for
+        multi_tenant=True,
+    )
+
+
+def _meet_all(store: dist.Store, rank: int, ranks: int) -> list[str]:
+    """Machines by rank, when all ranks have come.
+
+    Raises:
+        DistStoreError: names those that have not.
+    """
+    store.set(f"host/{rank}", socket.gethostname())
+    keys = [f"host/{r}" for r in range(ranks)]
+    try:
+        store.wait(keys)
+    except dist.DistStoreError as error:
+        missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
+        raise dist.DistStoreError(f"no sign of rank {', '.join(missing)}") from error
+    return [name.decode() for name in store.multi_get(keys)]
 
 
 @contextmanager
-def _told_if_slow() -> Iterator[None]:
+def _told_if_slow(limit: float) -> Iterator[None]:
     """Say who waits for whom where ranks take long to come."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     rank, ranks, address, port = (os.environ[name] for name in names)
     words = (
         f"rank {rank} on {socket.gethostname()} still waits for all {ranks} ranks to meet at {address}:{port}; "
-        f"after {JOINING.total_seconds():g} s it gives up"
+        f"after {limit:g} s it gives up"
     )
     timer = threading.Timer(SLOW.total_seconds(), lambda: print(words, file=sys.stderr, flush=True))
     timer.daemon = True

@@ -104,8 +104,11 @@ def _at_a_prompt(environment: Mapping[str, str]) -> bool:
 
 def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     address = environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"])
-    # A pure function of job and step, so that all ranks agree, below the range of ephemeral ports.
-    port = 20000 + (int(environment["SLURM_JOB_ID"]) + 4999 * int(environment["SLURM_STEP_ID"])) % 12000
+    # A pure function of job, start and step, so that all ranks agree, below the range of ephemeral ports. An earlier
+    # start may live on on a node that was lost.
+    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    job, start, step = (int(environment.get(name) or 0) for name in names)
+    port = 20000 + (job + 101 * start + 4999 * step) % 12000
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],

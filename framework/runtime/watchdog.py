@@ -10,9 +10,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.launch import launched_rank
@@ -21,53 +23,96 @@ PACKAGE = str(Path(__file__).parents[1])
 OTHER_RANKS = 5.0  # seconds for the other ranks, which wait for this one, to write their reports too
 
 
+class Others(Protocol):
+    """The other ranks.
+
+    Attributes:
+        signs: how often this rank got on, which they are told.
+    """
+
+    signs: int
+
+    @property
+    def heard(self) -> int:
+        """A number that grows while any rank gets on."""
+
+
 class Watchdog:
-    """Ends this process when it makes no step for too long. Inside ``with``, call ``step`` after each.
+    """Ends this process when no rank has got on for too long. Inside ``with``, this module's functions tell it.
 
     Every rank watches itself: when one hangs, all others wait in a collective, and the reports of all show which one is
-    elsewhere. A rank that leaves no report was stopped, or its machine is gone.
+    elsewhere. A rank that leaves no report was stopped, or its machine is gone. A rank that waits while another one
+    gets on, such as rank 0 with an index, does not hang.
 
     Args:
-        run_dir: gets ``hang-rank00000.txt`` with the stacks of all threads.
+        run_dir: gets ``hang-rank00000.txt`` with the stacks of all threads; without one they are printed.
         limit: seconds.
     """
 
-    def __init__(self, run_dir: Path, limit: float) -> None:
-        self._run_dir, self._limit = run_dir, limit
+    def __init__(self, run_dir: Path | None, limit: float) -> None:
+        self.run_dir, self.limit = run_dir, limit
         self._over = threading.Event()
-        self._done, self._signs, self._awake = 0, 0, True
+        self._done, self._signs, self._working, self._doing = 0, 0, False, ""
+        self._others: Others | None = None
         self._watched = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        self._outer = _CURRENT.set(self)
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._over.set()
         self._thread.join()
+        _CURRENT.reset(self._outer)
+
+    def hear(self, others: Others) -> None:
+        """From now on count what other ranks do, and tell them what this one does."""
+        self._others = others
 
     def step(self, done: int) -> None:
         """Note that so many steps are done."""
         self._done, self._signs = done, self._signs + 1
 
+    def sign(self) -> None:
+        """Note that this rank gets on."""
+        self._signs += 1
+
     @contextmanager
-    def asleep(self) -> Iterator[None]:
-        """Don't watch inside, where no step is made for long, as in scoring a large split."""
-        self._awake = False
+    def during(self, doing: str) -> Iterator[None]:
+        """Inside, no step is expected; reports say "while ``doing``"."""
+        before, self._doing = self._doing, doing
+        self.sign()
         try:
             yield
         finally:
-            self._signs, self._awake = self._signs + 1, True
+            self._doing = before
+            self.sign()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """See the function of that name."""
+        self._working = True
+        try:
+            yield
+        finally:
+            self._working = False
+            self.sign()
 
     def _watch(self) -> None:
-        tick, last, seen, silent = min(1.0, self._limit / 10), time.monotonic(), 0, 0.0
+        tick, last, seen, silent = min(1.0, self.limit / 10), time.monotonic(), 0, 0.0
         while not self._over.wait(tick):
-            now, signs = time.monotonic(), self._signs
+            self._signs += self._working
+            signs = self._signs
+            if self._others is not None:
+                self._others.signs = signs
+                signs += self._others.heard
+            now = time.monotonic()
             # A process that was suspended (SIGSTOP, scontrol suspend) has not hung: a long tick counts as two.
-            silent = silent + min(now - last, 2 * tick) if self._awake and signs == seen else 0.0
+            silent = silent + min(now - last, 2 * tick) if signs == seen else 0.0
             last, seen = now, signs
-            if silent > self._limit:
+            if silent > self.limit:
                 self._report()
                 time.sleep(OTHER_RANKS)
                 os._exit(EXIT_TRY_AGAIN)
@@ -75,17 +120,50 @@ class Watchdog:
     def _report(self) -> None:
         frame = sys._current_frames().get(self._watched)
         where = f"rank {launched_rank()} on {socket.gethostname()}"
-        line = f"{where}: no step for {self._limit:g} s after step {self._done} (faults.hang_seconds): {place(frame)}"
+        what = f"no sign of any rank for {self.limit:g} s while {self._doing}"
+        if not self._doing:
+            what = f"no step for {self.limit:g} s after step {self._done}"
+        line = f"{where}: {what} (faults.hang_seconds): {place(frame)}"
         print(line, file=sys.stderr, flush=True)
-        path = self._run_dir / f"hang-rank{launched_rank():05d}.txt"
+        if self.run_dir is None:
+            faulthandler.dump_traceback()
+            return
+        path = self.run_dir / f"hang-rank{launched_rank():05d}.txt"
         try:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
                 print(line, file=file, flush=True)
                 faulthandler.dump_traceback(file)
         except OSError as error:  # the disk may be what hangs or is full
             print(f"{path}: can't be written: {error}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback()
+
+
+_CURRENT: ContextVar[Watchdog | None] = ContextVar("watchdog", default=None)
+
+
+def sign() -> None:
+    """Note that this rank gets on, where it makes no step: an image scored, a shard indexed."""
+    if (current := _CURRENT.get()) is not None:
+        current.sign()
+
+
+def step(done: int) -> None:
+    """Note that so many steps are done."""
+    if (current := _CURRENT.get()) is not None:
+        current.step(done)
+
+
+def during(doing: str) -> AbstractContextManager[None]:
+    """Inside, no step is expected; reports say "while ``doing``"."""
+    current = _CURRENT.get()
+    return nullcontext() if current is None else current.during(doing)
+
+
+def at_work() -> AbstractContextManager[None]:
+    """Inside, this process computes without waiting for anything, however long: all the time it gets on."""
+    current = _CURRENT.get()
+    return nullcontext() if current is None else current.at_work()
 
 
 def place(frame: FrameType | None) -> str:

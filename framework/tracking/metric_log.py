@@ -6,12 +6,12 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from framework.runtime.errors import UserError
-from framework.runtime.files import write_whole
+from framework.runtime.errors import LocalError, UserError
+from framework.runtime.files import unlocked, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +29,20 @@ class MetricLog:
         path: the file; its folder must exist.
         step: step to go on from; 0 for a new run.
         environment: see ``environment``.
+        check: raises a ``LocalError`` if another process has the folder, and so does every write then.
 
     Raises:
         UserError: the file can't be opened.
     """
 
-    def __init__(self, path: Path, environment: Mapping[str, Any], step: int = 0) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        environment: Mapping[str, Any],
+        step: int = 0,
+        check: Callable[[], None] = unlocked,
+    ) -> None:
+        self.path, self._check = path, check
         self._waiting = b""
         try:
             _drop_steps(path, step)
@@ -63,11 +70,15 @@ class MetricLog:
         warned = bool(self._waiting)
         self._waiting += _line(entry).encode()
         try:
+            self._check()
             while self._waiting:  # a full disk may take the first part of a line
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
-        except OSError as error:
+        except LocalError:
+            raise
+        except (OSError, UserError) as error:
             if not warned:
-                logger.warning("%s: can't be written (%s); its lines wait", self.path, error.strerror)
+                reason = error.strerror if isinstance(error, OSError) else error
+                logger.warning("%s: can't be written (%s); its lines wait", self.path, reason)
 
 
 def _drop_steps(path: Path, step: int) -> None:

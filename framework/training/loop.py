@@ -27,7 +27,7 @@ from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate, learning_rate_of_epoch
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
-from framework.runtime.files import write_whole
+from framework.runtime.files import unlocked, write_whole
 from framework.runtime.requests import Request, Requests
 from framework.tracking.environment import environment
 from framework.tracking.measuring import PeakMemory, Throughput
@@ -79,6 +79,7 @@ class Loop:
         loader: this rank's batches.
         position: where to go on.
         score: measures the network during training: accuracies in per cent, on rank 0.
+        check: raises if another process has the run's folder; called before whatever is written there.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class Loop:
         loader: TrainLoader,
         position: Position,
         score: Callable[[], dict[str, float]],
+        check: Callable[[], None] = unlocked,
     ) -> None:
         self.recipe, self.engine, self.loader, self.position = recipe, engine, loader, position
-        self.score = score
+        self.score, self.check = score, check
         self.run_dir = Path(recipe.run_dir)
         self.per_epoch = loader.steps_per_epoch
         self.total = recipe.train.epochs * self.per_epoch
@@ -104,7 +106,7 @@ class Loop:
         self.since_save: list[float] = []
         every = recipe.checkpoint.keep_every_epochs
         keep = Keep(recipe.checkpoint.keep, every and every * self.per_epoch, recipe.checkpoint.keep_best)
-        self.saver = Saver(self.run_dir, keep)
+        self.saver = Saver(self.run_dir, keep, check)
 
     def run(self, alive: Callable[[int], None] = lambda steps: None) -> Request:
         """Train until the end, or until somebody asks to stop.
@@ -278,6 +280,7 @@ class Loop:
             if distributed.is_main() and start >= self.stop and recipe.exists() and log.exists():
                 self._say_that_all_is_done(recipe)
             elif distributed.is_main():
+                self.check()
                 write_whole(recipe, loading.to_yaml(self.recipe))
                 of_this_start = {
                     "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -286,7 +289,7 @@ class Loop:
                 }
                 trackers = open_trackers(self.recipe, start)
                 every = self.recipe.logging.every_steps
-                return Logs(MetricLog(log, of_this_start, start), trackers, every, self.stop - 1)
+                return Logs(MetricLog(log, of_this_start, start, self.check), trackers, every, self.stop - 1)
         return nullcontext()
 
     def _say_that_all_is_done(self, recipe: Path) -> None:

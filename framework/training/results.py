@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from framework.runtime.files import write_whole
 from framework.tracking.metric_log import read_log, write_result
 
 
-def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[str, Any]) -> None:
+def leave_results(
+    recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[str, Any], check: Callable[[], None]
+) -> None:
     """Evaluate, print the scores and write ``result.json``, pictures and ``backbone.safetensors``.
 
     Args:
@@ -30,11 +32,17 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[s
         engine: holds the trained network.
         splits: images to score on.
         run: what the training loop measured.
+        check: raises if another process has the run's folder.
+
+    Raises:
+        UserError: by ``check``; images that can't be scored on, files that can't be written.
     """
     run_dir = Path(recipe.run_dir)
     # Before the scores, which may fail over an image.
     views = {"mean": recipe.views.mean, "std": recipe.views.std}
     about = {"network": recipe.network.name, "views": views}
+    with distributed.same_outcome():
+        check()
     export_backbone(engine, run_dir / "backbone.safetensors", about)
     net = engine.whole_net()
     scores = score(recipe, net, splits)
@@ -52,6 +60,7 @@ def leave_results(recipe: Recipe, engine: Engine, splits: Splits, run: Mapping[s
                 "seed": recipe.seed,
                 **_environment(run_dir),
             }
+            check()
             title = f"{recipe.name}: {recipe.method.name} on {recipe.network.name}"
             write_whole(run_dir / "loss_curves.png", loss_curves(run_dir / "metrics.jsonl", title))
             if picture:

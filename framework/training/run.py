@@ -8,27 +8,29 @@ from dataclasses import asdict
 from pathlib import Path
 
 from framework.config.recipe import Recipe
+from framework.data.loading.loader import TrainLoader
 from framework.data.splits import Splits
 from framework.evaluation.scoring import check_scorable, score_trained
 from framework.execution import LocalNetwork
 from framework.model import recipe_network
-from framework.runtime import distributed, joining, requests
-from framework.runtime.dead_ranks import dead_ranks_named
+from framework.runtime import distributed, joining, requests, watchdog
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.requests import Request
-from framework.runtime.watchdog import Watchdog
+from framework.runtime.run_lock import held
 from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop
 from framework.training.results import leave_results
 from framework.training.resume import contrasted_images, restore
 
 
-def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
+def train_all(read: Callable[[], Iterable[Recipe]], run_dir: Path, hang_seconds: float) -> int:
     """Join the other ranks, and train recipes one after the other until somebody asks for an end.
 
     Args:
         read: says, once the ranks have met, what to train.
+        run_dir: gets reports of ranks that hang.
+        hang_seconds: of ``faults``, until the recipes are read.
 
     Returns:
         The exit status of the command.
@@ -38,14 +40,13 @@ def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
     """
     for number in requests.SIGNALS:
         signal.signal(number, requests.leave_at_once)
-    joining.start()
-    recipes, request = read(), Request.NOTHING
-    with dead_ranks_named():
-        for recipe in recipes:
+    request = Request.NOTHING
+    with joining.joined(run_dir, hang_seconds) as dog:
+        for recipe in read():
+            dog.run_dir, dog.limit = Path(recipe.run_dir), recipe.faults.hang_seconds
             request = train(recipe)
             if request >= Request.STOP:
                 break
-    joining.stop()
     return EXIT_TRY_AGAIN if request is Request.LEAVE else 0
 
 
@@ -58,6 +59,33 @@ def train(recipe: Recipe) -> Request:
     Raises:
         UserError: whatever the person who started it can mend.
     """
+    with watchdog.during("opening the data"):
+        splits, net, loader = _opened(recipe)
+    with held(Path(recipe.run_dir)) as check:
+        engine = build_engine(recipe, net, splits.num_classes)
+        position = restore(recipe, engine, loader.steps_per_epoch)
+
+        def score() -> dict[str, float]:
+            with watchdog.during("scoring"):
+                return score_trained(recipe, engine.whole_net(), splits, recipe.evaluate.images)
+
+        loop = Loop(recipe, engine, loader, position, score, check)
+        request = loop.run(watchdog.step)
+        if request >= Request.STOP:
+            if distributed.is_main():
+                print(
+                    f"stopped after step {loop.position.step}; the same command goes on from there",
+                    flush=True,
+                )
+        else:
+            with watchdog.during("scoring"):
+                leave_results(recipe, engine, splits, loop.summary(), check)
+        engine.close()
+    return request
+
+
+def _opened(recipe: Recipe) -> tuple[Splits, LocalNetwork, TrainLoader]:
+    """Images, network and loader of a recipe, which go together."""
     stages = recipe.pipeline.stages
     if distributed.world_size() % stages:
         raise UserError(
@@ -73,23 +101,7 @@ def train(recipe: Recipe) -> Request:
             )
         _check_contrast(recipe, net)
         check_scorable(recipe, net, splits)
-    with Watchdog(Path(recipe.run_dir), recipe.faults.hang_seconds) as watchdog:
-        engine = build_engine(recipe, net, splits.num_classes)
-        position = restore(recipe, engine, loader.steps_per_epoch)
-
-        def score() -> dict[str, float]:
-            with watchdog.asleep():
-                return score_trained(recipe, engine.whole_net(), splits, recipe.evaluate.images)
-
-        loop = Loop(recipe, engine, loader, position, score)
-        request = loop.run(watchdog.step)
-    if request >= Request.STOP:
-        if distributed.is_main():
-            print(f"stopped after step {loop.position.step}; the same command goes on from there", flush=True)
-    else:
-        leave_results(recipe, engine, splits, loop.summary())
-    engine.close()
-    return request
+    return splits, net, loader
 
 
 def _check_contrast(recipe: Recipe, net: LocalNetwork) -> None:

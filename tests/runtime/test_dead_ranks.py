@@ -7,19 +7,27 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.data.packing.digits import CLASSES as DIGITS
 from framework.data.packing.digits import prepare_digits
 from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet
-from framework.runtime import distributed
+from framework.runtime import distributed, joining
+from framework.runtime.command import status
 from framework.runtime.dead_ranks import dead_ranks_named
+from framework.runtime.errors import LocalError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
+from framework.runtime.launch import LAUNCH_VARIABLES
+from framework.runtime.peers import End, meet
+from tests.support.forked import Forked
 from tests.support.marks import slow, soak
 from tests.support.pool import Pool
 from tests.support.ports import free_port
@@ -108,25 +116,67 @@ def test_images_that_one_rank_can_not_score_on_are_named_and_cost_no_step(
     assert [folder.name for folder in saved(tmp_path)] == ["step-00000022"]
 
 
-def trains_without_names() -> tuple[float, list[str]]:
-    """A rank in whose machine gloo finds no network beside the one that is there already."""
+def trains_without_names(port: int) -> tuple[float, list[str]]:
+    """Ranks between which there is no way but for the training itself."""
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "none0")
-        logging.getLogger("framework.runtime.dead_ranks").addHandler(handler)
+        patch.setenv("MASTER_ADDR", "192.0.2.1")  # nobody's (RFC 5737)
+        logging.getLogger("framework.runtime.peers").addHandler(handler)
+        store = dist.TCPStore("127.0.0.1", port, 2, distributed.is_main(), wait_for_workers=False)
         try:
-            with dead_ranks_named():
+            others = meet(store, distributed.rank(), ["here", "here"], 2.0)
+            with dead_ranks_named(others, patience=1.0):
                 return distributed.sum_over_ranks(distributed.rank() + 1), records
         finally:
-            logging.getLogger("framework.runtime.dead_ranks").removeHandler(handler)
+            others.leave(End.LEFT)
+            logging.getLogger("framework.runtime.peers").removeHandler(handler)
 
 
 def test_ranks_that_can_not_be_named_train_all_the_same(pool: PoolOf) -> None:
-    for total, (warning,) in pool(2).run(trains_without_names):
-        assert total == 3
-        assert warning.startswith("ranks that die won't be named: gloo can't connect them")
+    (one, (warning,)), (other, silent) = pool(2).run(trains_without_names, free_port())
+    assert one == other == 3 and not silent
+    assert warning.startswith("ranks that die won't be named: rank 1 can't connect to rank 0 at 192.0.2.1:")
+
+
+def joins(rank: int, port: int, fate: str) -> int:
+    """Rank 1 has that fate; the others wait outside of any collective, as in a kernel of NCCL that never ends."""
+    os.environ.update(zip(LAUNCH_VARIABLES, (str(rank), "3", "0", "127.0.0.1", str(port)), strict=True))
+
+    def work() -> None:
+        with joining.joined(None, limit=20.0):
+            if rank != 1:
+                time.sleep(600)
+            if fate == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fate == "is interrupted":
+                raise LocalError.as_transient("rank 1: a file server is away")
+            raise LocalError("rank 1: this image is no good")
+
+    return status(work)
+
+
+@pytest.mark.parametrize(
+    ("fate", "statuses", "message"),
+    [
+        ("dies", [EXIT_TRY_AGAIN, -signal.SIGKILL], "rank 1 died or can't be reached (on "),
+        ("errs", [EXIT_USAGE, EXIT_USAGE], "rank 1 stopped with an error, which tells what to mend"),
+        *slow([("is interrupted", [EXIT_TRY_AGAIN] * 2, "rank 1 stopped with an error, which")]),
+    ],
+)
+@pytest.mark.usefixtures("pool")
+def test_who_waits_for_ever_learns_of_it(
+    tmp_path: Path, fate: str, statuses: list[int], message: str
+) -> None:
+    """No collective fails, and yet all end: with the others' status, so that a mistake is not tried again."""
+    port = free_port()
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(Forked(tmp_path / f"{r}", joins, r, port, fate)) for r in range(3)]
+        assert [rank.status() for rank in ranks] == [statuses[0], statuses[1], statuses[0]]
+        for number in (0, 2):
+            (line,) = ranks[number].stderr.splitlines()
+            assert line.startswith(f"error: rank {number}: {message}")
 
 
 def ranks_of(folder: Path) -> dict[str, int]:

@@ -51,7 +51,8 @@ def test_srun_tasks_become_ranks() -> None:
     assert (values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"]) == ("5", "8", "1")
     assert values["MASTER_ADDR"] == "alpha"
     assert launch_variables({**SLURM, "SLURM_PROCID": "0"})["MASTER_PORT"] == values["MASTER_PORT"]
-    assert launch_variables({**SLURM, "SLURM_STEP_ID": "1"})["MASTER_PORT"] != values["MASTER_PORT"]
+    for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_ID"):
+        assert launch_variables({**SLURM, name: "1"})["MASTER_PORT"] != values["MASTER_PORT"]
     assert launch_variables({**SLURM, "MASTER_ADDR": "b"})["MASTER_ADDR"] == "b"
 
 

@@ -17,8 +17,8 @@ LONELY = """
 from datetime import timedelta
 from framework.runtime import joining
 from framework.runtime.command import status
-joining.JOINING, joining.SLOW = timedelta(seconds=4), timedelta(seconds=1)
-raise SystemExit(status(joining.start))
+joining.SLOW = timedelta(seconds=1)
+raise SystemExit(status(lambda: joining.start(4)))
 """
 
 
@@ -36,6 +36,7 @@ def test_a_rank_that_nobody_joins_says_so_and_gives_up(rank: int) -> None:
     assert f"rank {rank} on " in done.stderr and "still waits for all 2 ranks" in done.stderr
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert f"rank {rank} of 2 can't meet the others at 127.0.0.1:{place['MASTER_PORT']}" in error
+    assert rank == 1 or "(no sign of rank 1)" in error
 
 
 def test_ranks_take_gpus_that_are_their_own() -> None:

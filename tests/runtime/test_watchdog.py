@@ -12,6 +12,7 @@ import pytest
 from framework.runtime import watchdog
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from tests.support.forked import Forked
+from tests.support.marks import slow
 from tests.support.pool import CONTEXT
 from tests.support.waiting import until
 
@@ -20,30 +21,38 @@ pytestmark = pytest.mark.usefixtures("pool")  # its server forks the processes
 LIMIT = 1.0  # seconds
 
 
-def scores_then_hangs(folder: Path) -> None:
+def scores_then_hangs(folder: Path, scoring: bool) -> None:
     watchdog.OTHER_RANKS = 0.0  # there are none
-    with watchdog.Watchdog(folder, LIMIT) as dog:
-        dog.step(7)
-        with dog.asleep():
-            time.sleep(3 * LIMIT)
-        print("scored", flush=True)
+    with watchdog.Watchdog(folder, LIMIT):
+        watchdog.step(7)
+        with watchdog.during("scoring"):
+            for _ in range(30):
+                time.sleep(LIMIT / 10)
+                watchdog.sign()
+            with watchdog.at_work():  # in a call that can't give signs
+                time.sleep(3 * LIMIT)
+            print("scored", flush=True)
+            if scoring:
+                time.sleep(600)
         time.sleep(600)
 
 
-def test_a_score_may_take_longer_than_a_step(tmp_path: Path) -> None:
-    with Forked(tmp_path, scores_then_hangs, tmp_path) as forked:
+@pytest.mark.parametrize("scoring", [False, *slow([True])])
+def test_a_score_may_take_longer_than_a_step_and_is_watched(tmp_path: Path, scoring: bool) -> None:
+    with Forked(tmp_path, scores_then_hangs, tmp_path, scoring) as forked:
         assert forked.status() == EXIT_TRY_AGAIN
     assert forked.stdout == "scored\n"
-    assert f"no step for {LIMIT:g} s after step 7" in forked.stderr
+    what = "sign of any rank for 1 s while scoring" if scoring else "step for 1 s after step 7"
+    assert f"no {what} (faults.hang_seconds): in scores_then_hangs" in forked.stderr
 
 
 def steps_until_told_to_stop(folder: Path, connection: Connection) -> None:
-    with watchdog.Watchdog(folder, LIMIT) as dog:
+    with watchdog.Watchdog(folder, LIMIT):
         connection.send("started")
         step = 0
         while not connection.poll(LIMIT / 20):
             step += 1
-            dog.step(step)
+            watchdog.step(step)
 
 
 def is_stopped(pid: int) -> bool:

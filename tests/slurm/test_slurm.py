@@ -167,6 +167,40 @@ def test_a_preempted_job_saves_and_comes_back(
     assert starts(tmp_path) == 2
 
 
+def test_a_job_that_preemption_cancels_comes_back(
+    cluster: Cluster, tmp_path: Path, undisturbed: Reference
+) -> None:
+    """By PreemptMode=CANCEL, which Slurm does not take back by itself."""
+    job = Job(cluster, tmp_path, undisturbed.steps, options=("--partition=canceled",))
+    job.until_checkpoint()
+    (tmp_path / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
+    cluster.submit(
+        str(tmp_path / "urgent.sh"),
+        options=("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"),
+    )
+    until(lambda: job.restarts == 1, 60, "not started again")
+    assert re.search("ended with status 75, JobState=COMPLETING Reason=None .* PreemptTime=2", job.text)
+    job.until_done()
+    assert_same_run(tmp_path, *undisturbed)
+    assert starts(tmp_path) == 2
+
+
+def test_a_rank_that_outlives_the_time_limit_costs_no_more_than_that(
+    cluster: Cluster, tmp_path: Path, undisturbed: Reference
+) -> None:
+    """It hears nothing, and the other one waits for it; their script hears the limit, too, and must not wait."""
+    job = Job(cluster, tmp_path, undisturbed.steps, options=("--signal=URG@1",))
+    job.until_checkpoint()
+    (frozen,) = (pid for pid in cluster.processes(job.id, "n2") if rank_of(pid) == 1)
+    os.kill(frozen, signal.SIGSTOP)
+    cluster.ask("scontrol", "update", f"jobid={job.id}", "timelimit=1")
+    until(lambda: job.restarts == 1, 180, "not started again")
+    assert re.search("a rank does not end\n.*ended with status 75, .* Reason=TimeLimit", job.text)
+    cluster.ask("scontrol", "update", f"jobid={job.id}", "timelimit=30")
+    job.until_done()
+    assert_same_run(tmp_path, *undisturbed)
+
+
 def test_linear_evaluation_is_a_job_too(cluster: Cluster, tmp_path: Path, undisturbed: Reference) -> None:
     """On two nodes it finds what the command finds without Slurm on one rank."""
     command = ["--cached", "--epochs", "30", "--batch-size", "64", "--lr", "1"]  # until both have converged

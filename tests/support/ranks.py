@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import logging
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +25,8 @@ from tests.support.pool import CONTEXT
 from tests.support.ports import free_port
 from tests.support.waiting import PATIENCE
 
+CLONE_NEWNS = 0x20000
+
 
 @dataclass(frozen=True)
 class Trouble:
@@ -34,7 +38,7 @@ class Trouble:
         kind: "kill" ends the process when it touches a file: on the ``count``-th audit event ``event`` of the
             interpreter whose first argument ends in ``path``. "poison" turns the images into NaN, "sleep" never
             comes back, "lock" waits for the file ``path`` as PyTorch's builds do, "refuse" is an
-            error in the data. "full disk" lets no file grow beyond 1000 bytes.
+            error in the data. "full disk" lets no file grow beyond 1000 bytes. "small shm" has a /dev/shm of 1 MiB.
     """
 
     rank: int
@@ -53,14 +57,26 @@ class Ranks:
         world: how many.
         record: folder for the samples and for what the ranks print.
         trouble: if any.
+        variables: added to their environment.
+        enter: called by each rank with its number before anything else.
     """
 
-    def __init__(self, argv: list[str], world: int, record: Path, trouble: Trouble | None = None) -> None:
+    def __init__(
+        self,
+        argv: list[str],
+        world: int,
+        record: Path,
+        trouble: Trouble | None = None,
+        variables: dict[str, str] | None = None,
+        enter: Callable[[int], None] | None = None,
+    ) -> None:
         record.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.record = record
         self.processes = [
-            CONTEXT.Process(target=_rank, args=(argv, rank, world, port, record, trouble), daemon=True)
+            CONTEXT.Process(
+                target=_rank, args=(argv, rank, world, port, record, trouble, variables or {}, enter)
+            )
             for rank in range(world)
         ]
         for process in self.processes:
@@ -112,6 +128,14 @@ class Ranks:
         return "".join(file.read_text() for file in sorted(self.record.glob("printed-*")))
 
 
+def small_shm(size: str) -> None:
+    """Give this process a small /dev/shm of its own; the machine's stays as it is. Root may."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"], check=True)
+
+
 def samples(record: Path) -> dict[tuple[int, int], list[int]]:
     """(rank, step) -> the samples that it took, which must be the same at every start."""
     found: dict[tuple[int, int], list[int]] = {}
@@ -122,7 +146,16 @@ def samples(record: Path) -> dict[tuple[int, int], list[int]]:
     return found
 
 
-def _rank(argv: list[str], rank: int, world: int, port: int, record: Path, trouble: Trouble | None) -> None:
+def _rank(
+    argv: list[str],
+    rank: int,
+    world: int,
+    port: int,
+    record: Path,
+    trouble: Trouble | None,
+    variables: dict[str, str],
+    enter: Callable[[int], None] | None,
+) -> None:
     import torch
 
     from framework import train
@@ -132,6 +165,9 @@ def _rank(argv: list[str], rank: int, world: int, port: int, record: Path, troub
         os.dup2(output, stream)
     values = (rank, world, rank, "127.0.0.1", port)
     os.environ.update(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
+    os.environ.update(variables)
+    if enter is not None:
+        enter(rank)
     torch.set_num_threads(1)
     gc.freeze()  # a collection need not walk through all that was imported
     logging.getLogger().handlers.clear()
@@ -142,6 +178,8 @@ def _rank(argv: list[str], rank: int, world: int, port: int, record: Path, troub
     if mine and mine.kind == "full disk":
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    if mine and mine.kind == "small shm":
+        small_shm("1m")
     sys.exit(train.main(argv))
 
 

@@ -55,6 +55,7 @@ SlurmdParameters=config_overrides
 NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=1000 Gres=gpu:8
 NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=1000 Gres=gpu:8
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 MaxTime=60 State=UP
+PartitionName=canceled Nodes=ALL PriorityTier=1 PreemptMode=CANCEL MaxTime=60 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 MaxTime=60 State=UP
 """
 

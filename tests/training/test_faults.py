@@ -7,6 +7,7 @@ import json
 import random
 import resource
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +34,11 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
     return [RECIPE, *toy(folder, *length, *overrides)]
 
 
-def start(folder: Path, *overrides: str, trouble: Trouble | None = None, world: int = 2) -> Ranks:
+def start(
+    folder: Path, *overrides: str, trouble: Trouble | None = None, world: int = 2, **variables: str
+) -> Ranks:
     """Start, or start again, the run in ``folder``."""
-    return Ranks(arguments(folder, *overrides), world, folder / "record", trouble)
+    return Ranks(arguments(folder, *overrides), world, folder / "record", trouble, variables)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +191,44 @@ def test_touched_files_save_and_stop(tmp_path: Path) -> None:
     newest = newest_checkpoint(folder)
     assert newest is not None and int(newest.name[5:]) == steps_done(tmp_path) > saved_at
     assert "the same command goes on from there" in ranks.printed
+
+
+@pytest.mark.slow
+def test_a_second_start_in_the_folder_is_refused_and_the_first_is_undisturbed(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    with start(tmp_path, SLURM_JOB_ID="17") as first:
+        first.until(lambda: steps_done(tmp_path) >= 2)
+        with Ranks(arguments(tmp_path), 2, tmp_path / "second", None, {"SLURM_JOB_ID": "18"}) as second:
+            assert second.statuses() == [EXIT_USAGE, EXIT_USAGE], second.printed
+        (line,) = second.printed.splitlines()
+        who = f"process {first.processes[0].pid} on {socket.gethostname()}, Slurm job 17, since "
+        assert f"error: rank 0: {tmp_path / 'run'}: is the folder of a run that is going on: {who}" in line
+        assert first.statuses() == [0, 0], first.printed
+    assert_same_run(tmp_path, undisturbed, STEPS)
+
+
+@pytest.mark.slow
+def test_a_start_on_a_lost_node_that_lives_on_ends_and_writes_nothing(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    """Frozen in mid-run, as Slurm gives it up; when it goes on, the job's next start has made further steps."""
+    job = {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "0"}
+    with Ranks(arguments(tmp_path), 2, tmp_path / "lost", None, job) as lost:
+        lost.until(lambda: steps_done(tmp_path) >= 5)
+        for rank in (0, 1):
+            lost.signal(signal.SIGSTOP, rank)
+        with start(tmp_path, SLURM_JOB_ID="4711", SLURM_RESTART_COUNT="1") as ranks:
+            before = steps_done(tmp_path)
+            ranks.until(lambda: steps_done(tmp_path) > before)
+            for rank in (0, 1):
+                lost.signal(signal.SIGCONT, rank)
+            assert lost.statuses() == [EXIT_USAGE, EXIT_USAGE], lost.printed
+            assert ranks.statuses() == [0, 0], ranks.printed
+    assert f"error: {tmp_path / 'run'}: start 2 of this run has taken over" in lost.printed
+    assert "rank 1: rank 0 stopped with an error" in lost.printed
+    assert_same_run(tmp_path, undisturbed, STEPS)
+    assert not list(tmp_path.glob("run/checkpoints/.*"))
 
 
 def fill_disk(ranks: Ranks, folder: Path) -> tuple[int, tuple[int, int]]:

@@ -10,7 +10,6 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +21,10 @@ from framework.data.batch import Batch
 from framework.data.loading.memory import Resident
 from framework.data.loading.prefetch import finished
 from framework.data.loading.sample_order import Job, TrainJobs, eval_jobs
+from framework.data.loading.shared_memory import from_workers, to_shared_memory
 from framework.data.loading.worker import CropSampler, Decoder, WorkerBatch, shield
 from framework.data.shards.index import ShardSet
+from framework.runtime import watchdog
 from framework.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -117,8 +118,9 @@ class TrainLoader:
             UserError: too many broken images; a shard that vanished.
         """
         self._jobs.steps = range(start, stop)
-        batches = finished(map(_raised, self._loader), self._images, self._device)
+        batches = finished(map(_raised, from_workers(self._loader)), self._images, self._device)
         for _ in range(start, stop):
+            watchdog.sign()
             yield [self._batch(*next(batches)) for _ in range(self._accumulation)]
 
     def _images(self, drawn: WorkerBatch) -> Tensor:
@@ -188,8 +190,9 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Sample numbers (B,) int64 on the CPU; images (B, 3, S, S) and labels (B,) (or ``None``) on the
         device."""
-        for drawn, images in finished(map(_raised, self._loader), self._images, self._device):
+        for drawn, images in finished(map(_raised, from_workers(self._loader)), self._images, self._device):
             self._tally.add(drawn)
+            watchdog.sign()
             yield drawn.samples, images, _labels(self._shards, drawn.samples, self._device)
 
     def _images(self, drawn: WorkerBatch) -> Tensor:
@@ -225,7 +228,7 @@ def _data_loader(
         drawer,
         sampler=jobs,  # one job is one batch: nothing is left to collate
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=to_shared_memory,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,  # Python 3.14's default would pickle the data
         worker_init_fn=shield,
@@ -233,10 +236,6 @@ def _data_loader(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else every iterator would draw from the global one
     )
-
-
-def _as_it_is(drawn: Any) -> Any:
-    return drawn
 
 
 def _raised(drawn: WorkerBatch | UserError) -> WorkerBatch:

@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 from framework.config.views import Views
 from framework.data.augment import crops
 from framework.data.loading.decode import BrokenImage, decode
+from framework.data.loading.shared_memory import from_workers, to_shared_memory
 from framework.data.loading.worker import CropSampler, WorkerBatch
 from framework.data.shards.index import ShardSet
+from framework.runtime import watchdog
 from framework.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ class Resident:
         self.shards, self.device = shards, device
         self.broken: dict[int, str] = {}
         whole: Tensor | None = None
-        for sample, image in enumerate(_decoded(shards, workers)):
+        for sample, image in enumerate(from_workers(_decoded(shards, workers))):
+            watchdog.sign()
             if isinstance(image, UserError):
                 raise image.alone()
             if isinstance(image, str):
@@ -120,7 +123,7 @@ def _decoded(shards: ShardSet, workers: int) -> DataLoader[Tensor | str | UserEr
     return DataLoader(
         _Whole(shards),
         batch_size=None,
-        collate_fn=lambda image: image,
+        collate_fn=to_shared_memory,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,  # Python 3.14's default would pickle the data
         generator=torch.Generator(),

@@ -16,6 +16,7 @@ from framework.data.shards.image_types import (
     begins_like_an_image,
     suffix,
 )
+from framework.runtime import watchdog
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
 
@@ -76,6 +77,7 @@ def scan_shard(path: Path) -> ShardScan:
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for place, (key, group) in enumerate(groups(path, tar, passed_over)):
+                watchdog.sign()
                 sample = _sample(path, file, key, group)
                 used = {"cls"}
                 if sample is not None:
