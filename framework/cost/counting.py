@@ -20,7 +20,7 @@ from framework.cost.activations import LiveActivations
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.local import methods
-from framework.local.head import TrunkHead
+from framework.local.head import Head
 from framework.model import recipe_network
 
 
@@ -215,10 +215,9 @@ def _forward(run: Callable[[Tensor], Tensor], x: Tensor, net: nn.Module) -> tupl
     return counter.get_total_flops(), live.peak, x
 
 
-def _describe(head: nn.Module) -> str:
-    """The kinds of its trunks and its layers with weights, such as ``mlp_sr: 4 Conv2d, 2 Linear``."""
+def _describe(head: Head) -> str:
+    """The kind of its trunk and its layers with weights, such as ``mlp_sr: 4 Conv2d, 2 Linear``."""
     layers = [type(m).__name__ for m in head.modules() if not list(m.children()) and list(m.parameters())]
     kinds = [kind for kind in dict.fromkeys(layers) if "Norm" not in kind]
-    trunks = dict.fromkeys(m.kind for m in head.modules() if isinstance(m, TrunkHead) and m.kind)
     text = ", ".join(f"{layers.count(k)} {k}" if layers.count(k) > 1 else k for k in kinds)
-    return f"{', '.join(trunks)}: {text}" if trunks else text
+    return f"{head.kind}: {text}" if head.kind else text

@@ -34,6 +34,7 @@ class Head(nn.Module):
         classifies: whether ``predict`` gives logits of the classes.
         reads: segments whose weights the head looks at, in one of the last three methods below.
         penalizes: whether ``penalty`` gives one.
+        kind: name of its trunk, if that has one, for tables of plans.
         may_lag: whether ``before_step`` may be called later than the optimizer's step, as long as it is called with
             the same weights and before the head's next forward. Pipeline stages then need not wait for each other.
     """
@@ -45,6 +46,7 @@ class Head(nn.Module):
     classifies: bool = False
     reads: tuple[int, ...] = ()
     penalizes: bool = False
+    kind: str = ""
     may_lag: bool = True
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
@@ -142,6 +144,7 @@ class WrappingHead(Head):
         self.needs, self.contrasts, self.fewest_images = head.needs, head.contrasts, head.fewest_images
         self.separable, self.classifies = head.separable, head.classifies
         self.reads, self.penalizes, self.may_lag = head.reads, head.penalizes, head.may_lag
+        self.kind = head.kind
 
     def transform(self, x: Tensor) -> Tensor:
         """The inner head's input."""
@@ -189,6 +192,7 @@ class WeightedHeads(Head):
         self.reads = tuple(dict.fromkeys(s for head in heads for s in head.reads))
         self.penalizes = any(head.penalizes for head in heads)
         self.may_lag = all(head.may_lag for head in heads)
+        self.kind = ", ".join(dict.fromkeys(head.kind for head in heads if head.kind))
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
         losses = [w * part(x, batch) for w, part in zip(self.weights, self.parts, strict=True)]
