@@ -252,7 +252,10 @@ BAD = [
     (["data.num_classes=5"], "data.num_classes=5: {tmp}/digits/train has labels up to 9, so at least 10"),
     (["train.batch_size=65", "train.accumulation=2"], "batch_size=65"),
     (
-        ["train.accumulation=32", "method.head={objective: barlow, proj_hidden: 16, dim: 8}"],
+        [
+            "train.accumulation=32",
+            *(f"method.head.{key}" for key in ("objective=barlow", "proj_hidden=16", "dim=8")),
+        ],
         "unit layer2 compares images with each other and needs 3 or more in a micro-batch of all ranks, not 2",
     ),
     (["train.batch_size=4096"], "holds 1437 samples, fewer than batch_size=4096"),
