@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from framework.network import Segment
+from framework.network.parts import part
 
 
 def own_copy(segment: Segment) -> nn.Sequential:
@@ -18,7 +19,8 @@ def own_copy(segment: Segment) -> nn.Sequential:
         UserError: the segment takes no maps, as heads do.
     """
     segment.check_maps()
-    return nn.Sequential(*(copy.deepcopy(module) for module in segment.modules()))
+    module = copy.deepcopy(part(segment.backbone, segment.steps))
+    return module if type(module) is nn.Sequential and len(segment.paths) > 1 else nn.Sequential(module)
 
 
 class EmaCopy(nn.Module):

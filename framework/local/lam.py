@@ -80,7 +80,7 @@ class LamBuilder:
             return [by_name[wanted] for wanted in self.lists[name]]
         # A segment that is the stem alone, without a block, is treated like the first block.
         end = max(0, sum(b.segment <= segment for b in blocks) - 1)
-        widths = [b.channels(self.network.segments) for b in blocks]
+        widths = [b.channels for b in blocks]
         of_stages = tuple({b.stage: width for b, width in zip(blocks, widths, strict=True)}.values())
         modules = len({b.segment for b in blocks})
         listed = lam_tables.published(of_stages, blocks, modules, blocks[end])

@@ -11,6 +11,7 @@ from framework.local.copies import own_copy
 from framework.local.head import Head, WrappingHead
 from framework.local.units import NetworkInfo
 from framework.network import Segment
+from framework.network.parts import part
 
 
 class SoftSharedHead(WrappingHead):
@@ -42,7 +43,9 @@ class SoftSharedHead(WrappingHead):
 
     def penalty(self, segments: Sequence[Segment]) -> Tensor:
         """Scalar."""
-        pairs = zip(self.copy.parameters(), segments[self._segment].parameters(), strict=True)
+        segment = segments[self._segment]
+        original = part(segment.backbone, segment.steps)
+        pairs = zip(self.copy.parameters(), original.parameters(), strict=True)
         kept = [(a, b) for a, b in pairs if self._norm or a.ndim > 1]
         own = self._coefficient * torch.stack([(a - b).square().sum() for a, b in kept]).sum()
         inner = super().penalty(segments)

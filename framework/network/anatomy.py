@@ -19,6 +19,11 @@ def is_composite(module: nn.Module) -> bool:
     return weighty(module) >= 2
 
 
+def is_layer(name: str, module: nn.Module) -> bool:
+    """Whether it has weights; for networks that number no blocks."""
+    return weighty(module) >= 1
+
+
 def is_block(name: str, module: nn.Module) -> bool:
     """Whether it is numbered as one of several, and more than a layer.
 

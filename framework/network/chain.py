@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from framework.network import glue
-from framework.network.glue import Glue
+from framework.network.glue import Calls
 from framework.network.tracing import Node, Own, Trace, Value, leaves
 
 #: a step of a segment: a child of the network by its dotted name, or what stands between children
-Step = str | Glue
+Step = str | Calls
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class Chain:
             node = nodes[0]
             if node.args == (given,) and not node.kwargs and node.output == wanted:
                 return [node.target]
-        return [glue.build(self.network, self.trace, nodes, given, wanted, self.makers)]
+        return [glue.build(self.trace, nodes, given, wanted, self.makers)]
 
 
 def alive(items: Sequence[Node], given: Value, wanted: Value, dependent: frozenset[int]) -> list[Value | None]:

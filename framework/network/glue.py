@@ -1,4 +1,4 @@
-"""What stands between a network's modules, as a module: additions, reshapes, class tokens, modules with more inputs."""
+"""What stands between a network's modules: additions, reshapes, class tokens, modules with more than one input."""
 
 from __future__ import annotations
 
@@ -23,71 +23,73 @@ from framework.network.tracing import (
 )
 from framework.runtime.errors import UserError
 
-Code = Callable[[nn.Module, Tensor], Tensor]
-
-
-class Glue(nn.Module):
-    """Recorded calls as a module of one input and one output, on the modules and parameters of ``root`` as they are.
-
-    It registers nothing of ``root``: state dicts have everything once, and a child that is replaced is replaced here.
+class Calls:
+    """Recorded calls as a function of a network and one input; can be copied and pickled.
 
     Args:
-        root: the network; or a part of it under the same names.
-        graph: the calls; its names are those of ``root``.
+        graph: the calls.
         size: what one input must have as shape, where the calls hold for that alone.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, size: tuple[int, ...] | None = None) -> None:
-        super().__init__()
-        self._root = (root,)  # a tuple is not registered
+    def __init__(self, graph: fx.Graph, size: tuple[int, ...] | None = None) -> None:
         self.graph, self.size = graph, size
         self.paths = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
         self.own = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"))
-        self._code: Code | None = None
+        self._function: Callable[[nn.Module, Tensor], Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (N, ...).
+    def __call__(self, root: nn.Module, x: Tensor) -> Tensor:
+        """(N, ...) -> (N, ...), on the modules and tensors that ``root`` has under the names of the calls.
 
         Raises:
             UserError: the images have another size than those that the network was cut for.
         """
         if self.size is not None and tuple(x.shape[1:]) != self.size:
             raise UserError(
-                f"{type(self._root[0]).__name__} was cut for images of one size: a segment got {tuple(x.shape[1:])} "
-                f"in place of {self.size}"
+                f"{type(root).__name__} was cut for images of one size: a segment got {tuple(x.shape[1:])} in place "
+                f"of {self.size}"
             )
-        if self._code is None:
-            self._code = _compiled(self._root[0], self.graph)
-        return self._code(self._root[0], x)
+        if self._function is None:
+            self._function = type(fx.GraphModule(root, self.graph)).forward  # finds all in its first argument
+        return self._function(root, x)
 
-    def on(self, root: nn.Module) -> Glue:
-        """The same calls on other modules and parameters, of the same names."""
-        return Glue(root, self.graph, self.size)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Calls) and (str(self.graph), self.size) == (str(other.graph), other.size)
+
+    def __hash__(self) -> int:
+        return hash((self.paths, self.own, self.size))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_code": None}  # type: ignore[misc]
+        return {**vars(self), "_function": None}
 
     def __repr__(self) -> str:
-        return f"Glue({', '.join((*self.paths, *self.own))})"
+        return f"Calls({', '.join((*self.paths, *self.own))})"
 
 
-def _compiled(root: nn.Module, graph: fx.Graph) -> Code:
-    """The graph as a function, which finds everything in its first argument at each call."""
-    return type(fx.GraphModule(root, graph)).forward  # type: ignore[return-value]
+class Glue(nn.Module):
+    """Calls as a module, on the modules and parameters of ``root`` as they are.
+
+    It registers nothing of ``root``: state dicts have everything once, and a child that is replaced is replaced here.
+    """
+
+    def __init__(self, root: nn.Module, calls: Calls) -> None:
+        super().__init__()
+        self._root, self._calls = (root,), calls  # a tuple is not registered
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (N, ...)."""
+        return self._calls(self._root[0], x)
 
 
 def build(
-    network: nn.Module,
     trace: Trace,
     nodes: Sequence[Node],
     given: Value,
     wanted: Value,
     makers: Mapping[int, Node],
-) -> Glue:
+) -> Calls:
     """Calls as a module.
 
     Args:
-        network: has the modules and parameters.
         trace: where the calls were recorded.
         nodes: the calls that depend on the images.
         given: the tensor that goes in.
@@ -99,7 +101,7 @@ def build(
         writer.write(node)
     writer.graph.output(writer.known[wanted.number])
     size = trace.shapes[given.number][1:] if writer.fixed else None
-    return Glue(network, writer.graph, size)
+    return Calls(writer.graph, size)
 
 
 class _Writer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +12,9 @@ from framework.network import anatomy
 from framework.network.chain import Chain, Step, alive
 from framework.network.layouts import ToMap, layout
 from framework.network.tracing import Node, Trace, Untraceable, Value
+
+
+Counts = Callable[[str, nn.Module], bool]  # whether a module of this name is a block
 
 
 @dataclass(eq=False)
@@ -107,14 +110,22 @@ class Pieces:
         return self.chain.between[item] is not None and self.chain.between[item + 1] is not None
 
 
-def chain_of(network: nn.Module, found: Trace) -> Chain:
-    """The calls of a network, down to its blocks."""
+def chain_of(network: nn.Module, found: Trace, counts: Counts) -> Chain:
+    """The calls of a network, down to its blocks.
+
+    Args:
+        network: any.
+        found: what it computes.
+        counts: which modules are blocks.
+    """
     makers: dict[int, Node] = {}
-    items = [item for node in found.nodes for item in _opened(network, node, found, makers)]
+    items = [item for node in found.nodes for item in _opened(network, node, found, makers, counts)]
     return Chain(network, found, items, makers)
 
 
-def _opened(network: nn.Module, node: Node, found: Trace, makers: dict[int, Node]) -> list[Node]:
+def _opened(
+    network: nn.Module, node: Node, found: Trace, makers: dict[int, Node], counts: Counts
+) -> list[Node]:
     """The node itself, or the calls inside it if one of them is a block between two places where a cut could be."""
     if not node.dependent:
         makers.update(dict.fromkeys(node.defines, node))
@@ -122,11 +133,11 @@ def _opened(network: nn.Module, node: Node, found: Trace, makers: dict[int, Node
     if not node.inner or not node.args or not isinstance(node.args[0], Value) or not isinstance(node.output, Value):
         return [node]
     own: dict[int, Node] = {}
-    inner = [item for child in node.inner for item in _opened(network, child, found, own)]
+    inner = [item for child in node.inner for item in _opened(network, child, found, own, counts)]
     between = alive(inner, node.args[0], node.output, found.dependent)
     for i, item in enumerate(inner):
         alone = between[i] is not None and between[i + 1] is not None
-        if alone and item.kind == "module" and anatomy.is_block(item.target, network.get_submodule(item.target)):
+        if alone and item.kind == "module" and counts(item.target, network.get_submodule(item.target)):
             makers.update(own)
             return inner
     return [node]

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from framework.network import anatomy
 from framework.network.chain import Step
 from framework.network.layouts import ToMap, is_map
-from framework.network.pieces import Pieces, chain_of, steps
+from framework.network.pieces import Counts, Pieces, chain_of, steps
 from framework.network.tracing import Trace, Untraceable, trace
 from framework.runtime.errors import UserError
+
+Opened = Callable[[nn.Module], bool]
 
 #: sides of images that are tried where nobody says which the network takes
 SIDES = (224, 256, 64, 32, 384, 448, 128, 96, 192, 288, 320, 512)
@@ -88,13 +90,20 @@ def structure(network: nn.Module, image_size: int | None = None) -> Structure:
         UserError: it can't be cut; says why.
     """
     try:
-        training, side = _recorded(network, image_size)
-        evaluation = _record(network, side, training=False)
-        larger = _larger(network, side, evaluation)
-        modes = [Pieces(chain_of(network, found), larger) for found in (training, evaluation)]
-        return _structure(modes[0], modes[1])
+        return _found(network, image_size, anatomy.is_block, anatomy.is_sequence)
     except Untraceable as error:
         raise UserError(f"{type(network).__name__} can't be cut into segments: {error}") from error
+
+
+def _found(network: nn.Module, image_size: int | None, counts: Counts, opened: Opened) -> Structure:
+    """The structure by the blocks that ``counts`` finds; if there are none, by single layers."""
+    training, side = _recorded(network, image_size, opened)
+    evaluation = _record(network, side, False, opened)
+    larger = _larger(network, side, evaluation, opened)
+    modes = [Pieces(chain_of(network, found, counts), larger) for found in (training, evaluation)]
+    if counts is anatomy.is_block and any(len(mode.cuts) < 2 for mode in modes):
+        return _found(network, image_size, anatomy.is_layer, anatomy.is_composite)
+    return _structure(modes[0], modes[1])
 
 
 def run_features(network: nn.Module, images: Tensor) -> Any:
@@ -103,32 +112,32 @@ def run_features(network: nn.Module, images: Tensor) -> Any:
     return features(images)
 
 
-def _recorded(network: nn.Module, image_size: int | None) -> tuple[Trace, int]:
+def _recorded(network: nn.Module, image_size: int | None, opened: Opened) -> tuple[Trace, int]:
     """The network in training, and the side of the images that it takes."""
     if image_size is not None:
-        return _record(network, image_size, training=True), image_size
+        return _record(network, image_size, True, opened), image_size
     config = getattr(network, "pretrained_cfg", None) or {}
     first: Untraceable | None = None
     for side in dict.fromkeys((config.get("input_size", (3, 224))[1], *SIDES)):
         try:
-            return _record(network, side, training=True), side
+            return _record(network, side, True, opened), side
         except Untraceable as error:
             first = first or error
     assert first is not None
     raise first
 
 
-def _record(network: nn.Module, side: int, training: bool) -> Trace:
-    return trace(network, run_features, (3, side, side), training, anatomy.is_sequence)
+def _record(network: nn.Module, side: int, training: bool, opened: Opened) -> Trace:
+    return trace(network, run_features, (3, side, side), training, opened)
 
 
-def _larger(network: nn.Module, side: int, small: Trace) -> Trace | None:
+def _larger(network: nn.Module, side: int, small: Trace, opened: Opened) -> Trace | None:
     """The network in evaluation for larger images; ``None`` if it takes none, or all its tensors are plain maps."""
     plain = (len(shape) == 4 and shape[1] != shape[2] == shape[3] for shape in small.shapes.values())
     if all(plain):
         return None
     try:
-        large = _record(network, 2 * side, training=False)
+        large = _record(network, 2 * side, False, opened)
     except Untraceable:
         return None
     same = [(n.kind, n.target) for n in large.nodes] == [(n.kind, n.target) for n in small.nodes]

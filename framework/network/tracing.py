@@ -1,6 +1,6 @@
 """Record what a network computes, call by call, without computing it.
 
-The network's code runs once on fake tensors, which have a shape and no memory. Child modules are recorded as they are
+The network's code runs once on tensors of the device ``meta``, which have a shape and no memory. Child modules are recorded as they are
 called; what stands between them (additions, reshapes, class tokens) is recorded as calls of PyTorch's functions.
 Sizes that the code reads off tensors stay expressions of these tensors, so that what was recorded serves any batch.
 """
@@ -18,7 +18,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 #: images in the batch that is traced: a size that is a multiple of it is taken for one that grows with the batch
@@ -208,12 +207,10 @@ def trace(
     Raises:
         Untraceable: the result is not one tensor, or the code looks at the tensors' values.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton = _skeleton(network, fake).train(training)
+    skeleton = _skeleton(network).train(training)
     recorder = _Recorder(skeleton, opened)
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    with fake, torch.no_grad(), torch.random.fork_rng(devices=[]):
-        images = torch.empty(BATCH, *shape, device=device)
+    with torch.device("meta"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        images = torch.empty(BATCH, *shape)
         image = recorder.number(images)
         recorder.dependent.add(image.number)
         try:
@@ -226,12 +223,12 @@ def trace(
     return recorder.finish(image, output)
 
 
-def _skeleton(network: nn.Module, fake: FakeTensorMode) -> nn.Module:
-    """A copy of the network on fake tensors."""
+def _skeleton(network: nn.Module) -> nn.Module:
+    """A copy of the network without memory."""
     memo: dict[int, Any] = {}
     for module in network.modules():
         for tensor in _tensors(module).values():
-            memo.setdefault(id(tensor), fake.from_tensor(tensor.detach()))
+            memo.setdefault(id(tensor), torch.empty_like(tensor, device="meta"))
     return copy.deepcopy(network, memo)
 
 
@@ -283,6 +280,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.quiet:
+            if func is nn.functional.batch_norm:  # its own shape function takes most of the time of a trace
+                return torch.empty_like(args[0])
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":

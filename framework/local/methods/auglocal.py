@@ -83,7 +83,7 @@ def _sampled_blocks(network: NetworkInfo, segment: int, depth: int) -> tuple[lis
     halvings = 0
     for i in range(1, steps + 1):
         block = network.blocks[round(position + len(later) * i / steps) - 1]
-        out, original = block.channels(network.segments), block.module(network.segments)
+        out, original = block.channels, block.module(network.segments)
         halvings += (out // channels).bit_length() - 1
         stride = 2 if halvings > 0 else 1
         halvings -= stride - 1

@@ -25,7 +25,8 @@ class _Layer(nn.Module):
         self.steps = nn.ModuleList(segment.modules())
         self.heads = nn.ModuleList(dict.fromkeys(unit.head for unit in units))
         for name in segment.own:
-            self.register_parameter(name, segment.backbone.get_parameter(name))
+            if isinstance(tensor := segment.tensor(name), nn.Parameter):
+                self.register_parameter(name.replace(".", "_"), tensor)
 
 
 class Stage(PipelineModule):
