@@ -135,7 +135,8 @@ class Run:
 
     def segments(self, net: LocalNetwork) -> list[Segment]:
         """``net``, of this or another run, cut where this run cuts."""
-        return network.cut(net.backbone, self.recipe.network.cut, self.recipe.network.stem_as_module)
+        own = self.recipe
+        return network.cut(net.backbone, own.network.cut, own.network.stem_as_module, own.data.image_size)
 
     def _load(self, backbone: nn.Module) -> None:
         try:

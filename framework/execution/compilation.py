@@ -30,7 +30,9 @@ def compiled(segment: Segment) -> Callable[[Tensor], Tensor]:
         raise UserError("execution.compile=true: needs a C++ compiler such as g++, and there is none")
     steps = segment.runs(training=True)
     communicates = any(
-        isinstance(module, nn.SyncBatchNorm | SyncBatchNorm) for step in segment.modules() for module in step.modules()
+        isinstance(module, nn.SyncBatchNorm | SyncBatchNorm)
+        for step in segment.modules()
+        for module in step.modules()
     )
     # PyTorch has both settings for the whole process only. Donated buffers are freed by a graph's first backward, and
     # windows go through a graph several times. Segments that differ count as recompilations of one another, of which

@@ -26,9 +26,6 @@ class SoftSharedHead(WrappingHead):
         head: reads the copy's output.
         coefficient: of the penalty.
         norm: whether the sum includes weights of at most one dimension, such as BatchNorm's.
-
-    Raises:
-        UserError: the segment does not work on maps.
     """
 
     copy: nn.Sequential
@@ -36,7 +33,8 @@ class SoftSharedHead(WrappingHead):
     def __init__(
         self, network: NetworkInfo, segment: int, head: Head, coefficient: float, norm: bool = True
     ) -> None:
-        super().__init__("copy", own_copy(network.segments[segment]), head)
+        copied = network.segments[segment]
+        super().__init__("copy", own_copy(copied), head, copied.to_map)
         self._segment, self._coefficient, self._norm = segment, coefficient, norm
         self.reads = tuple(dict.fromkeys((segment, *head.reads)))
         self.penalizes = True

@@ -11,10 +11,10 @@ from torch import nn
 import framework.network.cifar
 import framework.network.presnet
 import framework.network.shufflenet  # noqa: F401  these three register networks with timm
-from framework.network.segments import Cut, Segment, Shape, cut, output_shapes
+from framework.network.segments import Cut, Segment, Shape, cut, output_shapes, outputs
 from framework.runtime.errors import UserError
 
-__all__ = ["Cut", "Segment", "Shape", "create", "cut", "output_shapes"]
+__all__ = ["Cut", "Segment", "Shape", "create", "cut", "output_shapes", "outputs"]
 
 
 def create(name: str, **arguments: Any) -> nn.Module:

@@ -63,7 +63,9 @@ def prefix_tokens(network: nn.Module) -> int:
     return found if isinstance(found, int) else 0
 
 
-def stage_ends(network: nn.Module, items: Sequence[str], blocks: Sequence[int]) -> list[tuple[str, int]] | None:
+def stage_ends(
+    network: nn.Module, items: Sequence[str], blocks: Sequence[int]
+) -> list[tuple[str, int]] | None:
     """Name of every stage, and number of its last block, as the network reports them.
 
     Args:
@@ -72,7 +74,7 @@ def stage_ends(network: nn.Module, items: Sequence[str], blocks: Sequence[int]) 
         blocks: which of the items are blocks.
 
     Returns:
-        ``None`` if it reports none, or only single blocks at one resolution.
+        ``None`` if it reports none, or all at one resolution.
     """
     infos = [info for info in reported(network) if any(_within(item, info["module"]) for item in items)]
     ends: dict[int, str] = {}
@@ -81,8 +83,9 @@ def stage_ends(network: nn.Module, items: Sequence[str], blocks: Sequence[int]) 
         number = sum(i <= last for i in blocks) - 1
         if number >= 0:
             own = any(_within(items[i], info["module"]) for i in blocks)
-            ends[number] = info["module"] if own else items[blocks[number]]
-    if not ends or (len(ends) == len(blocks) and len({info["reduction"] for info in infos}) == 1):
+            name = items[blocks[number]]
+            ends[number] = info["module"] if own else _numbered(name.rpartition(".")[0]) or name
+    if len(ends) < 2 or len({info["reduction"] for info in infos}) == 1:
         return None
     final = len(blocks) - 1
     if final not in ends:  # what follows the last stage that is reported belongs to it
@@ -120,5 +123,3 @@ def _numbered(path: str) -> str:
     while parts and not re.search(r"\d$", parts[-1]):
         parts.pop()
     return ".".join(parts)
-
-

@@ -70,7 +70,9 @@ class Chain:
         return [glue.build(self.trace, nodes, given, wanted, self.makers)]
 
 
-def alive(items: Sequence[Node], given: Value, wanted: Value, dependent: frozenset[int]) -> list[Value | None]:
+def alive(
+    items: Sequence[Node], given: Value, wanted: Value, dependent: frozenset[int]
+) -> list[Value | None]:
     """The one tensor alive before each item and after the last, ``None`` where there are more.
 
     Args:

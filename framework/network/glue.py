@@ -23,6 +23,7 @@ from framework.network.tracing import (
 )
 from framework.runtime.errors import UserError
 
+
 class Calls:
     """Recorded calls as a function of a network and one input; can be copied and pickled.
 
@@ -148,7 +149,9 @@ class _Writer:
                 self.owned[leaf.name] = self.graph.create_node("get_attr", leaf.name)
             return self.owned[leaf.name]
         if isinstance(leaf, Like):
-            return self.graph.call_function(getattr, (self.known.get(leaf.value.number, self.input), leaf.attribute))
+            return self.graph.call_function(
+                getattr, (self.known.get(leaf.value.number, self.input), leaf.attribute)
+            )
         return self._number(leaf) if isinstance(leaf, TracedInt) else leaf
 
     def _number(self, number: TracedInt) -> Any:
@@ -162,7 +165,11 @@ class _Writer:
             return self.graph.call_function(source.function, tuple(arguments))
         if number % BATCH == 0 and number and self.batch % BATCH == 0:
             images = self.graph.call_method("size", (self.input, 0))
-            images = images if self.batch == BATCH else self.graph.call_function(_divide, (images, self.batch // BATCH))
+            images = (
+                images
+                if self.batch == BATCH
+                else self.graph.call_function(_divide, (images, self.batch // BATCH))
+            )
             return images if number == BATCH else self.graph.call_function(_times, (images, number // BATCH))
         image_dependent = isinstance(source, Given) or source.value.number in self.trace.dependent
         self.fixed = self.fixed or image_dependent

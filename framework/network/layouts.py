@@ -6,9 +6,21 @@ from collections.abc import Callable
 from functools import partial
 from math import isqrt
 
-from torch import Tensor
+from torch import Tensor, nn
 
 ToMap = Callable[[Tensor], Tensor]
+
+
+class Mapped(nn.Module):
+    """A layout as a module."""
+
+    def __init__(self, to_map: ToMap) -> None:
+        super().__init__()
+        self.to_map = to_map
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any layout -> (N, C, H, W)."""
+        return self.to_map(x)
 
 
 def is_map(x: Tensor) -> Tensor:
@@ -33,7 +45,9 @@ def from_channels_first_tokens(x: Tensor) -> Tensor:
     return x.unflatten(2, (side, side))
 
 
-def layout(small: tuple[int, ...], large: tuple[int, ...] | None, channels: set[int], prefix: int) -> ToMap | None:
+def layout(
+    small: tuple[int, ...], large: tuple[int, ...] | None, channels: set[int], prefix: int
+) -> ToMap | None:
     """How a tensor of this shape becomes a map; ``None`` if that can't be told.
 
     Args:

@@ -52,8 +52,10 @@ class Pieces:
         body = anatomy.body(self.network, [self.names[i] for i in wide])
         wide = [i for i in wide if self.names[i].partition(".")[0] in body]
         if wide:
-            return [i for i in found if i >= wide[0] and self.names[i].partition(".")[0] in body]
-        lone = [i for i, name in enumerate(self.names) if name and self._lone(i) and anatomy.weighty(get(name))]
+            return [i for i in found if i >= wide[0]]
+        lone = [
+            i for i, name in enumerate(self.names) if name and self._lone(i) and anatomy.weighty(get(name))
+        ]
         found = [i for i in lone if anatomy.is_composite(get(self.names[i]))] or lone
         if not found:
             raise Untraceable("no tensor passes alone between any of its modules")
@@ -124,20 +126,34 @@ def chain_of(network: nn.Module, found: Trace, counts: Counts) -> Chain:
 
 
 def _opened(
-    network: nn.Module, node: Node, found: Trace, makers: dict[int, Node], counts: Counts
+    network: nn.Module, node: Node, found: Trace, makers: dict[int, Node], counts: Counts, level: int = 0
 ) -> list[Node]:
-    """The node itself, or the calls inside it if one of them is a block between two places where a cut could be."""
+    """The node itself, or the calls inside it if one of them is a block between two places where a cut could be.
+
+    Blocks lie in stages, and stages in nothing that is numbered: ``level`` counts numbered modules around the node.
+    """
     if not node.dependent:
         makers.update(dict.fromkeys(node.defines, node))
         return []
-    if not node.inner or not node.args or not isinstance(node.args[0], Value) or not isinstance(node.output, Value):
+    if (
+        not node.inner
+        or not node.args
+        or not isinstance(node.args[0], Value)
+        or not isinstance(node.output, Value)
+    ):
         return [node]
-    own: dict[int, Node] = {}
-    inner = [item for child in node.inner for item in _opened(network, child, found, own, counts)]
+    module, own = network.get_submodule(node.target), dict[int, Node]()
+    level += anatomy.is_block(node.target, module)
+    if level > 1 and counts is anatomy.is_block:
+        return [node]
+    inner = [item for child in node.inner for item in _opened(network, child, found, own, counts, level)]
     between = alive(inner, node.args[0], node.output, found.dependent)
     for i, item in enumerate(inner):
-        alone = between[i] is not None and between[i + 1] is not None
-        if alone and item.kind == "module" and counts(item.target, network.get_submodule(item.target)):
+        if between[i] is None or between[i + 1] is None or item.kind != "module":
+            continue
+        child = network.get_submodule(item.target)
+        wide = anatomy.is_composite(child) or not anatomy.is_composite(module) or counts is anatomy.is_layer
+        if wide and counts(item.target, child):
             makers.update(own)
             return inner
     return [node]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from framework.network.anatomy import reported
 from framework.network.glue import Calls, Glue
 from framework.network.layouts import ToMap, is_map
 from framework.network.partitions import PUBLISHED
@@ -41,6 +42,8 @@ class Segment:
         to_map: from this segment's output to a map (N, C, H, W).
         stages: the network's, for heads that copy blocks of other segments.
         blocks: names of the blocks in it.
+        final: whether the network's features are its output.
+        follows: names of parameters that none of the network's segments use.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class Segment:
         to_map: ToMap = is_map,
         stages: tuple[Stage, ...] = (),
         blocks: tuple[str, ...] = (),
+        final: bool = False,
+        follows: tuple[str, ...] = (),
     ) -> None:
         self.backbone, self.name, self.steps, self.to_map = backbone, name, steps, to_map
-        self.stages, self.blocks = stages, blocks
+        self.stages, self.blocks, self.final, self.follows = stages, blocks, final, follows
         self._one = steps.training == steps.evaluation
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -137,6 +142,8 @@ def cut(
     Raises:
         UserError: the network can't be cut, or not there or into so many; says what is possible.
     """
+    if image_size is not None:
+        _check_size(backbone, image_size)
     parts = structure(backbone, image_size)
     groups = _groups(parts, at, stem_as_module)
     segments = []
@@ -150,22 +157,29 @@ def cut(
         steps = steps.then(parts.tail) if last else steps
         to_map = parts.to_map if last else group.blocks[-1].to_map
         names = tuple(block.name for block in group.blocks)
-        segments.append(Segment(backbone, group.name, steps, to_map, parts.stages, names))
-    _freeze_what_follows(backbone, segments)
+        segments.append(Segment(backbone, group.name, steps, to_map, parts.stages, names, final=last))
+    segments[-1].follows = _frozen_behind(backbone, segments)
     return segments
 
 
-def _freeze_what_follows(backbone: nn.Module, segments: Sequence[Segment]) -> None:
-    """Freeze the children that no step names, and check that everything else that trains is in a segment."""
+def _frozen_behind(backbone: nn.Module, segments: Sequence[Segment]) -> tuple[str, ...]:
+    """Freeze the children that no step names, and check that everything else that trains is in a segment.
+
+    Returns:
+        The names of their parameters.
+    """
+    follows = []
     inside = {p for segment in segments for p in segment.parameters()}
     used = {path.partition(".")[0] for segment in segments for path in (*segment.every_path, *segment.own)}
     for name, parameter in backbone.named_parameters():
         if name.partition(".")[0] not in used:
             parameter.requires_grad_(False)
+            follows.append(name)
         elif parameter.requires_grad and parameter not in inside:
             raise UserError(
                 f"{type(backbone).__name__} can't be cut: parameter {name} is in none of its blocks"
             )
+    return tuple(follows)
 
 
 def _groups(parts: Structure, at: Cut, stem_as_module: bool) -> Sequence[Stage]:
@@ -217,20 +231,33 @@ def _after(parts: Structure, blocks: list[Block], ends: Sequence[str]) -> Sequen
     return [blocks[start:stop] for start, stop in pairwise([0, *stops])]
 
 
-@torch.no_grad()
-def output_shapes(segments: Sequence[Segment], image_size: int) -> tuple[Shape, ...]:
-    """Shape of the map at every segment's output for square images, by running one image in evaluation mode.
-
-    Raises:
-        UserError: the image is too small for the network's downsampling, or not of the one size it takes.
-    """
-    backbone = segments[0].backbone
-    reduction = max((info["reduction"] for info in getattr(backbone, "feature_info", [])), default=1)
+def _check_size(backbone: nn.Module, image_size: int) -> None:
+    reduction = max((info["reduction"] for info in reported(backbone)), default=1)
     if image_size <= reduction // 2:
         raise UserError(
             f"data.image_size={image_size}: too small for {type(backbone).__name__}, which downsamples by "
             f"{reduction}; must be at least {reduction // 2 + 1}"
         )
+
+
+def output_shapes(segments: Sequence[Segment], image_size: int) -> tuple[Shape, ...]:
+    """Shape of the map at every segment's output for square images.
+
+    Raises:
+        UserError: as ``outputs``.
+    """
+    return tuple(shape for shape, _ in outputs(segments, image_size))
+
+
+@torch.no_grad()
+def outputs(segments: Sequence[Segment], image_size: int) -> list[tuple[Shape, tuple[int, ...]]]:
+    """Every segment's output for square images, as a map and as it is, by running one image in evaluation mode.
+
+    Raises:
+        UserError: the image is too small for the network's downsampling, or not of the one size it takes.
+    """
+    backbone = segments[0].backbone
+    _check_size(backbone, image_size)
     training = [m for m in backbone.modules() if m.training]
     parameter = next(backbone.parameters())
     x = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
@@ -239,7 +266,7 @@ def output_shapes(segments: Sequence[Segment], image_size: int) -> tuple[Shape, 
     try:
         for segment in segments:
             x = segment(x)
-            shapes.append(Shape(*segment.to_map(x).shape[1:]))
+            shapes.append((Shape(*segment.to_map(x).shape[1:]), tuple(x.shape[1:])))
     except AssertionError as error:  # timm's transformers have a size
         raise UserError(
             f"data.image_size={image_size}: {error} Set network.args.img_size={image_size}."
@@ -251,4 +278,4 @@ def output_shapes(segments: Sequence[Segment], image_size: int) -> tuple[Shape, 
     finally:
         for module in training:
             module.training = True
-    return tuple(shapes)
+    return shapes

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 from framework.network import anatomy
@@ -89,9 +90,21 @@ def structure(network: nn.Module, image_size: int | None = None) -> Structure:
     Raises:
         UserError: it can't be cut; says why.
     """
+    if any(isinstance(module, PatchDropout) and module.prob > 0 for module in network.modules()):
+        raise UserError("network.args.patch_drop_rate: heads read the whole map, so no patch may be dropped")
     try:
         return _found(network, image_size, anatomy.is_block, anatomy.is_sequence)
     except Untraceable as error:
+        if image_size is not None:
+            structure(network)  # fails if it is not for the size
+            hint = (
+                f" Set network.args.img_size={image_size}."
+                if isinstance(error.__cause__, AssertionError)
+                else ""
+            )
+            raise UserError(
+                f"data.image_size={image_size}: {type(network).__name__} takes no such images: {error}{hint}"
+            ) from error
         raise UserError(f"{type(network).__name__} can't be cut into segments: {error}") from error
 
 
@@ -146,8 +159,10 @@ def _larger(network: nn.Module, side: int, small: Trace, opened: Opened) -> Trac
 
 def _structure(training: Pieces, evaluation: Pieces) -> Structure:
     names = [name for name in training.cuts if name in evaluation.cuts]
-    if not names:
-        raise Untraceable("no tensor of a known layout passes alone between any of its modules")
+    if not names or (len(names) == 1 and min(len(mode.blocks) for mode in (training, evaluation)) > 1):
+        raise Untraceable(
+            "more than one tensor passes between its blocks, or one of a layout that is not known"
+        )
     both = []
     for mode in (training, evaluation):
         end = len(mode.chain.items)
@@ -180,7 +195,8 @@ def _stages(pieces: Pieces, names: list[str], blocks: Sequence[Block]) -> tuple[
         return tuple(Stage(group[-1].name, tuple(group)) for group in evenly(blocks, min(4, len(blocks))))
     starts = [0, *(number + 1 for _, number in ends)]
     return tuple(
-        Stage(name, tuple(blocks[start : number + 1])) for (name, number), start in zip(ends, starts, strict=False)
+        Stage(name, tuple(blocks[start : number + 1]))
+        for (name, number), start in zip(ends, starts, strict=False)
     )
 
 

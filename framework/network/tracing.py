@@ -219,7 +219,9 @@ def trace(
         except Untraceable:
             raise
         except Exception as error:
-            raise Untraceable(str(error).strip().splitlines()[0] if str(error).strip() else repr(error)) from error
+            raise Untraceable(
+                str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            ) from error
     return recorder.finish(image, output)
 
 
@@ -251,7 +253,9 @@ class _Recorder(TorchFunctionMode):
                 self.own.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
         self.nodes: list[Node] = []
         self.dependent: set[int] = set()
-        self.tensors: list[tuple[Tensor, int]] = []  # with their versions; keeps them, so that ids stay theirs
+        self.tensors: list[
+            tuple[Tensor, int]
+        ] = []  # with their versions; keeps them, so that ids stay theirs
         self.numbers: dict[int, int] = {}
         self.likes: dict[Any, Like] = {}
         self.quiet = False
@@ -316,7 +320,11 @@ class _Recorder(TorchFunctionMode):
         if id(tensor) not in self.numbers:
             return result
         value = Value(self.numbers[id(tensor)])
-        sizes = [TracedInt.of(size, Size(value, d)) for d, size in enumerate(tensor.size())] if not self.quiet else []
+        sizes = (
+            [TracedInt.of(size, Size(value, d)) for d, size in enumerate(tensor.size())]
+            if not self.quiet
+            else []
+        )
         if func.__name__ == "numel":
             product = sizes[0] if sizes else result
             for size in sizes[1:]:
@@ -373,7 +381,9 @@ class _Recorder(TorchFunctionMode):
                 if id(leaf) in self.own and id(leaf) not in self.numbers:
                     return Own(self.own[id(leaf)])
                 if id(leaf) not in self.numbers:
-                    raise Untraceable("its code uses a tensor that is neither an argument nor the network's own")
+                    raise Untraceable(
+                        "its code uses a tensor that is neither an argument nor the network's own"
+                    )
                 return Value(self.numbers[id(leaf)])
             if isinstance(leaf, torch.dtype | torch.device) and leaf in self.likes:
                 return self.likes[leaf]
@@ -386,8 +396,12 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(output, Tensor) or id(output) not in self.numbers:
             kind = type(output).__name__ if not isinstance(output, Tensor) else "a tensor of its own"
             raise Untraceable(f"its features are {kind}, and must be one tensor")
-        shapes = {number: tuple(int(s) for s in tensor.size()) for number, (tensor, _) in enumerate(self.tensors)}
-        changed = frozenset(n for n, (tensor, version) in enumerate(self.tensors) if tensor._version != version)
+        shapes = {
+            number: tuple(int(s) for s in tensor.size()) for number, (tensor, _) in enumerate(self.tensors)
+        }
+        changed = frozenset(
+            n for n, (tensor, version) in enumerate(self.tensors) if tensor._version != version
+        )
         value = Value(self.numbers[id(output)])
         return Trace(self.nodes, image, value, shapes, changed, frozenset(self.dependent))
 

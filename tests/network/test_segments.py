@@ -228,8 +228,12 @@ def test_images_that_do_not_fit_are_refused(name: str, image_size: int, message:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("vgg11", {}, "VGG can't be cut into segments; these families can: ResNet, "),
-        ("inception_v3", {}, "InceptionV3 can't be cut"),
+        (
+            "pit_ti_224",
+            {},
+            "PoolingVisionTransformer can't be cut into segments: more than one tensor passes betwe",
+        ),
+        ("coat_tiny", {}, "CoaT can't be cut into segments: its features are list, and must be one tensor"),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate: heads read the whole map"),
     ],
 )

@@ -24,8 +24,9 @@ class _Layer(nn.Module):
         super().__init__()
         self.steps = nn.ModuleList(segment.modules())
         self.heads = nn.ModuleList(dict.fromkeys(unit.head for unit in units))
-        for name in segment.own:
-            if isinstance(tensor := segment.tensor(name), nn.Parameter):
+        for name in (*segment.own, *segment.follows):
+            tensor = segment.tensor(name)
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
                 self.register_parameter(name.replace(".", "_"), tensor)
 
 
