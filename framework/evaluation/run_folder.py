@@ -68,8 +68,7 @@ class Run:
     @property
     def network_arguments(self) -> dict[str, Any]:
         """What timm builds the network with, less weights that the run began with."""
-        begun = ("checkpoint_path", "pretrained")
-        return {k: v for k, v in self.recipe.network.args.items() if k not in begun}
+        return self.recipe.network.architecture
 
     @cached_property
     def splits(self) -> Splits:

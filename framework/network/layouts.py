@@ -45,6 +45,11 @@ def from_channels_first_tokens(x: Tensor) -> Tensor:
     return x.unflatten(2, (side, side))
 
 
+def from_features(x: Tensor) -> Tensor:
+    """(N, C) -> (N, C, 1, 1), a view."""
+    return x[:, :, None, None]
+
+
 def layout(
     small: tuple[int, ...], large: tuple[int, ...] | None, channels: set[int], prefix: int
 ) -> ToMap | None:
@@ -60,7 +65,7 @@ def layout(
         return _of_four(small, large, channels)
     if len(small) == 3:
         return _of_three(small, large, channels, prefix)
-    return None
+    return from_features if len(small) == 2 else None
 
 
 def _of_four(small: tuple[int, ...], large: tuple[int, ...] | None, channels: set[int]) -> ToMap | None:
@@ -81,7 +86,7 @@ def _of_three(
     _, a, b = small
     grows = [x != y for x, y in zip(small[1:], large[1:], strict=True)] if large else None
     if grows in (None, [True, False]):
-        for count in dict.fromkeys((0, prefix)):
+        for count in dict.fromkeys((prefix, 0, 1, 2)):
             squares = [a] if large is None else [a, large[1]]
             if all(length > count and isqrt(length - count) ** 2 == length - count for length in squares):
                 if large is not None or b in channels or a not in channels:

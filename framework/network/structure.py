@@ -119,6 +119,22 @@ def _found(network: nn.Module, image_size: int | None, counts: Counts, opened: O
     return _structure(modes[0], modes[1])
 
 
+def image_side(network: nn.Module, sides: Sequence[int]) -> int:
+    """The first of these sides of images that the network takes.
+
+    Raises:
+        UserError: none.
+    """
+    for side in sides:
+        try:
+            structure(network, side)
+        except UserError as error:
+            last = error
+        else:
+            return side
+    raise last
+
+
 def run_features(network: nn.Module, images: Tensor) -> Any:
     """What is cut: timm's ``forward_features``; of any other network the whole."""
     features: Callable[[Tensor], Any] = getattr(network, "forward_features", network)
@@ -159,7 +175,7 @@ def _larger(network: nn.Module, side: int, small: Trace, opened: Opened) -> Trac
 
 def _structure(training: Pieces, evaluation: Pieces) -> Structure:
     names = [name for name in training.cuts if name in evaluation.cuts]
-    if not names or (len(names) == 1 and min(len(mode.blocks) for mode in (training, evaluation)) > 1):
+    if not names or (len(names) == 1 and anatomy.is_sequence(training.network)):
         raise Untraceable(
             "more than one tensor passes between its blocks, or one of a layout that is not known"
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from framework.config.recipe import Recipe
@@ -19,7 +20,7 @@ from framework.runtime.watchdog import Watchdog
 from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop
 from framework.training.results import leave_results
-from framework.training.resume import restore
+from framework.training.resume import as_it_goes_on, restore
 
 
 def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
@@ -47,6 +48,20 @@ def train_all(read: Callable[[], Iterable[Recipe]]) -> int:
     return EXIT_TRY_AGAIN if request is Request.LEAVE else 0
 
 
+@contextmanager
+def _one_value_named(recipe: Recipe) -> Iterator[None]:
+    """PyTorch's word on a BatchNorm that has nothing to normalize over, as one of the recipe's."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise UserError(
+            f"train.batch_size={recipe.train.batch_size}: too small for data.image_size={recipe.data.image_size}: a "
+            f"BatchNorm gets one value per channel on a rank; take more images a micro-batch, or larger ones"
+        ) from error
+
+
 def train(recipe: Recipe) -> Request:
     """Train from the newest checkpoint on; at the end leave the results.
 
@@ -62,8 +77,9 @@ def train(recipe: Recipe) -> Request:
             f"pipeline.stages={stages}: must divide the number of ranks, {distributed.world_size()}"
         )
     splits = Splits.open(recipe)
+    built = as_it_goes_on(recipe)
     with distributed.same_outcome():
-        net = recipe_network(recipe, splits.num_classes)
+        net = recipe_network(built, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
         if net.plan.supervised and not splits.train.labeled:
             raise UserError(
@@ -79,7 +95,8 @@ def train(recipe: Recipe) -> Request:
                 return score_trained(recipe, engine.whole_net(), splits, recipe.evaluate.images)
 
         loop = Loop(recipe, engine, loader, position, score)
-        request = loop.run(watchdog.step)
+        with _one_value_named(recipe):
+            request = loop.run(watchdog.step)
     if request >= Request.STOP:
         if distributed.is_main():
             print(f"stopped after step {loop.position.step}; the same command goes on from there", flush=True)
