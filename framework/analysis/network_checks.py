@@ -74,7 +74,9 @@ def _unequal(network: torch.nn.Module, at: str, segments: list[Segment], side: i
             x = segment(x)
         network.load_state_dict(state)
         if not torch.equal(x, whole):
-            found.append(f"{at}, {'training' if training else 'evaluation'}: differs by {_error(x, whole):.1e}")
+            found.append(
+                f"{at}, {'training' if training else 'evaluation'}: differs by {_error(x, whole):.1e}"
+            )
     return found
 
 

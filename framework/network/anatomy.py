@@ -74,7 +74,7 @@ def stage_ends(
         blocks: which of the items are blocks.
 
     Returns:
-        ``None`` if it reports none, or all at one resolution.
+        ``None`` if it reports none, nothing if all are of one resolution.
     """
     infos = [info for info in reported(network) if any(_within(item, info["module"]) for item in items)]
     ends: dict[int, str] = {}
@@ -85,7 +85,9 @@ def stage_ends(
             own = any(_within(items[i], info["module"]) for i in blocks)
             name = items[blocks[number]]
             ends[number] = info["module"] if own else _numbered(name.rpartition(".")[0]) or name
-    if len(ends) < 2 or len({info["reduction"] for info in infos}) == 1:
+    if ends and len({info["reduction"] for info in infos}) == 1:
+        return []
+    if len(ends) < 2:
         return None
     final = len(blocks) - 1
     if final not in ends:  # what follows the last stage that is reported belongs to it

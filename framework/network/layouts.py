@@ -88,9 +88,11 @@ def _of_three(
     if grows in (None, [True, False]):
         for count in dict.fromkeys((prefix, 0, 1, 2)):
             squares = [a] if large is None else [a, large[1]]
-            if all(length > count and isqrt(length - count) ** 2 == length - count for length in squares):
-                if large is not None or b in channels or a not in channels:
-                    return partial(from_tokens, prefix=count)
+            square = all(
+                length > count and isqrt(length - count) ** 2 == length - count for length in squares
+            )
+            if square and (large is not None or b in channels or a not in channels):
+                return partial(from_tokens, prefix=count)
     if grows in (None, [False, True]) and isqrt(b) ** 2 == b and (large is not None or a in channels):
         return from_channels_first_tokens
     return None

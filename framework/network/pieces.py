@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from torch import nn
 
@@ -12,7 +13,6 @@ from framework.network import anatomy
 from framework.network.chain import Chain, Step, alive
 from framework.network.layouts import ToMap, layout
 from framework.network.tracing import Node, Trace, Untraceable, Value
-
 
 Counts = Callable[[str, nn.Module], bool]  # whether a module of this name is a block
 
@@ -161,4 +161,4 @@ def _opened(
 
 def steps(chain: Chain, places: Sequence[int]) -> list[tuple[Step, ...]]:
     """The steps between consecutive places."""
-    return [chain.steps(a, b) for a, b in zip(places, places[1:], strict=False)]
+    return [chain.steps(a, b) for a, b in pairwise(places)]

@@ -182,8 +182,8 @@ def _structure(training: Pieces, evaluation: Pieces) -> Structure:
     both = []
     for mode in (training, evaluation):
         end = len(mode.chain.items)
-        stem = mode.stem if training.stem and evaluation.stem else 0
-        both.append(steps(mode.chain, [0, stem, *(mode.cuts[name] for name in names), end]))
+        start = mode.stem if training.stem and evaluation.stem else 0
+        both.append(steps(mode.chain, [0, start, *(mode.cuts[name] for name in names), end]))
     stem, *middle, tail = (Steps(*pair) for pair in zip(*both, strict=True))
     blocks = []
     for name, own in zip(names, middle, strict=True):
@@ -206,8 +206,8 @@ def _meta(shape: tuple[int, ...]) -> Tensor:
 def _stages(pieces: Pieces, names: list[str], blocks: Sequence[Block]) -> tuple[Stage, ...]:
     """As the network reports its stages, or by the modules that hold the blocks, or four of equal size."""
     ends = anatomy.stage_ends(pieces.network, pieces.names, [pieces.names.index(name) for name in names])
-    ends = ends or anatomy.parents(names)
-    if ends is None:
+    ends = anatomy.parents(names) if ends is None else ends
+    if not ends:
         return tuple(Stage(group[-1].name, tuple(group)) for group in evenly(blocks, min(4, len(blocks))))
     starts = [0, *(number + 1 for _, number in ends)]
     return tuple(

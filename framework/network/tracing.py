@@ -1,7 +1,8 @@
 """Record what a network computes, call by call, without computing it.
 
-The network's code runs once on tensors of the device ``meta``, which have a shape and no memory. Child modules are recorded as they are
-called; what stands between them (additions, reshapes, class tokens) is recorded as calls of PyTorch's functions.
+The network's code runs once on tensors of the device ``meta``, which have a shape and no memory. Child modules are
+recorded as they are called; what stands between them (additions, reshapes, class tokens) is recorded as calls of
+PyTorch's functions.
 Sizes that the code reads off tensors stay expressions of these tensors, so that what was recorded serves any batch.
 """
 

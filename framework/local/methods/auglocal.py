@@ -91,7 +91,7 @@ def _sampled_blocks(network: NetworkInfo, segment: int, depth: int) -> tuple[lis
 
 
 def _is_basic(block: nn.Module) -> bool:
-    """Whether its first convolution is a plain 3x3, as in a basic block; a wide block of another kind gets a bottleneck."""
+    """Whether its first convolution is a plain 3x3, as in a basic block; other kinds are stood for by a bottleneck."""
     from torch import nn
 
     convolutions = [module for module in block.modules() if isinstance(module, nn.Conv2d)]

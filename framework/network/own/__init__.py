@@ -40,5 +40,7 @@ def load(name: str) -> Callable[..., nn.Module]:
     module = import_found(f"{__name__}.{name}")
     create = vars(module).get("create")
     if not callable(create):
-        raise UserError(f"{module.__file__}: must define create(**arguments), which returns a torch.nn.Module")
+        raise UserError(
+            f"{module.__file__}: must define create(**arguments), which returns a torch.nn.Module"
+        )
     return cast(Callable[..., nn.Module], create)
