@@ -49,9 +49,14 @@ class Calls:
                 f"{type(root).__name__} was cut for images of one size: a segment got {tuple(x.shape[1:])} in place "
                 f"of {self.size}"
             )
+        self.prepare(root)
+        assert self._function is not None
+        return self._function(root, x)
+
+    def prepare(self, root: nn.Module) -> None:
+        """Make the function, which ``torch.compile`` can't do."""
         if self._function is None:
             self._function = type(fx.GraphModule(root, self.graph)).forward  # finds all in its first argument
-        return self._function(root, x)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Calls) and (str(self.graph), self.size) == (str(other.graph), other.size)
@@ -75,6 +80,7 @@ class Glue(nn.Module):
     def __init__(self, root: nn.Module, calls: Calls) -> None:
         super().__init__()
         self._root, self._calls = (root,), calls  # a tuple is not registered
+        calls.prepare(root)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ...) -> (N, ...)."""
