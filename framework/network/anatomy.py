@@ -42,6 +42,11 @@ def is_sequence(module: nn.Module) -> bool:
     return any(is_block(name, child) or is_sequence(child) for name, child in module.named_children())
 
 
+def has_blocks(network: nn.Module) -> bool:
+    """Whether it has several."""
+    return sum(is_block(name, module) for name, module in network.named_modules() if name) > 1
+
+
 def reported(network: nn.Module) -> list[dict[str, Any]]:
     """What timm says of the network's stages; nothing for other networks."""
     found = getattr(network, "feature_info", [])

@@ -175,7 +175,7 @@ def _larger(network: nn.Module, side: int, small: Trace, opened: Opened) -> Trac
 
 def _structure(training: Pieces, evaluation: Pieces) -> Structure:
     names = [name for name in training.cuts if name in evaluation.cuts]
-    if not names or (len(names) == 1 and anatomy.is_sequence(training.network)):
+    if not names or (len(names) == 1 and anatomy.has_blocks(training.network)):
         raise Untraceable(
             "more than one tensor passes between its blocks, or one of a layout that is not known"
         )

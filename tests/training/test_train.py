@@ -301,4 +301,6 @@ def test_one_value_for_a_batchnorm_is_told(tmp_path: Path, pool: PoolOf) -> None
     """One image on maps of one pixel."""
     argv = arguments(tmp_path, "method.name=dgl", "method.head.kind=mlp", "train.accumulation=64")
     [error] = pool(1).run(run, argv)
-    assert "a BatchNorm gets one value per channel" in error and error.startswith("train.batch_size=64: too small")
+    assert "a BatchNorm gets one value per channel" in error and error.startswith(
+        "train.batch_size=64: too small"
+    )
