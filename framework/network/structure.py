@@ -177,7 +177,7 @@ def _structure(training: Pieces, evaluation: Pieces) -> Structure:
     names = [name for name in training.cuts if name in evaluation.cuts]
     if not names or (len(names) == 1 and anatomy.has_blocks(training.network)):
         raise Untraceable(
-            "more than one tensor passes between its blocks, or one of a layout that is not known"
+            "more than one tensor passes between its blocks, or one of unknown layout, or they share parameters"
         )
     both = []
     for mode in (training, evaluation):
