@@ -7,20 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from framework.network.tracing import (
-    BATCH,
-    Computed,
-    Given,
-    Like,
-    Node,
-    Own,
-    Size,
-    Trace,
-    TracedInt,
-    Value,
-    leaves,
-    mapped,
-)
+from framework.network.tracing import Node, Trace
+from framework.network.values import BATCH, Computed, Given, Like, Own, Size, TracedInt, Value, leaves, mapped
 from framework.runtime.errors import UserError
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from framework.network import anatomy
 from framework.network.chain import Chain, Step, alive
 from framework.network.layouts import ToMap, layout
-from framework.network.tracing import Node, Trace, Untraceable, Value
+from framework.network.tracing import Node, Trace, Untraceable
+from framework.network.values import Value
 
 Counts = Callable[[str, nn.Module], bool]  # whether a module of this name is a block
 
