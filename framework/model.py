@@ -59,14 +59,14 @@ def local_network(
     chosen = methods.load(method)
     options = chosen.Options() if options is None else options
     backbone = networks.create(network) if isinstance(network, str) else network
-    segments = networks.cut(backbone, cut, stem_as_module)
+    segments = networks.cut(backbone, cut, stem_as_module, image_size)
     plan = chosen.plan(NetworkInfo.of(segments, image_size, num_classes, mean, std), options)
     if plan.execution != options.execution:
         raise UserError(f"method.name={method}: its plan must be made with execution=options.execution")
     frozen: list[Segment] = []
     if (alone := plan.execution.module) is not None:
         plan, frozen, segments = plan.only(alone), segments[:alone], segments[alone : alone + 1]
-        trained = set(segments[0].parameters())
+        trained = {*segments[0].parameters(), *(p for head in plan.heads for p in head.parameters())}
         for parameter in backbone.parameters():
             parameter.requires_grad_(parameter in trained)
     net = LocalNetwork(backbone, segments, plan, precision, channels_last, frozen, skip_nonfinite)
@@ -116,7 +116,9 @@ def parts(recipe: Recipe) -> Iterator[Recipe]:
     backbone = networks.create(network.name, **network.args)
     folders = [
         Path(recipe.run_dir) / f"module-{module:02d}"
-        for module in range(len(networks.cut(backbone, network.cut, network.stem_as_module)))
+        for module in range(
+            len(networks.cut(backbone, network.cut, network.stem_as_module, recipe.data.image_size))
+        )
     ]
     for module, folder in enumerate(folders):
         begin = {"checkpoint_path": str(folders[module - 1] / "backbone.safetensors")} if module else {}

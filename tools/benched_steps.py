@@ -171,7 +171,7 @@ def head_times(network: LocalNetwork, batch: Batch, rounds: int) -> list[dict[st
                     unit: LocalUnit = unit, segment: Segment = segment, wanted: list[torch.Tensor] = wanted
                 ) -> None:
                     with network.autocast(wanted[0]):
-                        loss = unit.head(segment.to_map(wanted[0]), batch)
+                        loss = unit.head(unit.head.seen(segment, wanted[0]), batch)
                     torch.autograd.grad(loss, wanted)
 
                 seconds = statistics.median(measure([run], rounds)[0])

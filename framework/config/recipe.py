@@ -46,6 +46,11 @@ class Network:
     channels_last: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """``args`` less the weights that a training begins with."""
+        return {k: v for k, v in self.args.items() if k not in ("checkpoint_path", "pretrained")}
+
 
 @dataclass(frozen=True)
 class Method:

@@ -191,7 +191,7 @@ def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
             for segment in net.segments[unit.first : unit.last + 1]:
                 x = segment(x)
             with FlopCounterMode(display=False) as counter:
-                unit.head(net.segments[unit.last].to_map(x), batch)
+                unit.head(unit.head.seen(net.segments[unit.last], x), batch)
         parameters = sum(p.numel() for p in unit.head.parameters() if p.requires_grad)
         yield UnitCost(
             unit.name,

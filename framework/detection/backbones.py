@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from framework import network
 from framework.detection.layouts import RESNETS, to_own_backbone
-from framework.network.structure import structure
+from framework.network.structure import Steps, structure
 from framework.runtime.errors import UserError
 
 STRIDES = {
@@ -174,5 +174,6 @@ def _set_norm(bottom_up: nn.Module, norm: str) -> None:
     converters[norm](bottom_up)
 
 
-def _sequence(net: nn.Module, names: tuple[str, ...]) -> nn.Sequential:
+def _sequence(net: nn.Module, steps: Steps) -> nn.Sequential:
+    names = [step for step in steps.evaluation if isinstance(step, str)]
     return nn.Sequential(OrderedDict((name, net.get_submodule(name)) for name in names))

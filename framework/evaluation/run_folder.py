@@ -68,8 +68,7 @@ class Run:
     @property
     def network_arguments(self) -> dict[str, Any]:
         """What timm builds the network with, less weights that the run began with."""
-        begun = ("checkpoint_path", "pretrained")
-        return {k: v for k, v in self.recipe.network.args.items() if k not in begun}
+        return self.recipe.network.architecture
 
     @cached_property
     def splits(self) -> Splits:
@@ -135,7 +134,8 @@ class Run:
 
     def segments(self, net: LocalNetwork) -> list[Segment]:
         """``net``, of this or another run, cut where this run cuts."""
-        return network.cut(net.backbone, self.recipe.network.cut, self.recipe.network.stem_as_module)
+        own = self.recipe
+        return network.cut(net.backbone, own.network.cut, own.network.stem_as_module, own.data.image_size)
 
     def _load(self, backbone: nn.Module) -> None:
         try:

@@ -21,21 +21,18 @@ def compiled(segment: Segment) -> Callable[[Tensor], Tensor]:
     computes the gradients of weights and input together, so a pass for the input's alone costs as much as both.
 
     Raises:
-        UserError: there is no compiler, or a step of the segment is no module.
+        UserError: there is no compiler.
     """
     from torch._dynamo import config as dynamo  # takes seconds
     from torch._functorch import config as functorch
 
     if not has_compiler():
         raise UserError("execution.compile=true: needs a C++ compiler such as g++, and there is none")
-    steps = segment.modules()
-    if len(steps) < len(segment.paths):
-        network = type(segment.backbone).__name__
-        raise UserError(
-            f"execution.compile=true: can't compile {network}: of {', '.join(segment.paths)} not all are modules"
-        )
+    steps = segment.runs(training=True)
     communicates = any(
-        isinstance(module, nn.SyncBatchNorm | SyncBatchNorm) for step in steps for module in step.modules()
+        isinstance(module, nn.SyncBatchNorm | SyncBatchNorm)
+        for step in segment.modules()
+        for module in step.modules()
     )
     # PyTorch has both settings for the whole process only. Donated buffers are freed by a graph's first backward, and
     # windows go through a graph several times. Segments that differ count as recompilations of one another, of which

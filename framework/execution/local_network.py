@@ -23,6 +23,7 @@ from framework.execution.program import Program
 from framework.execution.replay_buffer import ReplayBufferStrategy
 from framework.execution.step import RoutedStep
 from framework.local.units import Plan
+from framework.network import pooling
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
 from framework.runtime.distributed import any_over_ranks
@@ -176,8 +177,10 @@ class LocalNetwork(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Pooled output of the last segment: (N, 3, H, W) -> (N, C) float32 or better."""
-        x = self._last_map(images).mean((2, 3))
+        """Pooled output of the last segment, as the network pools it: (N, 3, H, W) -> (N, D) float32 or better."""
+        x = self._last_output(images)
+        with self.autocast(x):
+            x = pooling.features(self.segments[-1], x)
         return x if x.dtype == torch.float64 else x.float()
 
     @property
@@ -188,8 +191,9 @@ class LocalNetwork(nn.Module):
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """Logits of the head on the last segment, (N, 3, H, W) -> (N, classes)."""
+        head = self.plan.units[-1].head
         with self.autocast(images):
-            return self.plan.units[-1].head.predict(self._last_map(images))
+            return head.predict(head.seen(self.segments[-1], self._last_output(images)))
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The precision in which segments and heads run."""
@@ -224,12 +228,12 @@ class LocalNetwork(nn.Module):
     def _laid_out(self, images: Tensor) -> Tensor:
         return images.to(memory_format=self.layout)
 
-    def _last_map(self, images: Tensor) -> Tensor:
+    def _last_output(self, images: Tensor) -> Tensor:
         x = self.run_frozen(self._laid_out(images))
         with self.autocast(x):
             for segment in self.segments:
                 x = segment(x)
-        return self.segments[-1].to_map(x)
+        return x
 
     def _train(self, batch: Batch) -> StepOutput:
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
@@ -254,7 +258,7 @@ class LocalNetwork(nn.Module):
             for segment, program in zip(self.segments, self.program.segment_programs, strict=True):
                 x = segment(x)
                 for call in program.heads:
-                    loss = call.head(segment.to_map(x), batch)
+                    loss = call.head(call.head.seen(segment, x), batch)
                     losses.update(dict.fromkeys(call.units, loss))
         return _output(self.plan, losses, self.penalty())
 

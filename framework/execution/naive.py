@@ -48,7 +48,7 @@ def naive_gradients(
                 x = segments[s](x)
             boundary.setdefault(s + 1, x.detach())
         with network.autocast(x):
-            loss = unit.head(segments[unit.last].to_map(x), batch)
+            loss = unit.head(unit.head.seen(segments[unit.last], x), batch)
         losses[u] = loss.detach()
         learning = [p for s in unit.learns for p in segments[s].parameters()]
         learning += [p for p in unit.head.parameters() if p.requires_grad]

@@ -84,7 +84,7 @@ class RoutedStep:
                 continue
             x = self.outputs[s].detach().requires_grad_()
             with self.program.autocast(x):
-                loss = call.head(self.program.segments[s].to_map(x), self.batch)
+                loss = call.head(call.head.seen(self.program.segments[s], x), self.batch)
             self.losses.update(dict.fromkeys(call.units, loss.detach()))
             factor = self.program.weight(call) * self._scale(call)
             cotangent, *gradients = torch.autograd.grad(loss * factor, [x, *call.parameters])
@@ -153,7 +153,7 @@ class RoutedStep:
     def _embed(self, s: int, call: HeadCall) -> None:
         x = self.outputs[s].detach().requires_grad_()
         with self.program.autocast(x):
-            embedding = call.head.embed(self.program.segments[s].to_map(x))
+            embedding = call.head.embed(call.head.seen(self.program.segments[s], x))
         self.embeddings[call] = (x, embedding)
 
     def _backward_embedding(self, s: int, call: HeadCall, loss: Tensor, gradient: Tensor) -> None:

@@ -9,16 +9,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from framework.network import Segment
+from framework.network.parts import part
 
 
 def own_copy(segment: Segment) -> nn.Sequential:
-    """A copy of what a segment runs.
-
-    Raises:
-        UserError: the segment takes no maps, as heads do.
-    """
-    segment.check_maps()
-    return nn.Sequential(*(copy.deepcopy(module) for module in segment.modules()))
+    """A copy of what a segment runs, in the layout of the network."""
+    module = copy.deepcopy(part(segment.backbone, segment.steps))
+    return module if type(module) is nn.Sequential and len(segment.paths) > 1 else nn.Sequential(module)
 
 
 class EmaCopy(nn.Module):

@@ -27,10 +27,13 @@ def build_decoder(network: NetworkInfo, shape: Shape, patches: int, large: bool)
         patches: 1, or 4 for a decoder of its own on each quarter of the image.
         large: three hidden convolutions on the way to full resolution, or one at full resolution.
     """
-    halves = 1 if patches == 1 else 2
-    part = Shape(shape.channels, shape.height // halves, shape.width // halves)
-    target = (network.image.height // halves, network.image.width // halves)
-    return Decoder([_trunk(part, target, large) for _ in range(patches)], network)
+    parts = _areas(shape.height, shape.width, patches)
+    targets = _areas(network.image.height, network.image.width, patches)
+    trunks = [
+        _trunk(Shape(shape.channels, *_size(part)), _size(target), large)
+        for part, target in zip(parts, targets, strict=True)
+    ]
+    return Decoder(trunks, network)
 
 
 class Decoder(Head):
@@ -66,16 +69,31 @@ def _trunk(shape: Shape, target: tuple[int, int], large: bool) -> nn.Module:
     layers = conv_bn_relu(channels, 128, 1) if large else []
     channels, at = 128 if large else channels, (size[0], size[1])
     for out, part in ((32, 4), (12, 2)) if large else ((12, 1),):
-        larger = (target[0] // part, target[1] // part)
+        larger = (max(1, target[0] // part), max(1, target[1] // part))
         layers += [ResizedConv(channels, out, at, larger), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
         channels, at = out, larger
     return nn.Sequential(*layers, ResizedConv(channels, 3, at, target, bias=True))
 
 
 def _patches(x: Tensor, count: int) -> list[Tensor]:
+    return [x[:, :, rows, columns] for rows, columns in _areas(x.shape[2], x.shape[3], count)]
+
+
+def _areas(height: int, width: int, count: int) -> list[tuple[slice, slice]]:
+    """The whole, or its quarters row by row; of an odd side the first half is longer, and one pixel is in both."""
     if count == 1:
-        return [x]
-    return [quarter for half in x.chunk(2, 2) for quarter in half.chunk(2, 3)]
+        return [(slice(0, height), slice(0, width))]
+    return [(rows, columns) for rows in _halves(height) for columns in _halves(width)]
+
+
+def _halves(side: int) -> tuple[slice, slice]:
+    first = (side + 1) // 2
+    return slice(0, first), slice(min(first, side - 1), side)
+
+
+def _size(area: tuple[slice, slice]) -> tuple[int, int]:
+    rows, columns = area
+    return rows.stop - rows.start, columns.stop - columns.start
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

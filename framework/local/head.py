@@ -6,7 +6,7 @@ kind of head it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -17,6 +17,8 @@ from framework.local.needs import Need
 from framework.local.objectives import Objective
 from framework.network import Segment
 from framework.network.layers import initialize
+from framework.network.layouts import ToMap, is_map
+from framework.network.pooling import NetworkPooling
 
 
 class Head(nn.Module):
@@ -35,6 +37,8 @@ class Head(nn.Module):
         reads: segments whose weights the head looks at, in one of the last three methods below.
         penalizes: whether ``penalty`` gives one.
         kind: name of its trunk, if that has one, for tables of plans.
+        native: whether it gets the segment's output in the network's own layout (tokens with a class token, for
+            instance) and not as a map (V*B, C, H, W). Of heads that run copies of the network's blocks.
         may_lag: whether ``before_step`` may be called later than the optimizer's step, as long as it is called with
             the same weights and before the head's next forward. Pipeline stages then need not wait for each other.
     """
@@ -47,11 +51,16 @@ class Head(nn.Module):
     reads: tuple[int, ...] = ()
     penalizes: bool = False
     kind: str = ""
+    native: bool = False
     may_lag: bool = True
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """The loss."""
         return self.loss(x, batch)
+
+    def seen(self, segment: Segment, x: Tensor) -> Tensor:
+        """What the head gets of a segment's output ``x``."""
+        return x if self.native else segment.to_map(x)
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
         """Scalar loss of a segment's output as a map ``x`` (V*B, C, H, W)."""
@@ -101,13 +110,14 @@ class TrunkHead(Head):
             here.
         objective: maps those and the batch to a scalar loss.
         kind: of trunk, for tables of plans.
+        native: whether the trunk works in the network's own layout.
     """
 
     separable = True
 
-    def __init__(self, trunk: nn.Module, objective: Objective, kind: str = "") -> None:
+    def __init__(self, trunk: nn.Module, objective: Objective, kind: str = "", native: bool = False) -> None:
         super().__init__()
-        self.trunk, self.objective, self.kind = trunk, objective, kind
+        self.trunk, self.objective, self.kind, self.native = trunk, objective, kind, native
         self.needs, self.contrasts = objective.needs, objective.contrasts
         self.fewest_images, self.classifies = objective.fewest_images, objective.classifies
         initialize(self.trunk)
@@ -125,20 +135,53 @@ class TrunkHead(Head):
         return self.trunk(x)
 
 
+class PooledHead(TrunkHead):
+    """A trunk that begins with the network's own pooling, whose parameters it trains; they stay the network's.
+
+    Args:
+        segment: the network's last.
+        layers: what follows the pooling.
+        objective: as in ``TrunkHead``.
+        pools_with: names of the network's parameters that the pooling uses.
+        kind: as in ``TrunkHead``.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        layers: Sequence[nn.Module],
+        objective: Objective,
+        pools_with: Sequence[str],
+        kind: str = "",
+    ) -> None:
+        super().__init__(nn.Sequential(NetworkPooling(segment), *layers), objective, kind, native=True)
+        self._segment, self._pools_with = (segment,), tuple(pools_with)
+        for name in pools_with:
+            segment.backbone.get_parameter(name).requires_grad_()
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Its own, and those of the network's pooling; these have names in the network alone."""
+        yield from super().parameters(recurse)
+        backbone = self._segment[0].backbone
+        yield from (backbone.get_parameter(name) for name in self._pools_with)
+
+
 class WrappingHead(Head):
-    """A head behind a module that transforms its input; everything else is the inner head's.
+    """A head behind copies of blocks, which transform its input; everything else is the inner head's.
 
     Args:
         name: attribute under which the module is registered; part of its parameters' names.
-        module: maps the segment's output to the inner head's input.
+        module: the copies, which work in the layout of the network.
         head: the inner head.
+        to_map: turns their output into the map that the inner head gets.
     """
 
     head: Head
+    native = True
 
-    def __init__(self, name: str, module: nn.Module, head: Head) -> None:
+    def __init__(self, name: str, module: nn.Module, head: Head, to_map: ToMap = is_map) -> None:
         super().__init__()
-        self._name = name
+        self._name, self._to_map = name, to_map
         self.add_module(name, module)
         self.head = head
         self.needs, self.contrasts, self.fewest_images = head.needs, head.contrasts, head.fewest_images
@@ -148,7 +191,7 @@ class WrappingHead(Head):
 
     def transform(self, x: Tensor) -> Tensor:
         """The inner head's input."""
-        return self.get_submodule(self._name)(x)
+        return self._to_map(self.get_submodule(self._name)(x))
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
         return self.head(self.transform(x), batch)

@@ -50,16 +50,22 @@ class Classifier:
         Raises:
             UserError: there is no such kind.
         """
-        from framework.local.head import TrunkHead
+        from torch import nn
+
+        from framework.local.head import PooledHead, TrunkHead
         from framework.local.objectives import CrossEntropy, SupCon
         from framework.local.trunks import TRUNKS
 
         if self.kind not in TRUNKS:  # a recipe's was checked before
             raise UserError(f"Classifier({self.kind!r}): its kind must be one of {', '.join(TRUNKS)}")
-        trunk, shape = TRUNKS[self.kind], shape or network.shapes[segment]
-        if self.task == "contrast":
-            return TrunkHead(trunk(shape, EMBEDDING), SupCon(), self.kind)
-        return TrunkHead(trunk(shape, network.num_classes), CrossEntropy(), self.kind)
+        contrast = self.task == "contrast"
+        objective, out = (SupCon(), EMBEDDING) if contrast else (CrossEntropy(), network.num_classes)
+        if self.kind == "linear" and shape is None and (pooled := network.pooling(segment)) is not None:
+            channels, names = pooled
+            return PooledHead(
+                network.segments[segment], [nn.Linear(channels, out)], objective, names, self.kind
+            )
+        return TrunkHead(TRUNKS[self.kind](shape or network.shapes[segment], out), objective, self.kind)
 
 
 @dataclass
@@ -121,28 +127,37 @@ class Projection:
         """
         from torch import nn
 
-        from framework.local.head import TrunkHead
+        from framework.local.head import PooledHead, TrunkHead
         from framework.local.trunks import mlp
         from framework.network.layers import GlobalAveragePool
+        from framework.network.layouts import Mapped
 
         blocks, channels = self._blocks(network, segment, shape or network.shapes[segment])
+        pooled = network.pooling(segment) if shape is None and not blocks else None
+        channels = pooled[0] if pooled else channels
         published = (2, channels, 128) if self.objective == "infonce" else (3, 8192, 8192)
-        layers, hidden, dim = (
+        count, hidden, dim = (
             own or default
             for own, default in zip((self.layers, self.proj_hidden, self.dim), published, strict=True)
         )
-        widths = [channels, *[hidden] * (layers - 1), dim]
-        trunk = nn.Sequential(*blocks, GlobalAveragePool(), *mlp(widths, self.proj_bn))
-        return TrunkHead(trunk, self._objective())
+        widths = [channels, *[hidden] * (count - 1), dim]
+        layers = mlp(widths, self.proj_bn)
+        if pooled:
+            return PooledHead(network.segments[segment], layers, self._objective(), pooled[1])
+        trunk = nn.Sequential(*blocks, GlobalAveragePool(), *layers)
+        return TrunkHead(trunk, self._objective(), native=any(isinstance(b, Mapped) for b in blocks))
 
     def _blocks(self, network: NetworkInfo, segment: int, shape: Shape) -> tuple[list[nn.Module], int]:
         """What comes before the pooling, and the channels that enter it."""
         from framework.local.copies import own_copy
         from framework.local.trunks import residual_block
+        from framework.network.layouts import Mapped, is_map
 
         reach = {"none": 0, "next_stage": 1, "full_network": len(network)}[self.dec_trunk]
         copied = range(segment + 1, min(segment + 1 + reach, len(network)))
         blocks = [module for s in copied for module in own_copy(network.segments[s])]
+        if copied and (to_map := network.segments[copied[-1]].to_map) is not is_map:
+            blocks.append(Mapped(to_map))
         channels = network.shapes[copied[-1]].channels if copied else shape.channels
         top = segment == len(network) - 1
         for i in range(self.conv_blocks if self.dec_on_top or not top else 0):

@@ -44,7 +44,7 @@ class LamBuilder:
         """The LAM on the end of a segment, and the shape of its output.
 
         Raises:
-            UserError: the blocks do not fit on top of each other, or do not work on maps.
+            UserError: the blocks do not fit on top of each other.
         """
         return self._lam(segment, self.blocks(segment))
 
@@ -57,7 +57,7 @@ class LamBuilder:
 
         lam = Lam(blocks, self.network.segments, self.copies)
         try:
-            return lam, lam.output_shape(self.network.shapes[segment])
+            return lam, lam.output_shape(self.network.outputs[segment])
         except RuntimeError as error:
             copied = ", ".join(b.name for b in blocks)
             name = self.network.names[segment]
@@ -80,7 +80,7 @@ class LamBuilder:
             return [by_name[wanted] for wanted in self.lists[name]]
         # A segment that is the stem alone, without a block, is treated like the first block.
         end = max(0, sum(b.segment <= segment for b in blocks) - 1)
-        widths = [b.channels(self.network.segments) for b in blocks]
+        widths = [b.channels for b in blocks]
         of_stages = tuple({b.stage: width for b, width in zip(blocks, widths, strict=True)}.values())
         modules = len({b.segment for b in blocks})
         listed = lam_tables.published(of_stages, blocks, modules, blocks[end])
@@ -90,7 +90,6 @@ class LamBuilder:
         return lam_tables.by_rule(by_width, by_width[end])
 
     def _later_blocks(self, segment: int) -> list[Block]:
-        self.network.segments[segment].check_maps()
         later = [b for b in self.network.blocks if b.segment > segment]
         if not later:
             name = self.network.names[segment]

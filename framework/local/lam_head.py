@@ -19,6 +19,7 @@ from framework.local.copies import EmaCopy, PulledCopy
 from framework.local.head import Head, WrappingHead
 from framework.local.lam_copies import Copies
 from framework.network import Segment, Shape
+from framework.network.layouts import is_map
 
 
 class Lam(nn.Module):
@@ -35,6 +36,8 @@ class Lam(nn.Module):
         modules = [block.module(segments) for block in blocks]
         self.copies = copies
         self.followed = tuple(blocks if copies.form == "ema_chain" else blocks[:1])
+        self.maps = blocks[0].to_map is is_map
+        self.to_map = blocks[-1].to_map
         first, others = modules[: len(self.followed)], modules[len(self.followed) :]
         self.aug: nn.ModuleList
         self.ema: nn.ModuleList
@@ -49,8 +52,8 @@ class Lam(nn.Module):
             self.ema = nn.ModuleList(self._following)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) at the segment's end -> (N, C', H', W') as at the end of the last block."""
-        if x.device.type == "cpu" and x.is_contiguous():
+        """What there is at the segment's end -> the same at the end of the last block, in the network's layout."""
+        if self.maps and x.device.type == "cpu" and x.is_contiguous():
             x = _ChannelsLast.apply(x)  # a tenth faster on the CPU
         for block, average in zip_longest(self.aug, self.ema):
             x = block(x) if average is None else block(x) + average(x)
@@ -74,12 +77,12 @@ class Lam(nn.Module):
         return LamHead(self, head, updated)
 
     @torch.no_grad()
-    def output_shape(self, shape: Shape) -> Shape:
-        """Shape of the output for an input of ``shape``, by running one image."""
+    def output_shape(self, shape: tuple[int, ...]) -> Shape:
+        """Shape of the output as a map for an input of ``shape``, by running one image."""
         was_training = self.training
         x = self.eval()(next(self.parameters()).new_zeros(1, *shape))
         self.train(was_training)
-        return Shape(*x.shape[1:])
+        return Shape(*self.to_map(x).shape[1:])
 
 
 class _ChannelsLast(torch.autograd.Function):
@@ -106,7 +109,7 @@ class LamHead(WrappingHead):
     lam: Lam
 
     def __init__(self, lam: Lam, head: Head, updated: bool = True) -> None:
-        super().__init__("lam", lam, head)
+        super().__init__("lam", lam, head, lam.to_map)
         self._updated, self._when = updated, lam.copies.when
         own = dict.fromkeys(block.segment for block in lam.followed)
         self.reads = tuple(dict.fromkeys((*own, *head.reads)))

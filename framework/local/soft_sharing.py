@@ -11,6 +11,7 @@ from framework.local.copies import own_copy
 from framework.local.head import Head, WrappingHead
 from framework.local.units import NetworkInfo
 from framework.network import Segment
+from framework.network.parts import part
 
 
 class SoftSharedHead(WrappingHead):
@@ -25,9 +26,6 @@ class SoftSharedHead(WrappingHead):
         head: reads the copy's output.
         coefficient: of the penalty.
         norm: whether the sum includes weights of at most one dimension, such as BatchNorm's.
-
-    Raises:
-        UserError: the segment does not work on maps.
     """
 
     copy: nn.Sequential
@@ -35,14 +33,17 @@ class SoftSharedHead(WrappingHead):
     def __init__(
         self, network: NetworkInfo, segment: int, head: Head, coefficient: float, norm: bool = True
     ) -> None:
-        super().__init__("copy", own_copy(network.segments[segment]), head)
+        copied = network.segments[segment]
+        super().__init__("copy", own_copy(copied), head, copied.to_map)
         self._segment, self._coefficient, self._norm = segment, coefficient, norm
         self.reads = tuple(dict.fromkeys((segment, *head.reads)))
         self.penalizes = True
 
     def penalty(self, segments: Sequence[Segment]) -> Tensor:
         """Scalar."""
-        pairs = zip(self.copy.parameters(), segments[self._segment].parameters(), strict=True)
+        segment = segments[self._segment]
+        original = part(segment.backbone, segment.steps)
+        pairs = zip(self.copy.parameters(), original.parameters(), strict=True)
         kept = [(a, b) for a, b in pairs if self._norm or a.ndim > 1]
         own = self._coefficient * torch.stack([(a - b).square().sum() for a, b in kept]).sum()
         inner = super().penalty(segments)

@@ -26,6 +26,7 @@ class NetworkInfo:
     Attributes:
         segments: in forward order; a head may copy their blocks.
         shapes: of every segment's output (channels, height, width).
+        outputs: of the same in the network's own layout, (tokens, channels) for instance.
         image: shape of the images.
         mean: subtracted from the images' channels, whose values lie in [0, 1].
         std: what the channels were then divided by.
@@ -34,6 +35,7 @@ class NetworkInfo:
 
     segments: tuple[Segment, ...]
     shapes: tuple[Shape, ...]
+    outputs: tuple[tuple[int, ...], ...]
     image: Shape
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -53,10 +55,12 @@ class NetworkInfo:
         Raises:
             UserError: the image is too small for the network, or not of the one size that it takes.
         """
-        from framework.network import Shape, output_shapes
+        from framework.network import Shape, outputs
 
-        shapes = output_shapes(segments, image_size)
-        return cls(tuple(segments), shapes, Shape(3, image_size, image_size), mean, std, num_classes)
+        found = outputs(segments, image_size)
+        shapes = tuple(shape for shape, _ in found)
+        own = tuple(output for _, output in found)
+        return cls(tuple(segments), shapes, own, Shape(3, image_size, image_size), mean, std, num_classes)
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -66,6 +70,12 @@ class NetworkInfo:
     def names(self) -> tuple[str, ...]:
         """Names of the segments."""
         return tuple(segment.name for segment in self.segments)
+
+    def pooling(self, segment: int) -> tuple[int, tuple[str, ...]] | None:
+        """See ``network.pooling.own_pooling``."""
+        from framework.network.pooling import own_pooling
+
+        return own_pooling(self.segments[segment], self.outputs[segment])
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:

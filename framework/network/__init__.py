@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,20 +13,34 @@ from torch import nn
 import framework.network.cifar
 import framework.network.presnet
 import framework.network.shufflenet  # noqa: F401  these three register networks with timm
-from framework.network.segments import Cut, Segment, Shape, cut, output_shapes
+from framework.network import own
+from framework.network.segments import Cut, Segment, Shape, cut, output_shapes, outputs
 from framework.runtime.errors import UserError
 
-__all__ = ["Cut", "Segment", "Shape", "create", "cut", "output_shapes"]
+__all__ = ["Cut", "Segment", "Shape", "create", "cut", "output_shapes", "outputs"]
 
 
 def create(name: str, **arguments: Any) -> nn.Module:
-    """A timm network without its classifier; ``arguments`` go to ``timm.create_model``.
+    """A timm network without its classifier, or one of ``framework/network/own``.
+
+    Args:
+        name: timm's, or that of a file in ``own``.
+        arguments: go to ``timm.create_model``, or to the file's ``create``.
 
     Raises:
-        UserError: timm (and this package) know no such network, or it refuses the arguments.
+        UserError: nobody knows such a network, or it refuses the arguments; names the argument where that can be told.
     """
-    if not timm.is_model(name.split(".")[0]):
-        near = get_close_matches(name, timm.list_models(), n=1)
+    if arguments.get("in_chans", 3) != 3:
+        raise UserError(f"network.args.in_chans={arguments['in_chans']}: images have 3 channels")
+    checkpoint = arguments.get("checkpoint_path")
+    if checkpoint and not Path(checkpoint).is_file():
+        raise UserError(f"network.args.checkpoint_path={checkpoint}: no such file")
+    if name in own.names():
+        make = own.load(name)
+    elif timm.is_model(name.split(".")[0]):
+        make = partial(timm.create_model, name, num_classes=0)
+    else:
+        near = get_close_matches(name, [*timm.list_models(), *own.names()], n=1)
         raise UserError(
             f"network.name={name}: no such network" + (f"; did you mean {near[0]}?" if near else "")
         )
@@ -34,10 +50,21 @@ def create(name: str, **arguments: Any) -> nn.Module:
         if rate and not 0 <= value < 1:
             raise UserError(f"network.args.{key}={value}: must be at least 0 and below 1")
     try:
-        return timm.create_model(name, num_classes=0, **arguments)
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"network.args={arguments}: {name} refuses them: {reason}") from error
-    except Exception as error:  # timm checks little; the text of a KeyError alone says nothing
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"network.args={arguments}: {name} refuses them: {reason}") from error
+        return make(**arguments)
+    except Exception as error:  # whatever timm, its network or the user's file does with the arguments
+        raise UserError(_refusal(name, arguments, error)) from error
+
+
+def _refusal(name: str, arguments: dict[str, Any], error: Exception) -> str:
+    """One line: which argument, and what was wrong with it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    what = f"{type(error).__name__}: {' '.join(lines[:2])[:200]}" if lines else type(error).__name__
+    if "." in name and "tag" in what.lower():
+        return f"network.name={name}: {what}"
+    if arguments.get("checkpoint_path"):
+        return f"network.args.checkpoint_path={arguments['checkpoint_path']}: can't be loaded into {name}: {what}"
+    if arguments.get("pretrained") and isinstance(error, OSError | EOFError):
+        return f"network.args.pretrained=true: the weights of {name} can't be fetched: {what}"
+    if isinstance(error, TypeError | ValueError) and lines:
+        what = " ".join(lines[:2])
+    return f"network.args={arguments}: {name} refuses them: {what}"

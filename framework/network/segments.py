@@ -7,15 +7,18 @@ of timm, and when a child is replaced (by SyncBatchNorm, for instance) the segme
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from framework.network.anatomy import reported
+from framework.network.glue import Calls, Glue
+from framework.network.layouts import ToMap, is_map
 from framework.network.partitions import PUBLISHED
-from framework.network.structure import Block, Stage, Structure, ToMap, evenly, is_map, structure
+from framework.network.structure import Block, Stage, Steps, Structure, evenly, structure
 from framework.runtime.errors import UserError
 
 Cut = str | int | Sequence[str]
@@ -35,101 +38,148 @@ class Segment:
     Args:
         backbone: the whole network.
         name: what tables and metrics call the segment (``"layer2"``, ``"layer2.0"``).
-        paths: dotted names, in order, of children or methods of the backbone.
+        steps: children of the backbone by their dotted names, and what stands between them.
         to_map: from this segment's output to a map (N, C, H, W).
-        own: parameters of the backbone itself that the methods in ``paths`` use (class token ...).
+        stages: the network's, for heads that copy blocks of other segments.
+        blocks: names of the blocks in it.
+        final: whether the network's features are its output.
+        follows: names of parameters that none of the network's segments use.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
         name: str,
-        paths: tuple[str, ...],
+        steps: Steps,
         to_map: ToMap = is_map,
-        own: tuple[str, ...] = (),
+        stages: tuple[Stage, ...] = (),
+        blocks: tuple[str, ...] = (),
+        final: bool = False,
+        follows: tuple[str, ...] = (),
     ) -> None:
-        self.backbone, self.name, self.paths, self.to_map, self.own = backbone, name, paths, to_map, own
+        self.backbone, self.name, self.steps, self.to_map = backbone, name, steps, to_map
+        self.stages, self.blocks, self.final, self.follows = stages, blocks, final, follows
+        self._one = steps.training == steps.evaluation
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map the previous segment's output, or the images (N, 3, H, W), to this segment's output.
 
         The output has the network's own layout, tokens (N, L, C) for instance; ``to_map`` makes it a map.
         """
-        for path in self.paths:
-            x = attrgetter(path)(self.backbone)(x)
+        for step in self.steps.training if self._one or self.training else self.steps.evaluation:
+            x = step(self.backbone, x) if isinstance(step, Calls) else self.backbone.get_submodule(step)(x)
         return x
 
     def __repr__(self) -> str:
         return f"Segment({self.name}: {', '.join(self.paths)})"
 
-    def modules(self) -> list[nn.Module]:
-        """The children in order; a step that is a method of the backbone is not among them."""
-        steps = (attrgetter(path)(self.backbone) for path in self.paths)
-        return [step for step in steps if isinstance(step, nn.Module)]
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Dotted names of the children that run in training, in order."""
+        steps = self.steps.training
+        return tuple(p for step in steps for p in (step.paths if isinstance(step, Calls) else (step,)))
 
-    def check_maps(self) -> None:
-        """Raises:
-        UserError: the segment does not work on maps (N, C, H, W), so that no head can run a copy of it.
-        """
-        if self.to_map is not is_map:
-            network = type(self.backbone).__name__
-            raise UserError(f"no head can copy blocks of {network}: they do not work on maps (N, C, H, W)")
+    @cached_property
+    def own(self) -> tuple[str, ...]:
+        """Dotted names of tensors that what stands between children uses (class token ...)."""
+        calls = [step for mode in self.steps for step in mode if isinstance(step, Calls)]
+        return tuple(dict.fromkeys(name for step in calls for name in step.own))
+
+    @property
+    def training(self) -> bool:
+        """Whether any of its children is in training mode."""
+        modules = self.modules()
+        return any(module.training for module in modules) if modules else self.backbone.training
+
+    def runs(self, training: bool) -> list[nn.Module]:
+        """What it runs in order, in this mode."""
+        steps = self.steps.training if training else self.steps.evaluation
+        backbone = self.backbone
+        return [Glue(backbone, s) if isinstance(s, Calls) else backbone.get_submodule(s) for s in steps]
+
+    def modules(self) -> list[nn.Module]:
+        """The children that it runs, in either mode, in order."""
+        return [self.backbone.get_submodule(path) for path in self.every_path]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable parameters, each once."""
-        for module in self.modules():
-            yield from (p for p in module.parameters() if p.requires_grad)
-        own = (self.backbone.get_parameter(name) for name in self.own)
-        yield from (p for p in own if p.requires_grad)
+        own = [tensor for name in self.own if isinstance(tensor := self.tensor(name), nn.Parameter)]
+        inside = (p for module in self.modules() for p in module.parameters())
+        yield from (p for p in dict.fromkeys([*inside, *own]) if p.requires_grad)
+
+    def tensor(self, name: str) -> Tensor:
+        """One of ``own``."""
+        path, _, last = name.rpartition(".")
+        found = getattr(self.backbone.get_submodule(path), last)
+        assert isinstance(found, Tensor)
+        return found
+
+    @cached_property
+    def every_path(self) -> tuple[str, ...]:
+        steps = [*self.steps.training, *self.steps.evaluation]
+        paths = (p for step in steps for p in (step.paths if isinstance(step, Calls) else (step,)))
+        return tuple(dict.fromkeys(paths))
 
 
-def cut(backbone: nn.Module, at: Cut = "stage", stem_as_module: bool = False) -> list[Segment]:
+def cut(
+    backbone: nn.Module, at: Cut = "stage", stem_as_module: bool = False, image_size: int | None = None
+) -> list[Segment]:
     """Cut a network into segments, which run in order equal its ``forward_features``.
 
-    Children that only ``forward_head`` uses (the norm after ConvNeXt's pooling, the convolution after
+    Parameters that ``forward_features`` does not use (the norm after ConvNeXt's pooling, the convolution after
     MobileNetV3's) are frozen: no local unit could train them.
 
     Args:
-        backbone: a network of a family in ``structure``.
+        backbone: a timm network, or any module that maps images to one tensor.
         at: ``"stage"`` gives one segment a downsampling stage (LoCo), ``"block"`` one a block (MLAAN). A
             number K gives K segments: the published partition, or else groups of blocks as even as possible.
             A list names the block or stage that ends each segment. What follows the last block joins it.
         stem_as_module: the stem is a segment of its own and counts in K (InfoPro and DGL at K=16 or 55).
             Otherwise it is part of the first segment; a K of one more than there are blocks then still gives one
             segment a block, because MLAAN's paper counts the stem (ResNet-32 has 15 blocks; K=16 gives 15 segments).
+        image_size: side of the images in pixels, which some networks are cut for; ``None`` tries some sizes.
 
     Raises:
         UserError: the network can't be cut, or not there or into so many; says what is possible.
     """
-    parts = structure(backbone)
+    if image_size is not None:
+        _check_size(backbone, image_size)
+    parts = structure(backbone, image_size)
     groups = _groups(parts, at, stem_as_module)
-    paths = [[step for block in stage.blocks for step in block.steps] for stage in groups]
-    names = [stage.name for stage in groups]
+    segments = []
     if stem_as_module:
-        names.insert(0, "stem")
-        paths.insert(0, [])
-    paths[0][:0] = parts.stem
-    paths[-1] += parts.tail
-    own = tuple(name for name, _ in backbone.named_parameters(recurse=False))
-    segments = [
-        Segment(backbone, name, tuple(steps), parts.to_map, own if i == 0 else ())
-        for i, (name, steps) in enumerate(zip(names, paths, strict=True))
-    ]
-    _freeze_what_follows(backbone, segments)
+        segments.append(Segment(backbone, "stem", parts.stem, parts.stem_map, parts.stages))
+    for i, group in enumerate(groups):
+        first, last = i == 0 and not stem_as_module, i == len(groups) - 1
+        steps = parts.stem if first else Steps()
+        for block in group.blocks:
+            steps = steps.then(block.steps)
+        steps = steps.then(parts.tail) if last else steps
+        to_map = parts.to_map if last else group.blocks[-1].to_map
+        names = tuple(block.name for block in group.blocks)
+        segments.append(Segment(backbone, group.name, steps, to_map, parts.stages, names, final=last))
+    segments[-1].follows = _frozen_behind(backbone, segments)
     return segments
 
 
-def _freeze_what_follows(backbone: nn.Module, segments: Sequence[Segment]) -> None:
-    """Freeze the children that no step names, and check that everything else that trains is in a segment."""
+def _frozen_behind(backbone: nn.Module, segments: Sequence[Segment]) -> tuple[str, ...]:
+    """Freeze the children that no step names, and check that everything else that trains is in a segment.
+
+    Returns:
+        The names of their parameters.
+    """
+    follows = []
     inside = {p for segment in segments for p in segment.parameters()}
-    used = {path.partition(".")[0] for segment in segments for path in (*segment.paths, *segment.own)}
+    used = {path.partition(".")[0] for segment in segments for path in (*segment.every_path, *segment.own)}
     for name, parameter in backbone.named_parameters():
         if name.partition(".")[0] not in used:
             parameter.requires_grad_(False)
+            follows.append(name)
         elif parameter.requires_grad and parameter not in inside:
             raise UserError(
                 f"{type(backbone).__name__} can't be cut: parameter {name} is in none of its blocks"
             )
+    return tuple(follows)
 
 
 def _groups(parts: Structure, at: Cut, stem_as_module: bool) -> Sequence[Stage]:
@@ -181,20 +231,33 @@ def _after(parts: Structure, blocks: list[Block], ends: Sequence[str]) -> Sequen
     return [blocks[start:stop] for start, stop in pairwise([0, *stops])]
 
 
-@torch.no_grad()
-def output_shapes(segments: Sequence[Segment], image_size: int) -> tuple[Shape, ...]:
-    """Shape of the map at every segment's output for square images, by running one image in evaluation mode.
-
-    Raises:
-        UserError: the image is too small for the network's downsampling, or not of the one size it takes.
-    """
-    backbone = segments[0].backbone
-    reduction = max((info["reduction"] for info in getattr(backbone, "feature_info", [])), default=1)
+def _check_size(backbone: nn.Module, image_size: int) -> None:
+    reduction = max((info["reduction"] for info in reported(backbone)), default=1)
     if image_size <= reduction // 2:
         raise UserError(
             f"data.image_size={image_size}: too small for {type(backbone).__name__}, which downsamples by "
             f"{reduction}; must be at least {reduction // 2 + 1}"
         )
+
+
+def output_shapes(segments: Sequence[Segment], image_size: int) -> tuple[Shape, ...]:
+    """Shape of the map at every segment's output for square images.
+
+    Raises:
+        UserError: as ``outputs``.
+    """
+    return tuple(shape for shape, _ in outputs(segments, image_size))
+
+
+@torch.no_grad()
+def outputs(segments: Sequence[Segment], image_size: int) -> list[tuple[Shape, tuple[int, ...]]]:
+    """Every segment's output for square images, as a map and as it is, by running one image in evaluation mode.
+
+    Raises:
+        UserError: the image is too small for the network's downsampling, or not of the one size it takes.
+    """
+    backbone = segments[0].backbone
+    _check_size(backbone, image_size)
     training = [m for m in backbone.modules() if m.training]
     parameter = next(backbone.parameters())
     x = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
@@ -203,7 +266,7 @@ def output_shapes(segments: Sequence[Segment], image_size: int) -> tuple[Shape, 
     try:
         for segment in segments:
             x = segment(x)
-            shapes.append(Shape(*segment.to_map(x).shape[1:]))
+            shapes.append((Shape(*segment.to_map(x).shape[1:]), tuple(x.shape[1:])))
     except AssertionError as error:  # timm's transformers have a size
         raise UserError(
             f"data.image_size={image_size}: {error} Set network.args.img_size={image_size}."
@@ -215,4 +278,4 @@ def output_shapes(segments: Sequence[Segment], image_size: int) -> tuple[Shape, 
     finally:
         for module in training:
             module.training = True
-    return tuple(shapes)
+    return shapes

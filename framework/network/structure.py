@@ -1,196 +1,222 @@
-"""What a network is made of: stem, blocks grouped in stages, tail. One short function a family.
+"""What a network is made of: stem, blocks grouped in stages, tail; found by recording what it computes.
 
-A step is the dotted name of a child of the backbone, or of one of its methods (``_pos_embed``).
+Blocks are the numbered children of its lists and stages (``layer2.0``, ``blocks.3``); what stands before a block, such
+as a downsampling, belongs to it. One segment may end where another begins only if one tensor passes between them, which
+nothing changes in place afterwards, whose layout is known, and no parameter serves on both sides. Training and
+evaluation are recorded apart, and may differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from math import isqrt
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from timm.models.convnext import ConvNeXt
-from timm.models.densenet import DenseNet
-from timm.models.efficientnet import EfficientNet
-from timm.models.mobilenetv3 import MobileNetV3
-from timm.models.regnet import RegNet
-from timm.models.resnet import ResNet
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import PatchDropout
 from torch import Tensor, nn
 
-from framework.network.convnet import ConvNet
+from framework.network import anatomy
+from framework.network.chain import Step
+from framework.network.layouts import ToMap, is_map
+from framework.network.pieces import Counts, Pieces, chain_of, steps
+from framework.network.tracing import Trace, Untraceable, trace
 from framework.runtime.errors import UserError
 
-ToMap = Callable[[Tensor], Tensor]
+Opened = Callable[[nn.Module], bool]
+
+#: sides of images that are tried where nobody says which the network takes
+SIDES = (224, 256, 64, 32, 384, 448, 128, 96, 192, 288, 320, 512)
+
+
+class Steps(NamedTuple):
+    """What runs in order, in training and in evaluation."""
+
+    training: tuple[Step, ...] = ()
+    evaluation: tuple[Step, ...] = ()
+
+    def then(self, other: Steps) -> Steps:
+        """Both in order."""
+        return Steps(self.training + other.training, self.evaluation + other.evaluation)
 
 
 class Block(NamedTuple):
-    """The smallest piece that a cut may leave whole: its name, and the steps that it runs in order."""
+    """The smallest piece that a cut may leave whole.
+
+    Attributes:
+        name: dotted, of the last of the network's blocks in it.
+        steps: what it runs.
+        to_map: turns its output into the map (N, C, H, W) that heads read.
+        channels: of that map.
+    """
 
     name: str
-    steps: tuple[str, ...]
+    steps: Steps
+    to_map: ToMap
+    channels: int
 
 
 class Stage(NamedTuple):
-    """Blocks at one resolution."""
+    """Blocks that belong together, at one resolution as a rule."""
 
     name: str
     blocks: tuple[Block, ...]
 
 
 class Structure(NamedTuple):
-    """Steps of ``forward_features``, in order, and the layout of what passes between them.
+    """Steps of ``forward_features``, in order.
 
     Attributes:
         stem: before the first block.
+        stem_map: turns its output into a map.
         stages: the blocks.
         tail: after the last block.
-        to_map: turns an activation into the map (N, C, H, W) that heads read.
+        to_map: turns its output into a map.
     """
 
-    stem: tuple[str, ...]
+    stem: Steps
+    stem_map: ToMap
     stages: tuple[Stage, ...]
-    tail: tuple[str, ...]
+    tail: Steps
     to_map: ToMap
 
 
-def structure(backbone: nn.Module) -> Structure:
+def structure(network: nn.Module, image_size: int | None = None) -> Structure:
     """Stem, stages and tail of a network.
 
-    Raises:
-        UserError: its family is not known here.
-    """
-    for kind, family in _FAMILIES.items():
-        # A subclass with a forward of its own does not run the steps that are listed here.
-        if isinstance(backbone, kind) and type(backbone).forward_features is kind.forward_features:
-            return family(backbone)
-    names = ", ".join(kind.__name__ for kind in _FAMILIES)
-    raise UserError(f"{type(backbone).__name__} can't be cut into segments; these families can: {names}")
-
-
-def is_map(x: Tensor) -> Tensor:
-    """(N, C, H, W) as it is."""
-    return x
-
-
-def _from_channels_last(x: Tensor) -> Tensor:
-    """(N, H, W, C) -> (N, C, H, W), a view."""
-    return x.permute(0, 3, 1, 2)
-
-
-def _from_tokens(x: Tensor, prefix: int) -> Tensor:
-    """(N, prefix + side * side, C) -> (N, C, side, side), without the class and register tokens; a view."""
-    side = isqrt(x.shape[1] - prefix)
-    return x[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
-
-
-def _resnet(net: nn.Module) -> Structure:
-    children = [name for name, _ in net.named_children()]
-    stages = [name for name in children if name.startswith("layer")]
-    first, end = children.index(stages[0]), children.index(stages[-1]) + 1
-    tail = children[end : children.index("global_pool")]
-    return Structure(tuple(children[:first]), _stages(net, stages), tuple(tail), is_map)
-
-
-def _regnet(net: nn.Module) -> Structure:
-    return Structure(("stem",), _stages(net, ("s1", "s2", "s3", "s4")), ("final_conv",), is_map)
-
-
-def _convnext(net: nn.Module) -> Structure:
-    return Structure(("stem",), _downsampled_stages(net, "stages"), ("norm_pre",), is_map)
-
-
-def _swin(net: nn.Module) -> Structure:
-    return Structure(("patch_embed",), _downsampled_stages(net, "layers"), ("norm",), _from_channels_last)
-
-
-def _efficientnet(net: nn.Module) -> Structure:
-    return Structure(("conv_stem", "bn1"), _stages_by_resolution(net), ("conv_head", "bn2"), is_map)
-
-
-def _mobilenet(net: nn.Module) -> Structure:
-    """``conv_head`` comes after the pooling."""
-    return Structure(("conv_stem", "bn1"), _stages_by_resolution(net), (), is_map)
-
-
-def _densenet(net: nn.Module) -> Structure:
-    """All layers of a dense block end in one concatenation, so the dense block is the smallest block."""
-    names = [f"features.{name}" for name in _children(net, "features")]
-    dense = [i for i, name in enumerate(names) if "denseblock" in name]
-    stem, *transitions = [tuple(names[start + 1 : end]) for start, end in pairwise([-1, *dense])]
-    before: list[tuple[str, ...]] = [(), *transitions]
-    blocks = [Block(names[i], (*steps, names[i])) for i, steps in zip(dense, before, strict=True)]
-    stages = tuple(Stage(block.name, (block,)) for block in blocks)
-    return Structure(stem, stages, tuple(names[dense[-1] + 1 :]), is_map)
-
-
-def _vision_transformer(net: nn.Module) -> Structure:
-    """One resolution throughout, so a "stage" is a quarter of the blocks.
+    Args:
+        network: any, whose ``forward_features``, or else ``forward``, maps images to one tensor.
+        image_size: side of the images; ``None`` tries some.
 
     Raises:
-        UserError: patches are dropped in training, which leaves no map for heads to read.
+        UserError: it can't be cut; says why.
     """
-    if not isinstance(net.patch_drop, nn.Identity):
+    if any(isinstance(module, PatchDropout) and module.prob > 0 for module in network.modules()):
         raise UserError("network.args.patch_drop_rate: heads read the whole map, so no patch may be dropped")
-    blocks = [Block(name, (name,)) for name in (f"blocks.{i}" for i in _children(net, "blocks"))]
-    stages = [Stage(group[-1].name, tuple(group)) for group in evenly(blocks, 4)]
-    prefix = cast(int, net.num_prefix_tokens)
-    stem = ("patch_embed", "_pos_embed", "norm_pre")
-    return Structure(stem, tuple(stages), ("norm",), partial(_from_tokens, prefix=prefix))
+    try:
+        return _found(network, image_size, anatomy.is_block, anatomy.is_sequence)
+    except Untraceable as error:
+        if image_size is not None:
+            structure(network)  # fails if it is not for the size
+            hint = (
+                f" Set network.args.img_size={image_size}."
+                if isinstance(error.__cause__, AssertionError)
+                else ""
+            )
+            raise UserError(
+                f"data.image_size={image_size}: {type(network).__name__} takes no such images: {error}{hint}"
+            ) from error
+        raise UserError(f"{type(network).__name__} can't be cut into segments: {error}") from error
+
+
+def _found(network: nn.Module, image_size: int | None, counts: Counts, opened: Opened) -> Structure:
+    """The structure by the blocks that ``counts`` finds; if there are none, by single layers."""
+    training, side = _recorded(network, image_size, opened)
+    evaluation = _record(network, side, False, opened)
+    larger = _larger(network, side, evaluation, opened)
+    modes = [Pieces(chain_of(network, found, counts), larger) for found in (training, evaluation)]
+    if counts is anatomy.is_block and any(len(mode.cuts) < 2 for mode in modes):
+        return _found(network, image_size, anatomy.is_layer, anatomy.is_composite)
+    return _structure(modes[0], modes[1])
+
+
+def image_side(network: nn.Module, sides: Sequence[int]) -> int:
+    """The first of these sides of images that the network takes.
+
+    Raises:
+        UserError: none.
+    """
+    for side in sides:
+        try:
+            structure(network, side)
+        except UserError as error:
+            last = error
+        else:
+            return side
+    raise last
+
+
+def run_features(network: nn.Module, images: Tensor) -> Any:
+    """What is cut: timm's ``forward_features``; of any other network the whole."""
+    features: Callable[[Tensor], Any] = getattr(network, "forward_features", network)
+    return features(images)
+
+
+def _recorded(network: nn.Module, image_size: int | None, opened: Opened) -> tuple[Trace, int]:
+    """The network in training, and the side of the images that it takes."""
+    if image_size is not None:
+        return _record(network, image_size, True, opened), image_size
+    config = getattr(network, "pretrained_cfg", None) or {}
+    first: Untraceable | None = None
+    for side in dict.fromkeys((config.get("input_size", (3, 224))[1], *SIDES)):
+        try:
+            return _record(network, side, True, opened), side
+        except Untraceable as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _record(network: nn.Module, side: int, training: bool, opened: Opened) -> Trace:
+    return trace(network, run_features, (3, side, side), training, opened)
+
+
+def _larger(network: nn.Module, side: int, small: Trace, opened: Opened) -> Trace | None:
+    """The network in evaluation for larger images; ``None`` if it takes none, or all its tensors are plain maps."""
+    plain = (len(shape) == 4 and shape[1] != shape[2] == shape[3] for shape in small.shapes.values())
+    if all(plain):
+        return None
+    try:
+        large = _record(network, 2 * side, False, opened)
+    except Untraceable:
+        return None
+    same = [(n.kind, n.target) for n in large.nodes] == [(n.kind, n.target) for n in small.nodes]
+    return large if same and large.shapes.keys() == small.shapes.keys() else None
+
+
+def _structure(training: Pieces, evaluation: Pieces) -> Structure:
+    names = [name for name in training.cuts if name in evaluation.cuts]
+    if not names or (len(names) == 1 and anatomy.has_blocks(training.network)):
+        raise Untraceable(
+            "more than one tensor passes between its blocks, or one of unknown layout, or they share parameters"
+        )
+    both = []
+    for mode in (training, evaluation):
+        end = len(mode.chain.items)
+        start = mode.stem if training.stem and evaluation.stem else 0
+        both.append(steps(mode.chain, [0, start, *(mode.cuts[name] for name in names), end]))
+    stem, *middle, tail = (Steps(*pair) for pair in zip(*both, strict=True))
+    blocks = []
+    for name, own in zip(names, middle, strict=True):
+        place = evaluation.cuts[name]
+        to_map = evaluation.to_map(place)
+        assert to_map is not None
+        channels = to_map(_meta(evaluation.shape(place))).shape[1]
+        blocks.append(Block(name, own, to_map, channels))
+    last = evaluation.to_map(len(evaluation.chain.items)) or blocks[-1].to_map
+    stem_map = evaluation.to_map(evaluation.stem) or is_map
+    return Structure(stem, stem_map, _stages(evaluation, names, blocks), tail, last)
+
+
+def _meta(shape: tuple[int, ...]) -> Tensor:
+    from torch import empty
+
+    return empty(shape, device="meta")
+
+
+def _stages(pieces: Pieces, names: list[str], blocks: Sequence[Block]) -> tuple[Stage, ...]:
+    """As the network reports its stages, or by the modules that hold the blocks, or four of equal size."""
+    ends = anatomy.stage_ends(pieces.network, pieces.names, [pieces.names.index(name) for name in names])
+    ends = anatomy.parents(names) if ends is None else ends
+    if not ends:
+        return tuple(Stage(group[-1].name, tuple(group)) for group in evenly(blocks, min(4, len(blocks))))
+    starts = [0, *(number + 1 for _, number in ends)]
+    return tuple(
+        Stage(name, tuple(blocks[start : number + 1]))
+        for (name, number), start in zip(ends, starts, strict=False)
+    )
 
 
 def evenly(blocks: Sequence[Block], groups: int) -> list[Sequence[Block]]:
     """Consecutive groups as equal as possible."""
     ends = [len(blocks) * i // groups for i in range(groups + 1)]
     return [blocks[start:end] for start, end in pairwise(ends)]
-
-
-def _stages(net: nn.Module, names: Iterable[str]) -> tuple[Stage, ...]:
-    """Stages whose children are the blocks."""
-    return tuple(
-        Stage(name, tuple(Block(f"{name}.{b}", (f"{name}.{b}",)) for b in _children(net, name)))
-        for name in names
-    )
-
-
-def _downsampled_stages(net: nn.Module, path: str) -> tuple[Stage, ...]:
-    """Stages of the form ``downsample``, ``blocks``; the first block begins with the former."""
-    stages = []
-    for name in (f"{path}.{i}" for i in _children(net, path)):
-        first, *others = (f"{name}.blocks.{b}" for b in _children(net, f"{name}.blocks"))
-        blocks = (Block(first, (f"{name}.downsample", first)), *(Block(other, (other,)) for other in others))
-        stages.append(Stage(name, blocks))
-    return tuple(stages)
-
-
-def _stages_by_resolution(net: nn.Module) -> tuple[Stage, ...]:
-    """Stages of ``blocks``, those of one resolution together under the name of the last."""
-    reported = {info["module"] for info in net.feature_info}  # type: ignore[union-attr]
-    stages: list[Stage] = []
-    blocks: tuple[Block, ...] = ()
-    for stage in _stages(net, [f"blocks.{i}" for i in _children(net, "blocks")]):
-        blocks += stage.blocks
-        if stage.name in reported:
-            stages.append(Stage(stage.name, blocks))
-            blocks = ()
-    return tuple(stages)
-
-
-def _children(net: nn.Module, path: str) -> list[str]:
-    return [name for name, _ in net.get_submodule(path).named_children()]
-
-
-_FAMILIES: dict[type[Any], Callable[[nn.Module], Structure]] = {
-    ResNet: _resnet,
-    ConvNet: _resnet,
-    RegNet: _regnet,
-    ConvNeXt: _convnext,
-    SwinTransformer: _swin,
-    EfficientNet: _efficientnet,
-    MobileNetV3: _mobilenet,
-    DenseNet: _densenet,
-    VisionTransformer: _vision_transformer,
-}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,17 @@ def _chosen(recipe: Recipe, run_dir: Path) -> Path | None:
             f"resume=never: {run_dir} already holds {folder.name}; name another run_dir, or resume=auto"
         )
     return folder if folder or own else Path(recipe.resume)
+
+
+def as_it_goes_on(recipe: Recipe) -> Recipe:
+    """The recipe, without the weights that training began with if it goes on: they may be gone since.
+
+    Raises:
+        UserError: as ``restore``.
+    """
+    if _chosen(recipe, Path(recipe.run_dir)) is None:
+        return recipe
+    return replace(recipe, network=replace(recipe.network, args=recipe.network.architecture))
 
 
 class EffectiveBatch(NamedTuple):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from framework.runtime.run_lock import held
 from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop
 from framework.training.results import leave_results
-from framework.training.resume import contrasted_images, restore
+from framework.training.resume import as_it_goes_on, contrasted_images, restore
 
 
 def train_all(read: Callable[[], Iterable[Recipe]], run_dir: Path, hang_seconds: float) -> int:
@@ -50,6 +51,20 @@ def train_all(read: Callable[[], Iterable[Recipe]], run_dir: Path, hang_seconds:
     return EXIT_TRY_AGAIN if request is Request.LEAVE else 0
 
 
+@contextmanager
+def _one_value_named(recipe: Recipe) -> Iterator[None]:
+    """PyTorch's word on a BatchNorm that has nothing to normalize over, as one of the recipe's."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise UserError(
+            f"train.batch_size={recipe.train.batch_size}: too small for data.image_size={recipe.data.image_size}: a "
+            f"BatchNorm gets one value per channel on a rank; take more images a micro-batch, or larger ones"
+        ) from error
+
+
 def train(recipe: Recipe) -> Request:
     """Train from the newest checkpoint on; at the end leave the results.
 
@@ -70,7 +85,8 @@ def train(recipe: Recipe) -> Request:
                 return score_trained(recipe, engine.whole_net(), splits, recipe.evaluate.images)
 
         loop = Loop(recipe, engine, loader, position, score, check)
-        request = loop.run(watchdog.step)
+        with _one_value_named(recipe):
+            request = loop.run(watchdog.step)
         if request >= Request.STOP:
             if distributed.is_main():
                 print(
@@ -92,8 +108,9 @@ def _opened(recipe: Recipe) -> tuple[Splits, LocalNetwork, TrainLoader]:
             f"pipeline.stages={stages}: must divide the number of ranks, {distributed.world_size()}"
         )
     splits = Splits.open(recipe)
+    built = as_it_goes_on(recipe)
     with distributed.same_outcome():
-        net = recipe_network(recipe, splits.num_classes)
+        net = recipe_network(built, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
         if net.plan.supervised and not splits.train.labeled:
             raise UserError(

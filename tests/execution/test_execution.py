@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from framework.analysis.gpu import allocator_peak, busy_seconds, covered
 from framework.config import loading
@@ -14,6 +15,7 @@ from framework.engines import cuda_graph
 from framework.execution.compilation import has_compiler
 from framework.execution.graph import Outputs, RecordedStep, record_graph
 from framework.model import recipe_network
+from framework.network import create, cut
 from framework.runtime.errors import UserError
 from framework.training.engine_choice import build_engine
 from tests.support import networks, training
@@ -151,13 +153,15 @@ def test_compiled_segments_have_the_same_gradients(case: str) -> None:
         assert name == same and torch.allclose(ours, theirs, rtol=1e-12), name
 
 
-def test_a_network_whose_steps_are_no_modules_is_not_compiled() -> None:
-    if has_compiler():
-        net = networks.local_network("vit_tiny_patch16_224", "gim", image_size=224)
-        with pytest.raises(
-            UserError, match=r"can't compile VisionTransformer: of patch_embed, _pos_embed, .* not all"
-        ):
-            net.compile_segments()
+def test_what_stands_between_a_transformers_modules_is_compiled_with_them() -> None:
+    """Class token and position embedding, in one graph (``fullgraph``), and with the same result."""
+    network = create("vit_tiny_patch16_224", img_size=32, depth=1).eval()
+    (segment,) = cut(network, image_size=32)
+    runner = nn.Sequential(*segment.runs(training=True))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = torch.compile(runner, fullgraph=True, dynamic=False, backend="eager")(images)
+        assert torch.equal(found, network.forward_features(images))
 
 
 def test_overlapping_kernels_count_once() -> None:

@@ -188,10 +188,6 @@ class Nosy(Head):
 
 BAD = [
     (
-        lambda: local_network("vit_tiny_patch16_224", "mlaan", image_size=224, num_classes=2, cut="block"),
-        "no head can copy blocks of VisionTransformer: they do not work on maps",
-    ),
-    (
         lambda: Plan((LocalUnit("u", 0, 5, Nosy()),), 6),
         "its head reads segment 6, and the network has segments 0..5",
     ),

@@ -227,4 +227,4 @@ def _first_copied(net: LocalNetwork) -> nn.Module:
 
 def lam_width(net: LocalNetwork) -> int:
     """Channels at the end of the last block (a tail may follow it)."""
-    return blocks_of(net.segments)[-1].channels(net.segments)
+    return blocks_of(net.segments)[-1].channels

@@ -188,7 +188,10 @@ def test_probing_shapes_leaves_the_network_as_it_was() -> None:
     ("arguments", "message"),
     [
         ({"network": "resnet05"}, "network.name=resnet05: no such network; did you mean resnet"),
-        ({"network": "vgg11"}, "VGG can't be cut"),
+        (
+            {"network": "pit_ti_224", "image_size": 224},
+            "PoolingVisionTransformer can't be cut into segments: more t",
+        ),
         ({"network": "resnet18", "cut": 99}, "network.cut=99: the network has 8 blocks"),
         (
             {"network": "resnet18", "method": "locco"},

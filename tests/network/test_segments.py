@@ -126,12 +126,14 @@ def test_heads_and_features_get_maps(name: str) -> None:
     images = torch.randn(2, 3, 64, 64)
     output = net.backbone.forward_features(images)
     patches = output[:, 1:] if name.startswith("vit") else output.flatten(1, 2)
-    assert relative_error(net.features(images), patches.mean(1)) < 1e-5
+    expected = output[:, 0] if name.startswith("vit") else patches.mean(1)
+    assert relative_error(net.features(images), expected) < 1e-5
     shape = output_shapes(net.segments, 64)[-1]
     last = net.segments[-1].to_map(output)
     assert last.shape[1:] == shape and shape.height == shape.width
     assert torch.equal(last[:, :, 1, 0], patches[:, shape.width])
-    assert torch.equal(net.predict(images), net.plan.units[-1].head.predict(last))
+    head = net.plan.units[-1].head
+    assert torch.equal(net.predict(images), head.predict(head.seen(net.segments[-1], output)))
 
 
 def test_segments_count_as_the_papers_do() -> None:
@@ -228,8 +230,12 @@ def test_images_that_do_not_fit_are_refused(name: str, image_size: int, message:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("vgg11", {}, "VGG can't be cut into segments; these families can: ResNet, "),
-        ("inception_v3", {}, "InceptionV3 can't be cut"),
+        (
+            "pit_ti_224",
+            {},
+            "PoolingVisionTransformer can't be cut into segments: more than one tensor passes betwe",
+        ),
+        ("coat_tiny", {}, "CoaT can't be cut into segments: its features are list, and must be one tensor"),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate: heads read the whole map"),
     ],
 )

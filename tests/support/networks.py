@@ -16,7 +16,7 @@ from framework.local.heads import Classifier, Projection
 from framework.local.methods import dgl, gim, infopro, loco, mlaan
 from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
-from framework.network import Segment, create, cut
+from framework.network import create, cut
 
 CLASSES = 10
 
@@ -134,13 +134,5 @@ def routed(net: LocalNetwork, data: Batch) -> dict[str, Tensor]:
 
 def modules_of(name: str, ends: list[tuple[int, int]]) -> NetworkInfo:
     """A CIFAR ResNet cut after the blocks (stage, number) in ``ends``."""
-    backbone = create(name)
-    blocks = cut(backbone, "block")
-    segments, paths = [], ()
-    for segment in blocks:
-        paths += segment.paths
-        stage, number = segment.name.removeprefix("layer").split(".")
-        if (int(stage), int(number)) in ends:
-            segments.append(Segment(backbone, segment.name, paths))
-            paths = ()
+    segments = cut(create(name), [f"layer{stage}.{number}" for stage, number in ends])
     return NetworkInfo.of(segments, 32, CLASSES, (0.5,) * 3, (0.25,) * 3)

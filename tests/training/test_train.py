@@ -302,3 +302,25 @@ def test_resume_never_does_not_mix_two_runs(tmp_path: Path, pool: PoolOf) -> Non
     (message,) = pool(1).run(run, arguments(tmp_path, "network.name=resnet14"))
     assert "a checkpoint of another network: backbone.layer1.1" in message
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_resumes_without_the_weights_that_it_began_with(tmp_path: Path, pool: PoolOf) -> None:
+    """They may be gone; its own checkpoint is whole. A run that begins needs them."""
+    begin = tmp_path / "begin.pth"
+    torch.save(timm.create_model("resnet8", num_classes=0).state_dict(), begin)
+    argv = arguments(tmp_path, f"network.args.checkpoint_path={begin}")
+    assert pool(1).run(run, [*argv, "train.max_steps=1"]) == [""]
+    begin.unlink()
+    assert pool(1).run(run, [*argv, "train.max_steps=2"]) == [""]
+    assert len(steps(tmp_path / "run" / "metrics.jsonl")) == 2
+    [error] = pool(1).run(run, [*argv, f"run_dir={tmp_path / 'other'}"])
+    assert error == f"network.args.checkpoint_path={begin}: no such file"
+
+
+def test_one_value_for_a_batchnorm_is_told(tmp_path: Path, pool: PoolOf) -> None:
+    """One image on maps of one pixel."""
+    argv = arguments(tmp_path, "method.name=dgl", "method.head.kind=mlp", "train.accumulation=64")
+    [error] = pool(1).run(run, argv)
+    assert "a BatchNorm gets one value per channel" in error and error.startswith(
+        "train.batch_size=64: too small"
+    )

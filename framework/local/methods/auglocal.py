@@ -69,8 +69,6 @@ def _sampled_blocks(network: NetworkInfo, segment: int, depth: int) -> tuple[lis
 
     Each doubling of the width halves the map.
     """
-    from timm.models.resnet import Bottleneck
-
     from framework.local.trunks import residual_block
 
     later = [block for block in network.blocks if block.segment > segment]
@@ -83,10 +81,18 @@ def _sampled_blocks(network: NetworkInfo, segment: int, depth: int) -> tuple[lis
     halvings = 0
     for i in range(1, steps + 1):
         block = network.blocks[round(position + len(later) * i / steps) - 1]
-        out, original = block.channels(network.segments), block.module(network.segments)
-        halvings += (out // channels).bit_length() - 1
+        out, original = block.channels, block.module(network.segments)
+        halvings += max(0, (out // channels).bit_length() - 1)
         stride = 2 if halvings > 0 else 1
         halvings -= stride - 1
-        layers.append(residual_block(channels, out, stride, isinstance(original, Bottleneck)))
+        layers.append(residual_block(channels, out, stride, not _is_basic(original) and out % 4 == 0))
         channels = out
     return layers, channels
+
+
+def _is_basic(block: nn.Module) -> bool:
+    """Whether its first convolution is a plain 3x3, as in a basic block; other kinds are stood for by a bottleneck."""
+    from torch import nn
+
+    convolutions = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+    return bool(convolutions) and convolutions[0].kernel_size == (3, 3) and convolutions[0].groups == 1

@@ -24,8 +24,10 @@ class _Layer(nn.Module):
         super().__init__()
         self.steps = nn.ModuleList(segment.modules())
         self.heads = nn.ModuleList(dict.fromkeys(unit.head for unit in units))
-        for name in segment.own:
-            self.register_parameter(name, segment.backbone.get_parameter(name))
+        for name in (*segment.own, *segment.follows):
+            tensor = segment.tensor(name)
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                self.register_parameter(name.replace(".", "_"), tensor)
 
 
 class Stage(PipelineModule):

@@ -1,0 +1,91 @@
+"""One feature a picture: timm's ``forward_head(pre_logits=True)``, or the mean over the map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from framework.network.segments import Segment
+
+
+def features(segment: Segment, x: Tensor) -> Tensor:
+    """The pooled output ``x`` of a segment: (N, D).
+
+    That of the last segment is what the network itself gives without its classifier: for a vision transformer with a
+    class token this token, for ConvNeXt a norm of the mean. Other segments' is the mean over the map.
+    """
+    head: Callable[..., Tensor] | None = getattr(segment.backbone, "forward_head", None)
+    if not segment.final or head is None:
+        return segment.to_map(x).mean((2, 3))
+    return head(x, pre_logits=True).flatten(1)
+
+
+class NetworkPooling(nn.Module):
+    """The network's own pooling as a layer of a head on its last segment; its parameters stay the network's.
+
+    Args:
+        segment: the last.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__()
+        self._segment = (segment,)  # a tuple is not registered
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The segment's output in the network's layout -> (N, D)."""
+        return features(self._segment[0], x)
+
+
+def own_pooling(segment: Segment, shape: tuple[int, ...]) -> tuple[int, tuple[str, ...]] | None:
+    """What a network pools with, where that is more than the mean over its last map.
+
+    Args:
+        segment: any.
+        shape: of its output for one image, in the network's layout.
+
+    Returns:
+        Channels of the feature and names of the parameters that make it; ``None`` where the mean makes it.
+    """
+    if not segment.final or not hasattr(segment.backbone, "forward_head"):
+        return None
+    first = next(segment.backbone.parameters())
+    modes = [(module, module.training) for module in segment.backbone.modules()]
+    segment.backbone.eval()
+    try:
+        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(first)
+        with torch.enable_grad():
+            parameters = {
+                n: segment.backbone.get_parameter(n).detach().requires_grad_() for n in segment.follows
+            }
+            found = torch.func.functional_call(_Pooled(segment), _below("backbone", parameters), (x,))
+            grown = (
+                list(torch.autograd.grad(found.sum(), list(parameters.values()), allow_unused=True))
+                if parameters
+                else []
+            )
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    names = tuple(name for name, gradient in zip(parameters, grown, strict=True) if gradient is not None)
+    mean = segment.to_map(x).mean((2, 3))
+    if found.shape == mean.shape and (found.is_meta or torch.allclose(found, mean, rtol=1e-4, atol=1e-5)):
+        return None
+    return found.shape[1], names
+
+
+class _Pooled(nn.Module):
+    """The pooling with the network registered, so that its parameters can be exchanged for a call."""
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__()
+        self.backbone = segment.backbone
+        self._segment = (segment,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return features(self._segment[0], x)
+
+
+def _below(name: str, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for key, tensor in parameters.items()}
