@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
 from framework.config.schema import NonNegative, NonNegativeInt, Positive, Probability
 from framework.runtime.errors import UserError
 
-T = TypeVar("T")
-PerView = T | Annotated[tuple[T, ...], Field(min_length=1)]  # one for all views, or one for each
+# One number for all views, or one for each.
+Probabilities: TypeAlias = Probability | Annotated[tuple[Probability, ...], Field(min_length=1)]
+Strengths: TypeAlias = NonNegative | Annotated[tuple[NonNegative, ...], Field(min_length=1)]
 PER_VIEW = ("flip", "jitter_strength", "jitter_probability", "grayscale", "blur", "solarize")
 
 
@@ -49,15 +50,15 @@ class Views:
     kind: Literal["simclr", "supervised", "cifar", "none"] = "simclr"
     area: tuple[Positive, Positive] = (0.08, 1.0)
     aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    flip: PerView[Probability] = 0.5
+    flip: Probabilities = 0.5
     jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.8, 0.8, 0.8, 0.2)
-    jitter_strength: PerView[NonNegative] = 1.0
-    jitter_probability: PerView[Probability] = 0.8
-    grayscale: PerView[Probability] = 0.2
-    blur: PerView[Probability] = 0.5
+    jitter_strength: Strengths = 1.0
+    jitter_probability: Probabilities = 0.8
+    grayscale: Probabilities = 0.2
+    blur: Probabilities = 0.5
     blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
     blur_kernel: Probability = 0.1
-    solarize: PerView[Probability] = 0.0
+    solarize: Probabilities = 0.0
     pad: NonNegativeInt = 4
     edge: Literal["reflect", "zeros"] = "reflect"
     center: Probability = 0.875

@@ -173,7 +173,7 @@ def _peak(net: LocalNetwork, batch: Batch) -> int:
 
 
 def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
-    x = net.run_frozen(batch.images)
+    x = net.first_input(batch)
     for segment in net.segments:
         flops, saved, x = _forward(segment, x, net)
         yield SegmentCost(segment.name, sum(p.numel() for p in segment.parameters()), flops, saved)
@@ -181,7 +181,7 @@ def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
 
 def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
     for unit in net.plan.units:
-        x = net.run_frozen(batch.images)
+        x = net.first_input(batch)
         with torch.no_grad():
             for segment in net.segments[: unit.first]:
                 x = segment(x)

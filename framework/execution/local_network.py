@@ -22,6 +22,7 @@ from framework.execution.precision import LossScales
 from framework.execution.program import Program
 from framework.execution.replay_buffer import ReplayBufferStrategy
 from framework.execution.step import RoutedStep
+from framework.execution.teacher import Teacher, TeacherPass
 from framework.local.units import Plan
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
@@ -64,6 +65,7 @@ class LocalNetwork(nn.Module):
 
     Attributes:
         program: what a step does.
+        teacher: its moving average, of plans that want one.
         scales: loss scales, of float16.
 
     Raises:
@@ -85,8 +87,9 @@ class LocalNetwork(nn.Module):
             raise UserError(f"the plan is for {plan.segments} segments, the network has {len(segments)}")
         self.backbone, self.frozen = backbone, tuple(frozen)
         self.program = Program.of(plan, segments, precision)
-        names = {unit.head: unit.name for unit in reversed(plan.units)}
-        self.heads = nn.ModuleDict({names[head].replace(".", "_"): head for head in plan.heads})
+        names = {unit.head: unit.name.replace(".", "_") for unit in reversed(plan.units)}
+        self.heads = nn.ModuleDict({names[head]: head for head in plan.heads})
+        self.teacher = Teacher(backbone, segments, plan, names) if plan.teacher is not None else None
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         weights = [self.program.weight(call) for call in self.program.calls]
         self.scales = LossScales(weights) if precision == "fp16" else None
@@ -142,6 +145,8 @@ class LocalNetwork(nn.Module):
     def start_micro_batch(self) -> None:
         """Call the heads' ``after_step`` if this is the first micro-batch after an optimizer step, or of all."""
         if self._between_steps:
+            if self.teacher is not None:
+                self.teacher.after_step(self.segments)
             for head in self.plan.heads:
                 head.after_step(self.segments, self._taken)
         self._between_steps = False
@@ -160,6 +165,8 @@ class LocalNetwork(nn.Module):
             return
         self._taken = 1.0 if self._overflowed is None else (~self._overflowed).float()
         self._overflowed, self._between_steps = None, True
+        if self.teacher is not None:
+            self.teacher.before_step(self._taken)
         for head in self.plan.heads:
             head.before_step(self.segments, self._taken)
 
@@ -197,15 +204,27 @@ class LocalNetwork(nn.Module):
                 images = segment(images)
         return images
 
+    def first_input(self, batch: Batch) -> Tensor:
+        """What goes into the first segment that is not frozen: all of the images, or one view of each."""
+        one_of_several = self.plan.student_views < batch.views
+        return self.run_frozen(batch.images.chunk(batch.views)[0] if one_of_several else batch.images)
+
+    def teacher_pass(self, batch: Batch) -> TeacherPass | None:
+        """The teacher's forward pass over a batch, where there is a teacher."""
+        return self.teacher.start(batch) if self.teacher is not None else None
+
     def routed_step(self, batch: Batch) -> tuple[RoutedStep, Tensor | None]:
         """A batch's losses and finished gradients, and the penalty, whose gradient is added to them."""
         step = RoutedStep(
-            self.program, batch, scales=self.scales.current() if self.scales is not None else None
+            self.program,
+            batch,
+            scales=self.scales.current() if self.scales is not None else None,
+            teacher=self.teacher_pass(batch),
         )
         if self.turns is not None:
             self.turns.run(step)
         else:
-            x = self.run_frozen(batch.images)
+            x = self.first_input(batch)
             for s in range(self.plan.segments):
                 x = step.forward(s, x)
                 step.run_heads(s)
@@ -244,12 +263,16 @@ class LocalNetwork(nn.Module):
 
     def _evaluate(self, batch: Batch) -> StepOutput:
         losses: dict[int, Tensor] = {}
-        x = self.run_frozen(batch.images)
+        x, teacher = self.first_input(batch), self.teacher_pass(batch)
         with self.autocast(x):
-            for segment, program in zip(self.segments, self.program.segment_programs, strict=True):
+            for s, (segment, program) in enumerate(
+                zip(self.segments, self.program.segment_programs, strict=True)
+            ):
                 x = segment(x)
+                keys = teacher.forward(s) if teacher is not None else {}
                 for call in program.heads:
-                    loss = call.head(segment.to_map(x), batch)
+                    seen = batch._replace(teacher=keys.get(call.head))
+                    loss = call.head(segment.to_map(x), seen)
                     losses.update(dict.fromkeys(call.units, loss))
         return _output(self.plan, losses, self.penalty())
 

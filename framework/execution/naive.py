@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution.local_network import LocalNetwork
+from framework.local.head import Head
 from framework.network.norm import frozen_statistics
 
 
@@ -35,7 +36,8 @@ def naive_gradients(
     segments, units = network.segments, network.plan.units
     losses: dict[int, Tensor] = {}
     gradients: dict[nn.Parameter, Tensor] = {}
-    boundary = {0: batch.images}
+    boundary = {0: network.first_input(batch)}
+    keys = _teacher_keys(network, batch)
     for u in sorted(range(len(units)), key=lambda u: units[u].last):
         unit = units[u]
         for s in range(max(boundary), unit.first):
@@ -48,7 +50,8 @@ def naive_gradients(
                 x = segments[s](x)
             boundary.setdefault(s + 1, x.detach())
         with network.autocast(x):
-            loss = unit.head(segments[unit.last].to_map(x), batch)
+            for_head = batch._replace(teacher=keys[unit.last].get(unit.head))
+            loss = unit.head(segments[unit.last].to_map(x), for_head)
         losses[u] = loss.detach()
         learning = [p for s in unit.learns for p in segments[s].parameters()]
         learning += [p for p in unit.head.parameters() if p.requires_grad]
@@ -58,6 +61,15 @@ def naive_gradients(
         _add(gradients, everything, torch.autograd.grad(penalty, everything, allow_unused=True))
     network.end_micro_batch(batch)
     return [losses[u] for u in range(len(units))], gradients
+
+
+def _teacher_keys(network: LocalNetwork, batch: Batch) -> list[dict[Head, Tensor]]:
+    """By segment, what the teacher embeds for the heads on it."""
+    teacher = network.teacher_pass(batch)
+    if teacher is None:
+        return [{} for _ in network.segments]
+    with network.autocast(batch.images):
+        return [teacher.forward(s) for s in range(len(network.segments))]
 
 
 def _add(

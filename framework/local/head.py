@@ -61,6 +61,10 @@ class Head(nn.Module):
         """Scalar loss of embeddings (V*B, D), which may come from several micro-batches. Of separable heads."""
         raise NotImplementedError
 
+    def embedder(self) -> nn.Module:
+        """What ``embed`` runs, whose average embeds the teacher's output. Of heads that need a teacher."""
+        raise NotImplementedError
+
     def predict(self, x: Tensor) -> Tensor:
         """Logits: (B, C, H, W) -> (B, classes). Of heads that classify."""
         raise NotImplementedError
@@ -116,8 +120,17 @@ class TrunkHead(Head):
     def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
         return self.objective(embeddings, batch)
 
+    def embedder(self) -> nn.Module:
+        return self.trunk
+
     def predict(self, x: Tensor) -> Tensor:
         return self.trunk(x)
+
+    def before_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
+        self.objective.end_step(taken)
+
+    def after_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
+        self.objective.start_step()
 
 
 class WrappingHead(Head):
@@ -152,6 +165,9 @@ class WrappingHead(Head):
 
     def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
         return self.head.score(embeddings, batch)
+
+    def embedder(self) -> nn.Module:
+        return nn.Sequential(self.get_submodule(self._name), self.head.embedder())
 
     def predict(self, x: Tensor) -> Tensor:
         return self.head.predict(self.transform(x))

@@ -27,6 +27,12 @@ class Objective(nn.Module):
     contrasts: bool = False
     classifies: bool = False
 
+    def start_step(self) -> None:
+        """Called before the first micro-batch of an optimizer step."""
+
+    def end_step(self, taken: Tensor | float) -> None:
+        """Called after the last one; see ``Head.before_step``."""
+
 
 class CrossEntropy(Objective):
     """Cross entropy of logits (B, classes) against ``batch.labels`` (B,)."""
