@@ -86,13 +86,7 @@ class Teacher(nn.Module):
         """
         fraction = self.due * self._rate()
         for s in self._heads if span is None else self._heads.keys() & set(span):
-            backbone = segments[s].backbone
-            pairs = [(self.backbone.get_buffer(p), backbone.get_parameter(p)) for p in self._paths[s]]
-            for head, name in self._heads[s].items():
-                live = dict(head.embedder().named_parameters())
-                pairs += [(self.heads[name].get_buffer(p), weight) for p, weight in live.items()]
-            _check_whole(pairs)
-            follow(pairs, fraction)
+            follow(self._pairs(segments[s].backbone, s), fraction)
         self.updates += (self.due > 0).to(self.updates.dtype)
         self.due.zero_()
 
@@ -100,6 +94,13 @@ class Teacher(nn.Module):
     def before_step(self, taken: Tensor | float) -> None:
         """Note that an optimizer step follows; ``taken`` is 0 where it is skipped."""
         self.due.copy_(torch.as_tensor(taken))
+
+    @torch.no_grad()
+    def catch_up(self, segments: Sequence[Segment]) -> None:
+        """Set the averages to the student's weights."""
+        for s in self._heads:
+            for average, weight in self._pairs(segments[s].backbone, s):
+                average.copy_(weight)
 
     def tensors(self, s: int) -> list[Tensor]:
         """What belongs to segment ``s`` and the heads on it."""
@@ -114,6 +115,16 @@ class Teacher(nn.Module):
         heads = self._heads[s]
         x = self.segments[s].to_map(x) if heads else x
         return {head: self.heads[name](x) for head, name in heads.items()}
+
+    def _pairs(self, backbone: nn.Module, s: int) -> list[tuple[Tensor, Tensor]]:
+        """The averages of segment ``s`` and of the heads on it, each with the student's weight."""
+        pairs = [(self.backbone.get_buffer(path), backbone.get_parameter(path)) for path in self._paths[s]]
+        for head, name in self._heads[s].items():
+            weights = dict(head.embedder().named_parameters())
+            pairs += [(self.heads[name].get_buffer(path), weight) for path, weight in weights.items()]
+        if any(isinstance(weight, DTensor) for _, weight in pairs):
+            raise UserError("a teacher follows whole weights: wrap only the whole network by fully_shard")
+        return pairs
 
     def _rate(self) -> Tensor | float:
         """1 - m."""
@@ -138,6 +149,10 @@ class TeacherPass:
         self._teacher, self.order = teacher, order
         self.x: Tensor | None = x
 
+    def state(self) -> list[Tensor]:
+        """What another process needs to go on, as arguments after ``teacher``; empty where nothing is left to do."""
+        return [t for t in (self.x, self.order) if t is not None] if self.x is not None else []
+
     @torch.no_grad()
     def forward(self, s: int) -> dict[Head, Tensor]:
         """Run segment ``s``; embeddings (N, D) for the heads on it, by head. Its input is freed."""
@@ -159,8 +174,3 @@ class TeacherPass:
 def _own(order: Tensor) -> Tensor:
     """This rank's part."""
     return order.chunk(distributed.world_size())[distributed.rank()]
-
-
-def _check_whole(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    if any(isinstance(weight, DTensor) for _, weight in pairs):
-        raise UserError("a teacher follows whole weights: wrap only the whole network by fully_shard")

@@ -13,7 +13,7 @@ import torch
 
 from framework.runtime.distributed import rank, world_size
 from framework.runtime.errors import UserError
-from tests.support import training
+from tests.support import networks, training
 from tests.support.marks import slow, soak
 from tests.support.pairwise import pairwise_cover
 from tests.support.training import Case, differences, plain, train
@@ -151,6 +151,37 @@ def test_heads_that_read_weights_equal_one_process(pool: PoolOf, head: str, engi
 def test_heads_that_read_weights_under_zero_equal_ddp(pool: PoolOf, head: str, zero_stage: int) -> None:
     method, cut, options = READERS[head]
     ddp = Case(method, cut, engine="ddp", options=options)
+    run = pool(2).run(train, replace(ddp, engine="deepspeed", zero_stage=zero_stage))[0]
+    assert differences(run, pool(2).run(train, ddp)[0]) == {}
+
+
+def taught(method: str, objective: str, **settings: Any) -> Case:
+    return Case(
+        method, optimizer="sgd", accumulation=2, options={"head": networks.taught(objective)}, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "engine", "ranks"),
+    [
+        ("loco", "moco", "fsdp", 2),
+        *slow([("simclr", "mocov3", "ddp", 2), ("gim", "byol", "fsdp", 4), ("loco", "simsiam", "ddp", 2)]),
+        *slow([("loco", "moco", "ddp", 4), ("loco", "mocov3", "fsdp", 2), ("loco", "byol", "ddp", 2)]),
+    ],
+)
+def test_teachers_equal_one_process(
+    pool: PoolOf, method: str, objective: str, engine: str, ranks: int
+) -> None:
+    """Averages, queues and predictors too; MoCo's shuffling changes nothing where BatchNorm is synchronized."""
+    case = taught(method, objective, engine=engine, dtype="float64")
+    assert max(differences(pool(ranks).run(train, case)[0], plain(case)).values(), default=0) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("objective", "zero_stage"), [("moco", 2), *slow(product(["moco", "mocov3", "byol"], [0, 1, 2]))]
+)
+def test_teachers_under_zero_equal_ddp(pool: PoolOf, objective: str, zero_stage: int) -> None:
+    ddp = replace(taught("loco", objective, engine="ddp"), accumulation=1)
     run = pool(2).run(train, replace(ddp, engine="deepspeed", zero_stage=zero_stage))[0]
     assert differences(run, pool(2).run(train, ddp)[0]) == {}
 

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.local import NetworkInfo
+from framework.local.head import Head
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import dgl, gim, infopro, loco, mlaan
+from framework.local.methods import dgl, gim, infopro, loco, mlaan, simclr
 from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
 from framework.network import Segment, create, cut
 
 CLASSES = 10
+
+
+def taught(objective: Any) -> Projection:
+    """A small projection under an objective with a teacher or predictor; a fast teacher, a queue that goes round."""
+    small = {"proj_hidden": 16, "dim": 8, "pred_hidden": 8, "queue": 40, "momentum": 0.9}
+    return Projection(objective=objective, conv_blocks=1, **small)
+
 
 #: label -> method, options, cut: every method, with its own heads, on windows of several lengths
 CASES: dict[str, tuple[str, Any, str]] = {
@@ -42,6 +50,10 @@ CASES: dict[str, tuple[str, Any, str]] = {
         loco.Options(head=Projection(objective="vicreg", proj_hidden=32, dim=16)),
         "stage",
     ),
+    "simclr-mocov3": ("simclr", simclr.Options(head=taught("mocov3")), "block"),
+    "gim-byol": ("gim", gim.Options(head=taught("byol")), "stage"),
+    "loco-moco": ("loco", loco.Options(head=taught("moco")), "stage"),
+    "loco-simsiam": ("loco", loco.Options(head=taught("simsiam")), "stage"),
     "dgl": ("dgl", None, "block"),
     "dgl-1c2f": ("dgl", dgl.Options(head=Classifier("1c2f")), "block"),
     "dgl-mlp-sr": ("dgl", dgl.Options(head=Classifier("mlp_sr")), "stage"),
@@ -85,6 +97,10 @@ GOLDEN = (
     "loco-soft",
     "loco-barlow",
     "loco-vicreg",
+    "simclr-mocov3",
+    "gim-byol",
+    "loco-moco",
+    "loco-simsiam",
     "dgl",
     "infopro",
     "mlm-2",
@@ -113,6 +129,14 @@ def batch(net: LocalNetwork, size: int = 8, image_size: int = 16, seed: int = 0)
     images = torch.from_numpy(generator.standard_normal((size * net.plan.views, 3, image_size, image_size)))
     labels = torch.from_numpy(generator.integers(CLASSES, size=size))
     return Batch(images, labels if net.plan.supervised else None, net.plan.views)
+
+
+def taught_by(net: LocalNetwork, data: Batch) -> dict[Head, Batch]:
+    """The batch as each head sees it."""
+    teacher = net.teacher_pass(data)
+    found = [teacher.forward(s) for s in range(len(net.segments))] if teacher is not None else []
+    keys = {head: embeddings for each in found for head, embeddings in each.items()}
+    return {head: data._replace(teacher=keys.get(head)) for head in net.plan.heads}
 
 
 def gradients(net: LocalNetwork) -> dict[str, Tensor]:

@@ -180,11 +180,12 @@ def _measure(net: LocalNetwork, batch: Batch) -> tuple[list[float], list[float],
     A segment without an input-gradient pass gets the time of its forward pass.
     """
     scales = net.scales.current() if net.scales is not None else None
-    step, clock = RoutedStep(net.program, batch, scales=scales), _Clock(batch.images.device)
+    step = RoutedStep(net.program, batch, scales=scales, teacher=net.teacher_pass(batch))
+    clock = _Clock(batch.images.device)
     forward, heads = [0.0] * net.plan.segments, [0.0] * len(net.program.calls)
     weight_gradients = [0.0] * net.plan.segments
     input_gradients: dict[int, float] = {}
-    x = net.run_frozen(batch.images)
+    x = net.first_input(batch)
     for s, program in enumerate(net.program.segment_programs):
         x = step.forward(s, x)
         forward[s] = clock.lap()
