@@ -107,8 +107,15 @@ class Teacher(nn.Module):
         if s > self.last:
             return []
         modules = [*self.segments[s].modules(), *(self.heads[name] for name in self._heads[s].values())]
+        return [*self.averages(s), *(buffer for module in modules for buffer in module.buffers())]
+
+    def averages(self, s: int) -> list[Tensor]:
+        """Those of segment ``s`` and of what the heads on it embed with."""
+        if s > self.last:
+            return []
         own = [self.backbone.get_buffer(path) for path in self._paths[s]]
-        return [*own, *(buffer for module in modules for buffer in module.buffers())]
+        heads = {name: head.embedder() for head, name in self._heads[s].items()}
+        return own + [self.heads[n].get_buffer(p) for n, m in heads.items() for p, _ in m.named_parameters()]
 
     def embed(self, x: Tensor, s: int) -> dict[Head, Tensor]:
         """What the averages of the heads on segment ``s`` embed its output to, by head."""

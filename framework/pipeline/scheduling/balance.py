@@ -145,11 +145,13 @@ def counted(cost: PlanCost, programs: Sequence[SegmentProgram], balance: str) ->
 def flops(cost: PlanCost, programs: Sequence[SegmentProgram]) -> Costs:
     """Costs in FLOPs: an input-gradient pass costs as much as a forward pass, a weight-gradient pass twice as much.
 
-    The latter computes the input gradients between the layers of a segment, too.
+    The latter computes the input gradients between the layers of a segment, too. A teacher runs with the forward pass.
     """
     forward = tuple(float(segment.flops) for segment in cost.segments)
+    taught = cost.teacher.flops if cost.teacher is not None else (0,) * len(forward)
+    both = tuple(own + teacher for own, teacher in zip(forward, taught, strict=True))
     heads = tuple(3.0 * cost.units[call.units[0]].flops for program in programs for call in program.heads)
-    return Costs(forward, forward, tuple(2 * f for f in forward), heads)
+    return Costs(both, forward, tuple(2 * f for f in forward), heads)
 
 
 def measured(recipe: Recipe, net: LocalNetwork, images: int) -> Costs:
