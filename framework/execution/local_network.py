@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution.compilation import compiled
+from framework.execution.noise import Noise
 from framework.execution.precision import LossScales
 from framework.execution.program import Program
 from framework.execution.replay_buffer import ReplayBufferStrategy
@@ -66,6 +67,7 @@ class LocalNetwork(nn.Module):
     Attributes:
         program: what a step does.
         teacher: its moving average, of plans that want one.
+        noise: of the micro-batch at hand, of plans that want some.
         scales: loss scales, of float16.
 
     Raises:
@@ -100,6 +102,7 @@ class LocalNetwork(nn.Module):
         self._overflowed: Tensor | None = None
         self._between_steps = True
         self._taken: Tensor | float = 1.0
+        self.noise: Noise | None = None
 
     @property
     def plan(self) -> Plan:
@@ -144,7 +147,9 @@ class LocalNetwork(nn.Module):
 
     def start_micro_batch(self) -> None:
         """Call the heads' ``after_step`` if this is the first micro-batch after an optimizer step, or of all."""
+        self.noise = self.noise.of(self.noise.micro_batch + 1) if self.noise is not None else None
         if self._between_steps:
+            self.noise = Noise.drawn(self.plan.noise)
             if self.teacher is not None:
                 self.teacher.after_step(self.segments)
             for head in self.plan.heads:
@@ -220,6 +225,7 @@ class LocalNetwork(nn.Module):
             batch,
             scales=self.scales.current() if self.scales is not None else None,
             teacher=self.teacher_pass(batch),
+            noise=self.noise,
         )
         if self.turns is not None:
             self.turns.run(step)

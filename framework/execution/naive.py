@@ -42,12 +42,12 @@ def naive_gradients(
         unit = units[u]
         for s in range(max(boundary), unit.first):
             with torch.no_grad(), network.autocast(boundary[s]):
-                boundary[s + 1] = segments[s](boundary[s])
+                boundary[s + 1] = _run(network, s, boundary[s])
         x = boundary[unit.first].detach()
         for s in range(unit.first, unit.last + 1):
             seen = s + 1 in boundary and bn_update == "once"
             with frozen_statistics(network) if seen else nullcontext(), network.autocast(x):
-                x = segments[s](x)
+                x = _run(network, s, x)
             boundary.setdefault(s + 1, x.detach())
         with network.autocast(x):
             for_head = batch._replace(teacher=keys[unit.last].get(unit.head))
@@ -61,6 +61,11 @@ def naive_gradients(
         _add(gradients, everything, torch.autograd.grad(penalty, everything, allow_unused=True))
     network.end_micro_batch(batch)
     return [losses[u] for u in range(len(units))], gradients
+
+
+def _run(network: LocalNetwork, s: int, x: Tensor) -> Tensor:
+    output = network.segments[s](x)
+    return output if network.noise is None else network.noise.on(output, s)
 
 
 def _teacher_keys(network: LocalNetwork, batch: Batch) -> list[dict[Head, Tensor]]:

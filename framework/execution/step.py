@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
+from framework.execution.noise import Noise
 from framework.execution.precision import unscale_
 from framework.execution.program import GradientRoute, HeadCall, InputGradient, Program, WeightGradient
 from framework.execution.teacher import TeacherPass
@@ -40,6 +41,7 @@ class RoutedStep:
             segment above it are handed to ``receive``.
         scales: the loss scale of every head call (float16 only).
         teacher: runs beside the segments.
+        noise: on their outputs.
 
     Attributes:
         losses: by number of the unit, unweighted and detached.
@@ -54,8 +56,9 @@ class RoutedStep:
         span: range | None = None,
         scales: Sequence[float] | None = None,
         teacher: TeacherPass | None = None,
+        noise: Noise | None = None,
     ) -> None:
-        self.teacher = teacher
+        self.teacher, self.noise = teacher, noise
         self.program, self.batch, self.plan, self.scales = program, batch, program.plan, scales
         self.span = range(self.plan.segments) if span is None else span
         self.inputs: dict[int, Tensor] = {}
@@ -74,7 +77,8 @@ class RoutedStep:
         """Run segment ``s`` on the detached output of the one below; its own output, detached."""
         self.inputs[s] = x.detach().requires_grad_(s in self._crossed)
         with self.program.autocast(x):
-            self.outputs[s] = self.program.runners[s](self.inputs[s])
+            output = self.program.runners[s](self.inputs[s])
+            self.outputs[s] = output if self.noise is None else self.noise.on(output, s)
             if self.teacher is not None:
                 self._keys = self.teacher.forward(s)
         return self.outputs[s].detach()

@@ -80,6 +80,7 @@ class Projection:
         dec_trunk: own copies of the next segment ("next_stage") or of all that follow ("full_network") before
             the pooling; on the last segment, which none follows, there are none.
         dec_on_top: whether the last segment's head has the blocks too; LoCo doesn't say.
+        expand: channels of a 1x1 convolution, with BatchNorm and ReLU, before the pooling.
         layers: linear layers of the MLP; ``None`` takes what is published with the objective (``published.py``), as
             it does wherever it may stand.
         proj_hidden: width of the hidden layers; for InfoNCE and MoCo the channels that enter the pooling.
@@ -105,6 +106,7 @@ class Projection:
     dec_groups: PositiveInt = 1
     dec_trunk: Literal["none", "next_stage", "full_network"] = "none"
     dec_on_top: bool = True
+    expand: PositiveInt | None = None
     layers: PositiveInt | None = None
     proj_hidden: PositiveInt | None = None
     dim: PositiveInt | None = None
@@ -162,7 +164,7 @@ class Projection:
     def _blocks(self, network: NetworkInfo, segment: int, shape: Shape) -> tuple[list[nn.Module], int]:
         """What comes before the pooling, and the channels that enter it."""
         from framework.local.copies import own_copy
-        from framework.local.trunks import residual_block
+        from framework.local.trunks import conv_bn_relu, residual_block
 
         reach = {"none": 0, "next_stage": 1, "full_network": len(network)}[self.dec_trunk]
         copied = range(segment + 1, min(segment + 1 + reach, len(network)))
@@ -175,6 +177,9 @@ class Projection:
             bottleneck = self.dec_block != "basic"
             blocks.append(residual_block(channels, out, stride, bottleneck, self.dec_width, self.dec_groups))
             channels = out
+        if self.expand is not None:
+            blocks += conv_bn_relu(channels, self.expand, 1)
+            channels = self.expand
         return blocks, channels
 
     def _objective(self, published: Published, dim: int) -> Objective:

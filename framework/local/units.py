@@ -114,6 +114,7 @@ class Plan:
         views: augmented views of an image that the heads expect in a batch.
         execution: what executes the plan.
         teacher: how the teacher follows, where heads need one.
+        noise: on the outputs of all segments in training, as a fraction of their standard deviation.
 
     Raises:
         UserError: a window outside the network, a weight that is not positive, a unit that trains a segment
@@ -127,6 +128,7 @@ class Plan:
     views: int = 1
     execution: Execution = SYNCHRONOUS
     teacher: Averaging | None = None
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         for unit in self.units:

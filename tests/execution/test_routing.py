@@ -28,8 +28,10 @@ from tests.support.networks import CASES, relative_error
 def assert_equals_definition(net: LocalNetwork, batch: Batch) -> None:
     """Routed losses, gradients and BatchNorm statistics against the repeated-forward definition."""
     literal = copy.deepcopy(net)
+    torch.manual_seed(1)  # of noise
     output = net(batch)
     output.loss.backward()
+    torch.manual_seed(1)
     losses, gradients = naive_gradients(literal, batch)
     by_name = {name: gradients[p] for name, p in literal.named_parameters() if p.requires_grad}
     assert torch.allclose(output.unit_losses, torch.stack(losses), rtol=1e-12)
@@ -127,8 +129,9 @@ def _alone(net: LocalNetwork, unit: LocalUnit, data: Batch) -> int:
             x = segment(x)
     ignored = [data.images] if unit.first == 0 else []
     with LiveActivations([*net.parameters(), *net.buffers(), *ignored]) as live:
-        for segment in net.segments[unit.first : unit.last + 1]:
-            x = segment(x)
+        for s in range(unit.first, unit.last + 1):
+            x = net.segments[s](x)
+            x = x if net.noise is None else net.noise.on(x, s)
         torch.autograd.grad(unit.head(x, data), list(unit.head.parameters()))
     return live.peak
 

@@ -14,7 +14,7 @@ from framework.execution import LocalNetwork
 from framework.local import NetworkInfo
 from framework.local.head import Head
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import dgl, gim, infopro, loco, mlaan, simclr
+from framework.local.methods import blockwise, dgl, gim, infopro, loco, mlaan, simclr
 from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
 from framework.network import Segment, create, cut
@@ -54,6 +54,11 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "gim-byol": ("gim", gim.Options(head=taught("byol")), "stage"),
     "loco-moco": ("loco", loco.Options(head=taught("moco")), "stage"),
     "loco-simsiam": ("loco", loco.Options(head=taught("simsiam")), "stage"),
+    "blockwise": (
+        "blockwise",
+        blockwise.Options(head=Projection(expand=32, objective="barlow", proj_hidden=32, dim=16)),
+        "stage",
+    ),
     "dgl": ("dgl", None, "block"),
     "dgl-1c2f": ("dgl", dgl.Options(head=Classifier("1c2f")), "block"),
     "dgl-mlp-sr": ("dgl", dgl.Options(head=Classifier("mlp_sr")), "stage"),
@@ -101,6 +106,7 @@ GOLDEN = (
     "gim-byol",
     "loco-moco",
     "loco-simsiam",
+    "blockwise",
     "dgl",
     "infopro",
     "mlm-2",

@@ -28,6 +28,7 @@ def losses(case: str) -> list[list[float]]:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
     history = []
     for step in range(STEPS):
+        torch.manual_seed(step)  # of noise
         output = net(networks.batch(net, seed=step % 4))
         optimizer.zero_grad()
         output.loss.backward()

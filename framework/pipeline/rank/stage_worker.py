@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.execution.local_network import add_gradients
+from framework.execution.noise import Noise
 from framework.execution.step import RoutedStep
 from framework.execution.teacher import TeacherPass
 from framework.local import Need
@@ -74,6 +75,7 @@ class StageWorker:
         self._scales = self.net.scales.current() if self.net.scales is not None else None
         self._live: dict[int, RoutedStep] = {}
         self._overflow: Tensor | None = None
+        self._noise = Noise.drawn(self.net.plan.noise)
 
     def load(self, micro_batch: int) -> None:
         """First stage: take a micro-batch of ``begin_step``."""
@@ -224,7 +226,8 @@ class StageWorker:
         return Peer(rank, f"rank {rank} (stage {stage} of 0..{stages - 1})")
 
     def _begin(self, micro_batch: int, batch: Batch, x: Tensor, teacher: TeacherPass | None) -> None:
-        self._live[micro_batch] = RoutedStep(self.net.program, batch, self.span, self._scales, teacher)
+        noise = self._noise.of(micro_batch) if self._noise is not None else None
+        self._live[micro_batch] = RoutedStep(self.net.program, batch, self.span, self._scales, teacher, noise)
         self._x = x
 
     def _collect(self, step: RoutedStep) -> None:
