@@ -149,7 +149,7 @@ class LocalNetwork(nn.Module):
         """Call the heads' ``after_step`` if this is the first micro-batch after an optimizer step, or of all."""
         self.noise = self.noise.of(self.noise.micro_batch + 1) if self.noise is not None else None
         if self._between_steps:
-            self.noise = Noise.drawn(self.plan.noise)
+            self.noise = Noise.next(self.plan.noise, self.noise)
             if self.teacher is not None:
                 self.teacher.after_step(self.segments)
             for head in self.plan.heads:

@@ -125,6 +125,7 @@ class Teacher(nn.Module):
 
     def _pairs(self, backbone: nn.Module, s: int) -> list[tuple[Tensor, Tensor]]:
         """The averages of segment ``s`` and of the heads on it, each with the student's weight."""
+        pairs: list[tuple[Tensor, Tensor]]
         pairs = [(self.backbone.get_buffer(path), backbone.get_parameter(path)) for path in self._paths[s]]
         for head, name in self._heads[s].items():
             weights = dict(head.embedder().named_parameters())

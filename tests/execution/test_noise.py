@@ -31,12 +31,26 @@ def test_noise_is_a_quarter_of_the_standard_deviation_and_the_gradient_flows_thr
 
 def test_noise_differs_by_step_micro_batch_and_segment_and_by_nothing_else() -> None:
     x = torch.randn(2, 3, 4, 4)
-    noise = Noise(0.25, seed=5, micro_batch=1)
+    noise = Noise(0.25, seed=5, step=7, micro_batch=1)
     same = noise.on(x, 2)
     torch.rand(3)  # what else is drawn doesn't matter
     assert torch.equal(noise.on(x, 2), same)
-    others = (Noise(0.25, 6, 1).on(x, 2), noise.of(2).on(x, 2), noise.on(x, 3))
+    others = [
+        Noise(0.25, 6, 7, 1).on(x, 2),
+        Noise(0.25, 5, 8, 1).on(x, 2),
+        noise.of(2).on(x, 2),
+        noise.on(x, 3),
+    ]
     assert all(not torch.equal(other, same) for other in others)
+
+
+def test_the_noise_of_a_step_is_that_of_its_seed() -> None:
+    """Runs set one for every step, and so repeat the noise when they go on; plain loops set one at the start."""
+    torch.manual_seed(3)
+    first = Noise.next(0.25, None)
+    assert first == Noise(0.25, 3) and Noise.next(0.25, first) == Noise(0.25, 3, step=1)
+    torch.manual_seed(4)
+    assert Noise.next(0.25, first) == Noise(0.25, 4) and Noise.next(0.0, first) is None
 
 
 def outputs(*last: bool, quiet: bool = False) -> list[Tensor]:

@@ -58,6 +58,7 @@ class StageWorker:
         self._skips: deque[bool] = deque()  # of steps whose weights of other stages have not arrived yet
         self._x = torch.empty(0)  # output of the segment run last
         self._skipped = False
+        self._noise: Noise | None = None
         self._connect()
         self._reset([])
 
@@ -67,6 +68,7 @@ class StageWorker:
             self.net.teacher.after_step(self.net.segments, self.span)
         for head in self.readers.local[self.stage]:
             head.after_step(self.net.segments, float(not self._skipped))
+        self._noise = Noise.next(self.net.plan.noise, self._noise)
         self._reset(micro_batches)
 
     def _reset(self, micro_batches: list[Batch]) -> None:
@@ -75,7 +77,6 @@ class StageWorker:
         self._scales = self.net.scales.current() if self.net.scales is not None else None
         self._live: dict[int, RoutedStep] = {}
         self._overflow: Tensor | None = None
-        self._noise = Noise.drawn(self.net.plan.noise)
 
     def load(self, micro_batch: int) -> None:
         """First stage: take a micro-batch of ``begin_step``."""
