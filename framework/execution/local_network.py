@@ -20,11 +20,12 @@ from framework.data.batch import Batch
 from framework.execution.compilation import compiled
 from framework.execution.noise import Noise
 from framework.execution.precision import LossScales
-from framework.execution.program import Program
+from framework.execution.program import HeadCall, Program
 from framework.execution.replay_buffer import ReplayBufferStrategy
 from framework.execution.step import RoutedStep
 from framework.execution.teacher import Teacher, TeacherPass
 from framework.local.units import Plan
+from framework.network.feedback import use_feedback
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
 from framework.runtime.distributed import any_over_ranks
@@ -87,6 +88,9 @@ class LocalNetwork(nn.Module):
         super().__init__()
         if len(segments) != plan.segments:
             raise UserError(f"the plan is for {plan.segments} segments, the network has {len(segments)}")
+        if plan.feedback != "exact":
+            for module in (backbone, *plan.heads):
+                use_feedback(module, plan.feedback)
         self.backbone, self.frozen = backbone, tuple(frozen)
         self.program = Program.of(plan, segments, precision)
         names = {unit.head: unit.name.replace(".", "_") for unit in reversed(plan.units)}
@@ -187,6 +191,10 @@ class LocalNetwork(nn.Module):
         return x if x.dtype == torch.float64 else x.float()
 
     @property
+    def _top_first(self) -> bool:
+        return self.plan.execution.kind == "top first"
+
+    @property
     def classifies(self) -> bool:
         """Whether the last head gives logits, which ``predict`` asks for."""
         return self.plan.units[-1].head.classifies
@@ -229,6 +237,13 @@ class LocalNetwork(nn.Module):
         )
         if self.turns is not None:
             self.turns.run(step)
+        elif self._top_first:
+            x = self.first_input(batch)
+            for s in range(self.plan.segments):
+                x = step.forward(s, x)
+            for s in reversed(range(self.plan.segments)):
+                step.run_heads(s)
+                step.walk(s)
         else:
             x = self.first_input(batch)
             for s in range(self.plan.segments):
@@ -269,6 +284,7 @@ class LocalNetwork(nn.Module):
 
     def _evaluate(self, batch: Batch) -> StepOutput:
         losses: dict[int, Tensor] = {}
+        waiting: list[tuple[HeadCall, Tensor, Tensor | None]] = []
         x, teacher = self.first_input(batch), self.teacher_pass(batch)
         with self.autocast(x):
             for s, (segment, program) in enumerate(
@@ -276,9 +292,10 @@ class LocalNetwork(nn.Module):
             ):
                 x = segment(x)
                 keys = teacher.forward(s) if teacher is not None else {}
-                for call in program.heads:
-                    seen = batch._replace(teacher=keys.get(call.head))
-                    loss = call.head(segment.to_map(x), seen)
+                waiting += [(call, segment.to_map(x), keys.get(call.head)) for call in program.heads]
+                while waiting and (s == self.plan.segments - 1 or not self._top_first):
+                    call, features, key = waiting.pop()
+                    loss = call.head(features, batch._replace(teacher=key))
                     losses.update(dict.fromkeys(call.units, loss))
         return _output(self.plan, losses, self.penalty())
 

@@ -38,7 +38,8 @@ def naive_gradients(
     gradients: dict[nn.Parameter, Tensor] = {}
     boundary = {0: network.first_input(batch)}
     keys = _teacher_keys(network, batch)
-    for u in sorted(range(len(units)), key=lambda u: units[u].last):
+    top_first = network.plan.execution.kind == "top first"
+    for u in sorted(range(len(units)), key=lambda u: units[u].last, reverse=top_first):
         unit = units[u]
         for s in range(max(boundary), unit.first):
             with torch.no_grad(), network.autocast(boundary[s]):

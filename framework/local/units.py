@@ -114,6 +114,8 @@ class Plan:
         views: augmented views of an image that the heads expect in a batch.
         execution: what executes the plan.
         teacher: how the teacher follows, where heads need one.
+        feedback: what carries errors down through the layers of segments and heads: their own weights ("exact"), fixed
+            random ones, or the signs of their own.
         noise: on the outputs of all segments in training, as a fraction of their standard deviation.
 
     Raises:
@@ -129,6 +131,7 @@ class Plan:
     execution: Execution = SYNCHRONOUS
     teacher: Averaging | None = None
     noise: float = 0.0
+    feedback: Literal["exact", "random", "sign"] = "exact"
 
     def __post_init__(self) -> None:
         for unit in self.units:

@@ -109,7 +109,7 @@ def test_a_gradient_boundary_leaks_nothing(case: str) -> None:
             assert finite == (not unit.first <= s <= unit.last), (unit.name, segment.name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "dfa"])  # which frees nothing early
 def test_peak_activations_equal_the_widest_windows(case: str) -> None:
     """Counted against each window run alone, end to end, in plain autograd."""
     net = networks.network(case, image_size=32)

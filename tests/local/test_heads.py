@@ -27,7 +27,9 @@ LABELS, IMAGES = frozenset({Need.LABELS}), frozenset({Need.IMAGES})
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case != "dfa"]
+)  # whose heads wait for the top one
 def test_heads_do_what_they_declare(case: str) -> None:
     """Labels, images, the teacher and other images of the batch change a loss exactly where the head says so."""
     net = networks.network(case).double()

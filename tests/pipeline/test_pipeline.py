@@ -43,7 +43,9 @@ QUICK = [
     Run("lam", 4, 1, steps=10),
     Run("loco-moco", 2, 2, steps=5),
 ]
-SPLIT = [case for case in networks.CASES if case not in ("loco-soft", "mlaan-pulled")]  # those are refused
+SPLIT = [
+    case for case in networks.CASES if case not in ("loco-soft", "mlaan-pulled", "dfa")
+]  # those are refused
 METHODS = [Run(case, 2, 1 + number % 4) for number, case in enumerate(SPLIT)]
 DEEPER = [Run(case, 4, 1 + n % 4) for n, case in enumerate(SPLIT) if networks.CASES[case][2] == "block"]
 GRIDS = [

@@ -14,7 +14,7 @@ from framework.execution import LocalNetwork
 from framework.local import NetworkInfo
 from framework.local.head import Head
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import blockwise, dgl, gim, infopro, loco, mlaan, simclr
+from framework.local.methods import blockwise, dgl, gim, infopro, loco, mlaan, sign, simclr
 from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
 from framework.network import Segment, create, cut
@@ -88,6 +88,9 @@ CASES: dict[str, tuple[str, Any, str]] = {
         ),
         "block",
     ),
+    "fa": ("fa", None, "block"),
+    "sign-2": ("sign", sign.Options(window=2), "block"),
+    "dfa": ("dfa", None, "block"),
     "auglocal": ("auglocal", None, "block"),
     "hpff": ("hpff", None, "block"),
     "man": ("man", None, "block"),
@@ -112,6 +115,9 @@ GOLDEN = (
     "mlm-2",
     "mlm-3",
     "mlaan",
+    "fa",
+    "sign-2",
+    "dfa",
     "auglocal",
     "hpff",
     "man",

@@ -115,6 +115,10 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
 
 def _check_alone(recipe: Recipe, net: LocalNetwork) -> None:
     """Refuse plans that need all segments in one process."""
+    if net.plan.execution.kind == "top first" and recipe.pipelined:
+        raise UserError(
+            f"method.name={recipe.method.name}: its segments wait for the last one; pipeline stages can't have it"
+        )
     if net.plan.execution.kind == "replay buffer" and recipe.pipeline.stages > 1:
         raise UserError(
             f"method.async_mode=buffer: must be none with pipeline.stages={recipe.pipeline.stages}"
