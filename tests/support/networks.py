@@ -14,7 +14,7 @@ from framework.execution import LocalNetwork
 from framework.local import NetworkInfo
 from framework.local.head import Head
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import blockwise, dgl, gim, infopro, loco, mlaan, sign, simclr
+from framework.local.methods import blockwise, dgl, gim, infopro, loco, mlaan, scpl, sign, simclr
 from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
 from framework.network import Segment, create, cut
@@ -91,6 +91,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "fa": ("fa", None, "block"),
     "sign-2": ("sign", sign.Options(window=2), "block"),
     "dfa": ("dfa", None, "block"),
+    "scpl": ("scpl", scpl.Options(proj_hidden=16, dim=8), "stage"),
     "auglocal": ("auglocal", None, "block"),
     "hpff": ("hpff", None, "block"),
     "man": ("man", None, "block"),
@@ -118,6 +119,7 @@ GOLDEN = (
     "fa",
     "sign-2",
     "dfa",
+    "scpl",
     "auglocal",
     "hpff",
     "man",
