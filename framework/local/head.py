@@ -62,7 +62,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def embedder(self) -> nn.Module:
-        """What ``embed`` runs, whose average embeds the teacher's output. Of heads that need a teacher."""
+        """What maps (V*B, C, H, W) to (V*B, D), of which a teacher has the average. Of heads that need a teacher."""
         raise NotImplementedError
 
     def predict(self, x: Tensor) -> Tensor:
@@ -100,22 +100,23 @@ class TrunkHead(Head):
         trunk: maps a segment's output (N, C, H, W) to logits or embeddings (N, D); its convolutions are initialized
             here.
         objective: maps those and the batch to a scalar loss.
+        predictor: maps embeddings (N, D) to what the objective sees in their place; a teacher has none.
     """
 
     separable = True
 
-    def __init__(self, trunk: nn.Module, objective: Objective) -> None:
+    def __init__(self, trunk: nn.Module, objective: Objective, predictor: nn.Module | None = None) -> None:
         super().__init__()
-        self.trunk, self.objective = trunk, objective
+        self.trunk, self.objective, self.predictor = trunk, objective, predictor
         self.needs, self.contrasts = objective.needs, objective.contrasts
         self.classifies = objective.classifies
         initialize(self.trunk)
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
-        return self.objective(self.trunk(x), batch)
+        return self.objective(self.embed(x), batch)
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.trunk(x)
+        return self.trunk(x) if self.predictor is None else self.predictor(self.trunk(x))
 
     def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
         return self.objective(embeddings, batch)

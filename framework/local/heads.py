@@ -146,7 +146,9 @@ class Projection:
         dim = self.dim or published.dim
         widths = [channels, *[hidden] * ((self.layers or published.layers) - 1), dim]
         trunk = nn.Sequential(*blocks, GlobalAveragePool(), *mlp(widths, self.proj_bn or published.bn))
-        return TrunkHead(trunk, self._objective(published, dim))
+        predicts = self.objective in ("mocov3", "byol")
+        predictor = self._predictor(published, dim) if predicts else None
+        return TrunkHead(trunk, self._objective(published, dim), predictor)
 
     @property
     def teacher(self) -> Averaging | None:
@@ -183,11 +185,8 @@ class Projection:
         return blocks, channels
 
     def _objective(self, published: Published, dim: int) -> Objective:
-        from torch import nn
-
         from framework.local.objectives import BarlowTwins, InfoNCE, VICReg
         from framework.local.teacher_objectives import BYOL, MoCo, MoCoV3, SimSiam
-        from framework.local.trunks import mlp
 
         form, tau = self.loss_form or published.form, self.temperature or published.temperature
         if self.objective == "barlow":
@@ -198,8 +197,14 @@ class Projection:
             return InfoNCE(tau, form, self.gather_grad)
         if self.objective == "moco":
             return MoCo(dim, self.queue, tau, form)
-        hidden = self.pred_hidden or published.pred_hidden or -(-dim // 4)
-        predictor = nn.Sequential(*mlp((dim, hidden, dim), "hidden"))
         if self.objective == "mocov3":
-            return MoCoV3(predictor, tau, form)
-        return BYOL(predictor, form) if self.objective == "byol" else SimSiam(predictor, form)
+            return MoCoV3(tau, form)
+        return BYOL(form) if self.objective == "byol" else SimSiam(self._predictor(published, dim), form)
+
+    def _predictor(self, published: Published, dim: int) -> nn.Module:
+        from torch import nn
+
+        from framework.local.trunks import mlp
+
+        hidden = self.pred_hidden or published.pred_hidden or -(-dim // 4)
+        return nn.Sequential(*mlp((dim, hidden, dim), "hidden"))

@@ -89,12 +89,11 @@ class MoCo(Objective):
 
 
 class MoCoV3(Objective):
-    """InfoNCE of predictions, with the teacher's embeddings of the global batch as positives and negatives.
+    """InfoNCE of predictions q, with the teacher's embeddings of the global batch as positives and negatives.
 
     Chen, Xie and He 2021, Algorithm 1: 2 tau times the cross entropy of q k / tau, without a queue.
 
     Args:
-        predictor: of the online network, (N, D) -> (N, D).
         temperature: tau; 1.0 for ResNet-50 and 0.2 for ViT in the authors' code.
         form: see above; "sum" as published.
     """
@@ -102,14 +101,13 @@ class MoCoV3(Objective):
     needs = frozenset({Need.TEACHER})
     contrasts = True
 
-    def __init__(self, predictor: nn.Module, temperature: float = 1.0, form: Form = "sum") -> None:
+    def __init__(self, temperature: float = 1.0, form: Form = "sum") -> None:
         super().__init__()
-        self.predictor, self.temperature, self.form = predictor, temperature, form
+        self.temperature, self.form = temperature, form
 
-    def forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        """Embeddings (N, D) and as many of the teacher, not yet normalized -> scalar loss."""
-        predictions = self.predictor(embeddings)
-        with torch.autocast(embeddings.device.type, enabled=False):
+    def forward(self, predictions: Tensor, batch: Batch) -> Tensor:
+        """Predictions (N, D) and as many embeddings of the teacher, not yet normalized -> scalar loss."""
+        with torch.autocast(predictions.device.type, enabled=False):
             q, k = _normalized(predictions), _normalized(_targets(batch))
             directions = 1 if self.form == "one_sided" else 2
             keys = _opposite(k, self.form).chunk(directions)
@@ -127,20 +125,18 @@ class BYOL(Objective):
     """Squared distance of normalized predictions and teacher's embeddings, 2 - 2 cos (Grill et al. 2020, Eqs. 2, 3).
 
     Args:
-        predictor: of the online network, (N, D) -> (N, D).
         form: see above; "sum" as published.
     """
 
     needs = frozenset({Need.TEACHER})
 
-    def __init__(self, predictor: nn.Module, form: Form = "sum") -> None:
+    def __init__(self, form: Form = "sum") -> None:
         super().__init__()
-        self.predictor, self.form = predictor, form
+        self.form = form
 
-    def forward(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        """Embeddings (N, D) and as many of the teacher -> scalar loss."""
-        predictions = self.predictor(embeddings)
-        with torch.autocast(embeddings.device.type, enabled=False):
+    def forward(self, predictions: Tensor, batch: Batch) -> Tensor:
+        """Predictions (N, D) and as many embeddings of the teacher -> scalar loss."""
+        with torch.autocast(predictions.device.type, enabled=False):
             p, z = _normalized(predictions), _normalized(_targets(batch))
             return _scaled(2 - 2 * (p * _opposite(z, self.form)).sum(1).mean(), self.form)
 

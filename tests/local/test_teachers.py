@@ -65,7 +65,7 @@ def moco_both(z: Tensor, k: Tensor, head: Any, queue: Tensor) -> Tensor:
 
 
 def mocov3(z: Tensor, k: Tensor, head: Any, queue: Tensor) -> Tensor:
-    (q1, q2), (k1, k2) = unit(head.objective.predictor(z)).chunk(2), unit(k).chunk(2)
+    (q1, q2), (k1, k2) = unit(head.predictor(z)).chunk(2), unit(k).chunk(2)
     losses = []
     for q, keys in ((q1, k2), (q2, k1)):
         exponentials = torch.exp(q @ keys.T / 1.0)
@@ -74,12 +74,12 @@ def mocov3(z: Tensor, k: Tensor, head: Any, queue: Tensor) -> Tensor:
 
 
 def byol(z: Tensor, k: Tensor, head: Any, queue: Tensor) -> Tensor:
-    (p1, p2), (k1, k2) = unit(head.objective.predictor(z)).chunk(2), unit(k).chunk(2)
+    (p1, p2), (k1, k2) = unit(head.predictor(z)).chunk(2), unit(k).chunk(2)
     return sum((p - t).square().sum(1).mean() for p, t in ((p1, k2), (p2, k1)))  # type: ignore[return-value]
 
 
 def byol_one_sided(z: Tensor, k: Tensor, head: Any, queue: Tensor) -> Tensor:
-    return (unit(head.objective.predictor(z)) - unit(k)).square().sum(1).mean()
+    return (unit(head.predictor(z)) - unit(k)).square().sum(1).mean()
 
 
 def simsiam(z: Tensor, k: Tensor, head: Any, queue: Tensor) -> Tensor:

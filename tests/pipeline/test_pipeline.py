@@ -56,7 +56,7 @@ GRIDS = [
     Run("loco-barlow", 2, 1, replicas=2),
     Run("loco-moco", 3, 2, replicas=2),
     Run("gim-byol", 2, 2, replicas=2),
-    Run("simclr-mocov3", 2, 2, replicas=2, options={"contrast": "batch"}),
+    Run("simclr-mocov3", 2, 2, replicas=2),
 ]
 
 
