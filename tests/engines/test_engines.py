@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from framework.runtime.distributed import rank, world_size
 from framework.runtime.errors import UserError
@@ -335,3 +336,19 @@ def test_zero_does_not_pass_over_a_gradient_that_is_not_finite(pool: PoolOf) -> 
     """With clipping on, DeepSpeed by itself would skip such steps for ever without a word."""
     messages = pool(2).run(nonfinite_gradient, Case(clip=1.0))
     assert messages[0] == messages[1] and "gradient is not finite" in messages[0]
+
+
+def wrapped_by_hand() -> str:
+    net = training.network(taught("gim", "byol", engine="fsdp"))
+    fully_shard(net.backbone.layer1)
+    try:
+        net(training.micro_batches(Case(method="gim"), 0)[0])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_teacher_refuses_weights_that_are_not_whole(pool: PoolOf) -> None:
+    assert pool(2).run(wrapped_by_hand)[0] == (
+        "a teacher follows whole weights: wrap only the whole network by fully_shard"
+    )
