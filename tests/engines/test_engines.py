@@ -352,3 +352,15 @@ def test_a_teacher_refuses_weights_that_are_not_whole(pool: PoolOf) -> None:
     assert pool(2).run(wrapped_by_hand)[0] == (
         "a teacher follows whole weights: wrap only the whole network by fully_shard"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["moco", "byol"])
+def test_teachers_move_between_engines_and_numbers_of_ranks(pool: PoolOf, objective: str) -> None:
+    """Averages, what is due to them, queue and predictors, in the middle of a training."""
+    case = taught("loco", objective, dtype="float64")
+    run = pool(2).run(moved, replace(case, engine="fsdp"), None, range(2))[0]
+    run = pool(4).run(moved, replace(case, engine="ddp"), run, range(2, 4))[0]
+    whole = plain(replace(case, steps=4))
+    errors, tensors = differences(run, whole._replace(losses=whole.losses[2:])), training.flat(whole)
+    assert max(e for name, e in errors.items() if tensors[name].abs().max() > 1e-12) < 1e-9
