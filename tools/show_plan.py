@@ -125,6 +125,15 @@ def show(recipe: Recipe, cost: PlanCost) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if (teacher := cost.teacher) is not None:
+        console.print(
+            f"Its teacher: averages of {teacher.parameters:,} parameters "
+            f"({readable.text(teacher.weight_bytes, readable.BYTES)}), forward "
+            f"{readable.text(sum(teacher.flops), readable.FLOPS)}, features of a segment up to "
+            f"{readable.text(teacher.feature_bytes, readable.BYTES)}.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:

@@ -13,7 +13,8 @@ class Execution:
     Attributes:
         kind: "synchronous": every segment runs once a step, on the output of the segment below. "replay buffer":
             every segment draws its input from a buffer of the latest outputs of the segment below. "one module at a
-            time": one segment trains, on top of those below it, which stay as they are.
+            time": one segment trains, on top of those below it, which stay as they are. "top first": all segments
+            run, and then the heads from the last segment to the first.
         buffer_size: batches in a replay buffer.
         buffer_order: order in which the segments run with replay buffers: a new random one every step, or from the
             first to the last.
@@ -21,7 +22,7 @@ class Execution:
             there are segments.
     """
 
-    kind: Literal["synchronous", "replay buffer", "one module at a time"] = "synchronous"
+    kind: Literal["synchronous", "replay buffer", "one module at a time", "top first"] = "synchronous"
     buffer_size: int = 30
     buffer_order: Literal["random", "sequence"] = "random"
     module: int | None = None

@@ -67,6 +67,23 @@ class UnitCost:
 
 
 @dataclass(frozen=True)
+class TeacherCost:
+    """A teacher on one rank's micro-batch.
+
+    Attributes:
+        parameters: scalars of segments and heads that it averages.
+        weight_bytes: of these averages, on every rank.
+        flops: forward, by segment, the heads on it included.
+        feature_bytes: of the largest output of a segment; nothing else of the teacher lives from one to the next.
+    """
+
+    parameters: int
+    weight_bytes: int
+    flops: tuple[int, ...]
+    feature_bytes: int
+
+
+@dataclass(frozen=True)
 class PlanCost:
     """A whole plan. Where one module is trained alone, its segment is all there is, and the frozen ones cost nothing.
 
@@ -77,6 +94,7 @@ class PlanCost:
         peak_activation_bytes: most that autograd holds at once in a training step.
         end_to_end_activation_bytes: the same with one loss on top of the network.
         memory_saving: end-to-end / this plan, as in LoCo Table 7.
+        teacher: where there is one; not in the activations.
     """
 
     segments: tuple[SegmentCost, ...]
@@ -85,6 +103,7 @@ class PlanCost:
     peak_activation_bytes: int
     end_to_end_activation_bytes: int
     memory_saving: float
+    teacher: TeacherCost | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -108,6 +127,7 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
             peak,
             whole,
             whole / peak,
+            _teacher_cost(net, batch),
         )
 
 
@@ -174,15 +194,32 @@ def _peak(net: LocalNetwork, batch: Batch) -> int:
 
 
 def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
-    x = net.run_frozen(batch.images)
+    x = net.first_input(batch)
     for segment in net.segments:
         flops, saved, x = _forward(segment, x, net)
         yield SegmentCost(segment.name, sum(p.numel() for p in segment.parameters()), flops, saved)
 
 
+def _teacher_cost(net: LocalNetwork, batch: Batch) -> TeacherCost | None:
+    passing = net.teacher_pass(batch)
+    if net.teacher is None or passing is None:
+        return None
+    flops, features = [], []
+    for s in range(len(net.segments)):
+        with FlopCounterMode(display=False) as counter:
+            passing.forward(s)
+        flops.append(counter.get_total_flops())
+        features += [x.numel() * x.element_size() for x in passing.state()[:1]]
+    averages = [average for s in range(len(net.segments)) for average in net.teacher.averages(s)]
+    weight_bytes = sum(average.numel() * average.element_size() for average in averages)
+    return TeacherCost(sum(a.numel() for a in averages), weight_bytes, tuple(flops), max(features, default=0))
+
+
 def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
+    passing = net.teacher_pass(batch)
+    keys = [passing.forward(s) for s in range(len(net.segments))] if passing is not None else []
     for unit in net.plan.units:
-        x = net.run_frozen(batch.images)
+        x = net.first_input(batch)
         with torch.no_grad():
             for segment in net.segments[: unit.first]:
                 x = segment(x)
@@ -191,7 +228,8 @@ def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
             for segment in net.segments[unit.first : unit.last + 1]:
                 x = segment(x)
             with FlopCounterMode(display=False) as counter:
-                unit.head(unit.head.seen(net.segments[unit.last], x), batch)
+                seen = batch._replace(teacher=keys[unit.last].get(unit.head) if keys else None)
+                unit.head(unit.head.seen(net.segments[unit.last], x), seen)
         parameters = sum(p.numel() for p in unit.head.parameters() if p.requires_grad)
         yield UnitCost(
             unit.name,

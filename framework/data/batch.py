@@ -15,9 +15,11 @@ class Batch(NamedTuple):
         labels: (B,) int64, or ``None``.
         views: V.
         last: whether an optimizer step follows; with accumulation only after the last micro-batch.
+        teacher: (V*B, D) or (B, D), what the teacher embeds for the head that is called; without a graph.
     """
 
     images: Tensor
     labels: Tensor | None = None
     views: int = 1
     last: bool = True
+    teacher: Tensor | None = None

@@ -29,7 +29,14 @@ def build(
         make_optimizer: as for every engine.
         settings: of its steps.
         record: what records a step.
+
+    Raises:
+        UserError: a plan with noise, whose seeds are drawn on the host.
     """
+    if net.plan.noise:
+        raise UserError(
+            "execution.cuda_graph=true: would repeat the noise of one step (method.noise) for ever"
+        )
     return PlainEngine(net, make_optimizer(net), settings.clip, _Replayed(net, record), lag=1)
 
 

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution.compilation import compiled
+from framework.execution.noise import Noise
 from framework.execution.precision import LossScales
-from framework.execution.program import Program
+from framework.execution.program import HeadCall, Program
 from framework.execution.replay_buffer import ReplayBufferStrategy
 from framework.execution.step import RoutedStep
+from framework.execution.teacher import Teacher, TeacherPass
 from framework.local.units import Plan
 from framework.network import pooling
+from framework.network.feedback import use_feedback
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
 from framework.runtime.distributed import any_over_ranks
@@ -69,6 +72,8 @@ class LocalNetwork(nn.Module):
 
     Attributes:
         program: what a step does.
+        teacher: its moving average, of plans that want one.
+        noise: of the micro-batch at hand, of plans that want some.
         scales: loss scales, of float16.
         taken: 1, or 0 where the optimizer step before was skipped, as heads are told; a run that goes on from a
             checkpoint sets it.
@@ -90,10 +95,14 @@ class LocalNetwork(nn.Module):
         super().__init__()
         if len(segments) != plan.segments:
             raise UserError(f"the plan is for {plan.segments} segments, the network has {len(segments)}")
+        if plan.feedback != "exact":
+            for module in (backbone, *plan.heads):
+                use_feedback(module, plan.feedback)
         self.backbone, self.frozen = backbone, tuple(frozen)
         self.program = Program.of(plan, segments, precision)
-        names = {unit.head: unit.name for unit in reversed(plan.units)}
-        self.heads = nn.ModuleDict({names[head].replace(".", "_"): head for head in plan.heads})
+        names = {unit.head: unit.name.replace(".", "_") for unit in reversed(plan.units)}
+        self.heads = nn.ModuleDict({names[head]: head for head in plan.heads})
+        self.teacher = Teacher(backbone, segments, plan, names) if plan.teacher is not None else None
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         weights = [self.program.weight(call) for call in self.program.calls]
         self.scales = LossScales(weights) if precision == "fp16" else None
@@ -104,6 +113,7 @@ class LocalNetwork(nn.Module):
         self._overflowed: Tensor | None = None
         self._between_steps = True
         self.taken: Tensor | float = 1.0
+        self.noise: Noise | None = None
 
     @property
     def plan(self) -> Plan:
@@ -148,7 +158,11 @@ class LocalNetwork(nn.Module):
 
     def start_micro_batch(self) -> None:
         """Call the heads' ``after_step`` if this is the first micro-batch after an optimizer step, or of all."""
+        self.noise = self.noise.of(self.noise.micro_batch + 1) if self.noise is not None else None
         if self._between_steps:
+            self.noise = Noise.next(self.plan.noise, self.noise)
+            if self.teacher is not None:
+                self.teacher.after_step(self.segments)
             for head in self.plan.heads:
                 head.after_step(self.segments, self.taken)
         self._between_steps = False
@@ -167,6 +181,8 @@ class LocalNetwork(nn.Module):
             return
         self.taken = 1.0 if self._overflowed is None else (~self._overflowed).float()
         self._overflowed, self._between_steps = None, True
+        if self.teacher is not None:
+            self.teacher.before_step(self.taken)
         for head in self.plan.heads:
             head.before_step(self.segments, self.taken)
 
@@ -182,6 +198,10 @@ class LocalNetwork(nn.Module):
         with self.autocast(x):
             x = pooling.features(self.segments[-1], x)
         return x if x.dtype == torch.float64 else x.float()
+
+    @property
+    def _top_first(self) -> bool:
+        return self.plan.execution.kind == "top first"
 
     @property
     def classifies(self) -> bool:
@@ -207,15 +227,35 @@ class LocalNetwork(nn.Module):
                 images = segment(images)
         return images
 
+    def first_input(self, batch: Batch) -> Tensor:
+        """What goes into the first segment that is not frozen: all of the images, or one view of each."""
+        one_of_several = self.plan.student_views < batch.views
+        return self.run_frozen(batch.images.chunk(batch.views)[0] if one_of_several else batch.images)
+
+    def teacher_pass(self, batch: Batch) -> TeacherPass | None:
+        """The teacher's forward pass over a batch, where there is a teacher."""
+        return self.teacher.start(batch) if self.teacher is not None else None
+
     def routed_step(self, batch: Batch) -> tuple[RoutedStep, Tensor | None]:
         """A batch's losses and finished gradients, and the penalty, whose gradient is added to them."""
         step = RoutedStep(
-            self.program, batch, scales=self.scales.current() if self.scales is not None else None
+            self.program,
+            batch,
+            scales=self.scales.current() if self.scales is not None else None,
+            teacher=self.teacher_pass(batch),
+            noise=self.noise,
         )
         if self.turns is not None:
             self.turns.run(step)
+        elif self._top_first:
+            x = self.first_input(batch)
+            for s in range(self.plan.segments):
+                x = step.forward(s, x)
+            for s in reversed(range(self.plan.segments)):
+                step.run_heads(s)
+                step.walk(s)
         else:
-            x = self.run_frozen(batch.images)
+            x = self.first_input(batch)
             for s in range(self.plan.segments):
                 x = step.forward(s, x)
                 step.run_heads(s)
@@ -253,12 +293,18 @@ class LocalNetwork(nn.Module):
 
     def _evaluate(self, batch: Batch) -> StepOutput:
         losses: dict[int, Tensor] = {}
-        x = self.run_frozen(batch.images)
+        waiting: list[tuple[HeadCall, Tensor, Tensor | None]] = []
+        x, teacher = self.first_input(batch), self.teacher_pass(batch)
         with self.autocast(x):
-            for segment, program in zip(self.segments, self.program.segment_programs, strict=True):
+            for s, (segment, program) in enumerate(
+                zip(self.segments, self.program.segment_programs, strict=True)
+            ):
                 x = segment(x)
-                for call in program.heads:
-                    loss = call.head(call.head.seen(segment, x), batch)
+                keys = teacher.forward(s) if teacher is not None else {}
+                waiting += [(call, call.head.seen(segment, x), keys.get(call.head)) for call in program.heads]
+                while waiting and (s == self.plan.segments - 1 or not self._top_first):
+                    call, features, key = waiting.pop()
+                    loss = call.head(features, batch._replace(teacher=key))
                     losses.update(dict.fromkeys(call.units, loss))
         return _output(self.plan, losses, self.penalty())
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution.local_network import LocalNetwork
+from framework.local.head import Head
 from framework.network.norm import frozen_statistics
 
 
@@ -35,20 +36,23 @@ def naive_gradients(
     segments, units = network.segments, network.plan.units
     losses: dict[int, Tensor] = {}
     gradients: dict[nn.Parameter, Tensor] = {}
-    boundary = {0: batch.images}
-    for u in sorted(range(len(units)), key=lambda u: units[u].last):
+    boundary = {0: network.first_input(batch)}
+    keys = _teacher_keys(network, batch)
+    top_first = network.plan.execution.kind == "top first"
+    for u in sorted(range(len(units)), key=lambda u: units[u].last, reverse=top_first):
         unit = units[u]
         for s in range(max(boundary), unit.first):
             with torch.no_grad(), network.autocast(boundary[s]):
-                boundary[s + 1] = segments[s](boundary[s])
+                boundary[s + 1] = _run(network, s, boundary[s])
         x = boundary[unit.first].detach()
         for s in range(unit.first, unit.last + 1):
             seen = s + 1 in boundary and bn_update == "once"
             with frozen_statistics(network) if seen else nullcontext(), network.autocast(x):
-                x = segments[s](x)
+                x = _run(network, s, x)
             boundary.setdefault(s + 1, x.detach())
         with network.autocast(x):
-            loss = unit.head(unit.head.seen(segments[unit.last], x), batch)
+            for_head = batch._replace(teacher=keys[unit.last].get(unit.head))
+            loss = unit.head(unit.head.seen(segments[unit.last], x), for_head)
         losses[u] = loss.detach()
         learning = [p for s in unit.learns for p in segments[s].parameters()]
         learning += [p for p in unit.head.parameters() if p.requires_grad]
@@ -58,6 +62,20 @@ def naive_gradients(
         _add(gradients, everything, torch.autograd.grad(penalty, everything, allow_unused=True))
     network.end_micro_batch(batch)
     return [losses[u] for u in range(len(units))], gradients
+
+
+def _run(network: LocalNetwork, s: int, x: Tensor) -> Tensor:
+    output = network.segments[s](x)
+    return output if network.noise is None else network.noise.on(output, s)
+
+
+def _teacher_keys(network: LocalNetwork, batch: Batch) -> list[dict[Head, Tensor]]:
+    """By segment, what the teacher embeds for the heads on it."""
+    teacher = network.teacher_pass(batch)
+    if teacher is None:
+        return [{} for _ in network.segments]
+    with network.autocast(batch.images):
+        return [teacher.forward(s) for s in range(len(network.segments))]
 
 
 def _add(

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
+from framework.execution.noise import Noise
 from framework.execution.precision import unscale_
 from framework.execution.program import GradientRoute, HeadCall, InputGradient, Program, WeightGradient
+from framework.execution.teacher import TeacherPass
+from framework.local.head import Head
 
 
 class Cotangent:
@@ -37,6 +40,8 @@ class RoutedStep:
         span: segments of this process. Cotangents for the segment below it end up in ``outgoing``, those from the
             segment above it are handed to ``receive``.
         scales: the loss scale of every head call (float16 only).
+        teacher: runs beside the segments.
+        noise: on their outputs.
 
     Attributes:
         losses: by number of the unit, unweighted and detached.
@@ -50,17 +55,21 @@ class RoutedStep:
         batch: Batch,
         span: range | None = None,
         scales: Sequence[float] | None = None,
+        teacher: TeacherPass | None = None,
+        noise: Noise | None = None,
     ) -> None:
+        self.teacher, self.noise = teacher, noise
         self.program, self.batch, self.plan, self.scales = program, batch, program.plan, scales
         self.span = range(self.plan.segments) if span is None else span
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
         self.in_flight: dict[int, dict[GradientRoute, Cotangent]] = {s: {} for s in self.span}
         self.accumulated: dict[int, Cotangent | None] = dict.fromkeys(self.span)
-        self.embeddings: dict[HeadCall, tuple[Tensor, Tensor]] = {}
+        self.embeddings: dict[HeadCall, tuple[Tensor, Tensor, Batch]] = {}
         self.losses: dict[int, Tensor] = {}
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.outgoing: dict[GradientRoute, Cotangent] = {}
+        self._keys: dict[Head, Tensor] = {}
         self._crossed = {s for unit in self.plan.units for s in range(unit.first + 1, unit.last + 1)}
         self._overflows: list[tuple[Tensor, list[bool]]] = []
 
@@ -68,7 +77,10 @@ class RoutedStep:
         """Run segment ``s`` on the detached output of the one below; its own output, detached."""
         self.inputs[s] = x.detach().requires_grad_(s in self._crossed)
         with self.program.autocast(x):
-            self.outputs[s] = self.program.runners[s](self.inputs[s])
+            output = self.program.runners[s](self.inputs[s])
+            self.outputs[s] = output if self.noise is None else self.noise.on(output, s)
+            if self.teacher is not None:
+                self._keys = self.teacher.forward(s)
         return self.outputs[s].detach()
 
     def run_heads(self, s: int, defer_contrast: bool = False) -> None:
@@ -84,7 +96,7 @@ class RoutedStep:
                 continue
             x = self.outputs[s].detach().requires_grad_()
             with self.program.autocast(x):
-                loss = call.head(call.head.seen(self.program.segments[s], x), self.batch)
+                loss = call.head(call.head.seen(self.program.segments[s], x), self._seen_by(call.head))
             self.losses.update(dict.fromkeys(call.units, loss.detach()))
             factor = self.program.weight(call) * self._scale(call)
             cotangent, *gradients = torch.autograd.grad(loss * factor, [x, *call.parameters])
@@ -138,11 +150,16 @@ class RoutedStep:
         first = steps[0]
         program = first.program
         for call in [call for call in program.segment_programs[s].heads if call in first.embeddings]:
-            parts = [step.embeddings[call][1].detach().requires_grad_() for step in steps]
-            views = first.batch.views
-            whole = torch.cat([part.unflatten(0, (views, -1)) for part in parts], 1).flatten(0, 1)
+            seen = [step.embeddings[call] for step in steps]
+            parts = [embedding.detach().requires_grad_() for _, embedding, _ in seen]
+            views = first.plan.student_views
+            whole = _by_view(parts, views)
             labels = [step.batch.labels for step in steps if step.batch.labels is not None]
-            batch = first.batch._replace(labels=torch.cat(labels) if labels else None)
+            keys = [batch.teacher for _, _, batch in seen if batch.teacher is not None]
+            batch = first.batch._replace(
+                labels=torch.cat(labels) if labels else None,
+                teacher=_by_view(keys, views) if keys else None,
+            )
             with program.autocast(whole):
                 loss = call.head.score(whole, batch)
             factor = program.weight(call) * first._scale(call) * len(steps)
@@ -154,13 +171,16 @@ class RoutedStep:
         x = self.outputs[s].detach().requires_grad_()
         with self.program.autocast(x):
             embedding = call.head.embed(call.head.seen(self.program.segments[s], x))
-        self.embeddings[call] = (x, embedding)
+        self.embeddings[call] = (x, embedding, self._seen_by(call.head))
 
     def _backward_embedding(self, s: int, call: HeadCall, loss: Tensor, gradient: Tensor) -> None:
-        x, embedding = self.embeddings.pop(call)
+        x, embedding, _ = self.embeddings.pop(call)
         self.losses.update(dict.fromkeys(call.units, loss))
         cotangent, *gradients = torch.autograd.grad(embedding, [x, *call.parameters], gradient)
         self._collect(s, call, cotangent, gradients)
+
+    def _seen_by(self, head: Head) -> Batch:
+        return self.batch._replace(teacher=self._keys.pop(head, None))
 
     def _scale(self, call: HeadCall) -> float:
         return self.scales[call.number] if self.scales is not None else 1.0
@@ -228,6 +248,11 @@ class RoutedStep:
         for p, g in zip(parameters, gradients, strict=True):
             self.gradients[p] = self.gradients[p] + g if p in self.gradients else g
         return overflow
+
+
+def _by_view(parts: Sequence[Tensor], views: int) -> Tensor:
+    """Micro-batches (V*B, D) -> (V*sum B, D), view-major."""
+    return torch.cat([part.unflatten(0, (views, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:

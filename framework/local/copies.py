@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,7 @@ class EmaCopy(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.block = copy.deepcopy(block)
-        for module in self.block.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                delattr(module, name)
-                module.register_buffer(name, parameter.detach())
+        without_parameters(self.block)
         moving = [n for n, b in block.named_buffers() if b.is_floating_point()] if statistics else []
         self.names = (*(name for name, _ in block.named_parameters()), *moving)
 
@@ -48,8 +46,9 @@ class EmaCopy(nn.Module):
     @torch.no_grad()
     def follow(self, block: nn.Module, amount: Tensor | float) -> None:
         """Update the average with the weights of ``block``, ``amount`` (0 or 1) times."""
-        copies = [self.block.get_buffer(name) for name in self.names]
-        _move(copies, copies, block, self.names, amount * (1.0 - self.momentum))
+        live = _tensors(block)
+        pairs = [(self.block.get_buffer(name), live[name]) for name in self.names]
+        follow(pairs, amount * (1.0 - self.momentum))
 
 
 class PulledCopy(nn.Module):
@@ -79,8 +78,10 @@ class PulledCopy(nn.Module):
     @torch.no_grad()
     def follow(self, block: nn.Module, amount: Tensor | float) -> None:
         """Pull the weights towards those of ``block``, ``amount`` (0 or 1) times."""
-        offsets = [self.get_buffer(_flat(name)) for name in self.names]
-        _move(offsets, list(self._weights().values()), block, self.names, amount * (1.0 - self.momentum))
+        live, now = _tensors(block), self._weights()
+        steps = torch._foreach_sub([live[name] for name in self.names], list(now.values()))
+        torch._foreach_mul_(steps, amount * (1.0 - self.momentum))
+        torch._foreach_add_([self.get_buffer(_flat(name)) for name in self.names], steps)
 
     def _weights(self) -> dict[str, Tensor]:
         return {n: self.block.get_parameter(n) + self.get_buffer(_flat(n)) for n in self.names}
@@ -90,12 +91,24 @@ def _flat(name: str) -> str:
     return name.replace(".", "_") + "_pull"
 
 
-def _move(
-    moved: list[Tensor], now: list[Tensor], block: nn.Module, names: tuple[str, ...], fraction: Tensor | float
-) -> None:
-    """Add to ``moved`` a fraction of the difference between the tensors ``names`` of ``block`` and ``now``."""
-    live: dict[str, Tensor] = dict(block.named_buffers())
-    live.update(block.named_parameters())
-    steps = torch._foreach_sub([live[name] for name in names], now)
+def _tensors(block: nn.Module) -> dict[str, Tensor]:
+    return {**dict(block.named_buffers()), **dict(block.named_parameters())}
+
+
+def without_parameters(module: nn.Module) -> None:
+    """Make all parameters buffers."""
+    for inner in module.modules():
+        for name, parameter in list(inner.named_parameters(recurse=False)):
+            delattr(inner, name)
+            inner.register_buffer(name, parameter.detach())
+
+
+@torch.no_grad()
+def follow(pairs: Sequence[tuple[Tensor, Tensor]], fraction: Tensor | float) -> None:
+    """Move the first tensor of each pair by a fraction of the way to the second."""
+    copies, live = ([pair[i] for pair in pairs] for i in (0, 1))
+    if isinstance(fraction, Tensor) and copies:
+        fraction = fraction.to(copies[0].device)
+    steps = torch._foreach_sub(live, copies)
     torch._foreach_mul_(steps, fraction)
-    torch._foreach_add_(moved, steps)
+    torch._foreach_add_(copies, steps)

@@ -39,6 +39,7 @@ class Head(nn.Module):
         kind: name of its trunk, if that has one, for tables of plans.
         native: whether it gets the segment's output in the network's own layout (tokens with a class token, for
             instance) and not as a map (V*B, C, H, W). Of heads that run copies of the network's blocks.
+        borrows: names of the network's parameters that the head trains besides its own and those below it.
         may_lag: whether ``before_step`` may be called later than the optimizer's step, as long as it is called with
             the same weights and before the head's next forward. Pipeline stages then need not wait for each other.
     """
@@ -52,6 +53,7 @@ class Head(nn.Module):
     penalizes: bool = False
     kind: str = ""
     native: bool = False
+    borrows: tuple[str, ...] = ()
     may_lag: bool = True
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
@@ -72,6 +74,10 @@ class Head(nn.Module):
 
     def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """Scalar loss of embeddings (V*B, D), which may come from several micro-batches. Of separable heads."""
+        raise NotImplementedError
+
+    def embedder(self) -> nn.Module:
+        """What maps (V*B, C, H, W) to (V*B, D), of which a teacher has the average. Of heads that need a teacher."""
         raise NotImplementedError
 
     def predict(self, x: Tensor) -> Tensor:
@@ -111,28 +117,46 @@ class TrunkHead(Head):
         objective: maps those and the batch to a scalar loss.
         kind: of trunk, for tables of plans.
         native: whether the trunk works in the network's own layout.
+        predictor: maps embeddings (N, D) to what the objective sees in their place; a teacher has none.
     """
 
     separable = True
 
-    def __init__(self, trunk: nn.Module, objective: Objective, kind: str = "", native: bool = False) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        objective: Objective,
+        kind: str = "",
+        native: bool = False,
+        predictor: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.trunk, self.objective, self.kind, self.native = trunk, objective, kind, native
+        self.trunk, self.objective, self.predictor = trunk, objective, predictor
+        self.kind, self.native = kind, native
         self.needs, self.contrasts = objective.needs, objective.contrasts
         self.fewest_images, self.classifies = objective.fewest_images, objective.classifies
         initialize(self.trunk)
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
-        return self.objective(self.trunk(x), batch)
+        return self.objective(self.embed(x), batch)
 
     def embed(self, x: Tensor) -> Tensor:
-        return self.trunk(x)
+        return self.trunk(x) if self.predictor is None else self.predictor(self.trunk(x))
 
     def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
         return self.objective(embeddings, batch)
 
+    def embedder(self) -> nn.Module:
+        return self.trunk
+
     def predict(self, x: Tensor) -> Tensor:
         return self.trunk(x)
+
+    def before_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
+        self.objective.end_step(taken)
+
+    def after_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
+        self.objective.start_step()
 
 
 class PooledHead(TrunkHead):
@@ -144,6 +168,7 @@ class PooledHead(TrunkHead):
         objective: as in ``TrunkHead``.
         pools_with: names of the network's parameters that the pooling uses.
         kind: as in ``TrunkHead``.
+        predictor: as in ``TrunkHead``.
     """
 
     def __init__(
@@ -153,9 +178,10 @@ class PooledHead(TrunkHead):
         objective: Objective,
         pools_with: Sequence[str],
         kind: str = "",
+        predictor: nn.Module | None = None,
     ) -> None:
-        super().__init__(nn.Sequential(NetworkPooling(segment), *layers), objective, kind, native=True)
-        self._segment, self._pools_with = (segment,), tuple(pools_with)
+        super().__init__(nn.Sequential(NetworkPooling(segment), *layers), objective, kind, True, predictor)
+        self._segment, self.borrows = (segment,), tuple(pools_with)
         for name in pools_with:
             segment.backbone.get_parameter(name).requires_grad_()
 
@@ -163,7 +189,7 @@ class PooledHead(TrunkHead):
         """Its own, and those of the network's pooling; these have names in the network alone."""
         yield from super().parameters(recurse)
         backbone = self._segment[0].backbone
-        yield from (backbone.get_parameter(name) for name in self._pools_with)
+        yield from (backbone.get_parameter(name) for name in self.borrows)
 
 
 class WrappingHead(Head):
@@ -201,6 +227,9 @@ class WrappingHead(Head):
 
     def score(self, embeddings: Tensor, batch: Batch) -> Tensor:
         return self.head.score(embeddings, batch)
+
+    def embedder(self) -> nn.Module:
+        return nn.Sequential(self.get_submodule(self._name), self.head.embedder())
 
     def predict(self, x: Tensor) -> Tensor:
         return self.head.predict(self.transform(x))

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from framework.config.schema import NonNegativeInt, Positive, PositiveInt
+from framework.config.schema import NonNegativeInt, Positive, PositiveInt, Probability
+from framework.local.averaging import Averaging
+from framework.local.published import PUBLISHED, ObjectiveName, Published
 from framework.local.units import NetworkInfo
 from framework.runtime.errors import UserError
 
@@ -84,13 +86,20 @@ class Projection:
         dec_trunk: own copies of the next segment ("next_stage") or of all that follow ("full_network") before
             the pooling; on the last segment, which none follows, there are none.
         dec_on_top: whether the last segment's head has the blocks too; LoCo doesn't say.
-        layers: linear layers of the MLP; ``None`` takes 2, for Barlow Twins and VICReg 3.
-        proj_hidden: width of the hidden layers; ``None`` takes the channels that enter the pooling, or 8192.
-        dim: size of the embedding; ``None`` takes 128, or 8192.
+        expand: channels of a 1x1 convolution, with BatchNorm and ReLU, before the pooling.
+        layers: linear layers of the MLP; ``None`` takes what is published with the objective (``published.py``), as
+            it does wherever it may stand.
+        proj_hidden: width of the hidden layers; for InfoNCE and MoCo the channels that enter the pooling.
+        dim: size of the embedding.
         proj_bn: BatchNorm after none, the hidden, or all layers (SimCLR's paper: none, its code: all).
         objective: the loss of the embeddings of the two views.
-        temperature: tau of InfoNCE.
-        loss_form: of InfoNCE: anchors and scale.
+        temperature: tau of InfoNCE, MoCo and MoCo v3.
+        loss_form: which views learn from which, and scale.
+        pred_hidden: width of the predictor's hidden layer (MoCo v3, BYOL, SimSiam).
+        queue: keys of earlier steps (MoCo).
+        momentum: of the teacher (MoCo, MoCo v3, BYOL).
+        momentum_schedule: constant, or up to 1 by a cosine over the training.
+        shuffle_bn: the teacher sees the images of all ranks in another order than the network (MoCo).
         gather_grad: whether the gradient of InfoNCE reaches other ranks' embeddings.
         redundancy: lambda of Barlow Twins.
         vicreg: weights of VICReg's invariance, variance and covariance.
@@ -103,13 +112,19 @@ class Projection:
     dec_groups: PositiveInt = 1
     dec_trunk: Literal["none", "next_stage", "full_network"] = "none"
     dec_on_top: bool = True
+    expand: PositiveInt | None = None
     layers: PositiveInt | None = None
     proj_hidden: PositiveInt | None = None
     dim: PositiveInt | None = None
-    proj_bn: Literal["none", "hidden", "all"] = "hidden"
-    objective: Literal["infonce", "barlow", "vicreg"] = "infonce"
-    temperature: Positive = 0.1
-    loss_form: Literal["symmetric", "sum", "one_sided"] = "symmetric"
+    proj_bn: Literal["none", "hidden", "all"] | None = None
+    objective: ObjectiveName = "infonce"
+    temperature: Positive | None = None
+    loss_form: Literal["symmetric", "sum", "one_sided"] | None = None
+    pred_hidden: PositiveInt | None = None
+    queue: PositiveInt = 65536
+    momentum: Probability | None = None
+    momentum_schedule: Literal["constant", "cosine"] | None = None
+    shuffle_bn: bool | None = None
     gather_grad: bool = True
     redundancy: float = 0.0051
     vicreg: tuple[float, float, float] = (25.0, 25.0, 1.0)
@@ -135,22 +150,38 @@ class Projection:
         blocks, channels = self._blocks(network, segment, shape or network.shapes[segment])
         pooled = network.pooling(segment) if shape is None and not blocks else None
         channels = pooled[0] if pooled else channels
-        published = (2, channels, 128) if self.objective == "infonce" else (3, 8192, 8192)
-        count, hidden, dim = (
-            own or default
-            for own, default in zip((self.layers, self.proj_hidden, self.dim), published, strict=True)
-        )
-        widths = [channels, *[hidden] * (count - 1), dim]
-        layers = mlp(widths, self.proj_bn)
+        published = PUBLISHED[self.objective]
+        hidden = self.proj_hidden or published.hidden or channels
+        dim = self.dim or published.dim
+        widths = [channels, *[hidden] * ((self.layers or published.layers) - 1), dim]
+        layers = mlp(widths, self.proj_bn or published.bn)
+        predicts = self.objective in ("mocov3", "byol")
+        predictor = self._predictor(published, dim) if predicts else None
+        objective = self._objective(published, dim)
         if pooled:
-            return PooledHead(network.segments[segment], layers, self._objective(), pooled[1])
+            return PooledHead(network.segments[segment], layers, objective, pooled[1], predictor=predictor)
         trunk = nn.Sequential(*blocks, GlobalAveragePool(), *layers)
-        return TrunkHead(trunk, self._objective(), native=any(isinstance(b, Mapped) for b in blocks))
+        return TrunkHead(
+            trunk, objective, native=any(isinstance(b, Mapped) for b in blocks), predictor=predictor
+        )
+
+    @property
+    def teacher(self) -> Averaging | None:
+        """The one that the objective needs."""
+        published = PUBLISHED[self.objective].teacher
+        if published is None:
+            return None
+        return Averaging(
+            published.momentum if self.momentum is None else self.momentum,
+            self.momentum_schedule or published.schedule,
+            (self.loss_form or PUBLISHED[self.objective].form) == "one_sided",
+            published.shuffle if self.shuffle_bn is None else self.shuffle_bn,
+        )
 
     def _blocks(self, network: NetworkInfo, segment: int, shape: Shape) -> tuple[list[nn.Module], int]:
         """What comes before the pooling, and the channels that enter it."""
         from framework.local.copies import own_copy
-        from framework.local.trunks import residual_block
+        from framework.local.trunks import conv_bn_relu, residual_block
         from framework.network.layouts import Mapped, is_map
 
         reach = {"none": 0, "next_stage": 1, "full_network": len(network)}[self.dec_trunk]
@@ -166,13 +197,32 @@ class Projection:
             bottleneck = self.dec_block != "basic"
             blocks.append(residual_block(channels, out, stride, bottleneck, self.dec_width, self.dec_groups))
             channels = out
+        if self.expand is not None:
+            blocks += conv_bn_relu(channels, self.expand, 1)
+            channels = self.expand
         return blocks, channels
 
-    def _objective(self) -> Objective:
+    def _objective(self, published: Published, dim: int) -> Objective:
         from framework.local.objectives import BarlowTwins, InfoNCE, VICReg
+        from framework.local.teacher_objectives import BYOL, MoCo, MoCoV3, SimSiam
 
+        form, tau = self.loss_form or published.form, self.temperature or published.temperature
         if self.objective == "barlow":
             return BarlowTwins(self.redundancy)
         if self.objective == "vicreg":
             return VICReg(*self.vicreg)
-        return InfoNCE(self.temperature, self.loss_form, self.gather_grad)
+        if self.objective == "infonce":
+            return InfoNCE(tau, form, self.gather_grad)
+        if self.objective == "moco":
+            return MoCo(dim, self.queue, tau, form)
+        if self.objective == "mocov3":
+            return MoCoV3(tau, form)
+        return BYOL(form) if self.objective == "byol" else SimSiam(self._predictor(published, dim), form)
+
+    def _predictor(self, published: Published, dim: int) -> nn.Module:
+        from torch import nn
+
+        from framework.local.trunks import mlp
+
+        hidden = self.pred_hidden or published.pred_hidden or -(-dim // 4)
+        return nn.Sequential(*mlp((dim, hidden, dim), "hidden"))

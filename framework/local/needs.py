@@ -15,4 +15,4 @@ class Need(Enum):
 
 
 #: Nothing fills these in yet; a plan with a head that needs them is refused.
-NOT_PROVIDED = frozenset({Need.IDS, Need.TEACHER})
+NOT_PROVIDED = frozenset({Need.IDS})

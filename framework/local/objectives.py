@@ -29,6 +29,12 @@ class Objective(nn.Module):
     fewest_images: int = 1
     classifies: bool = False
 
+    def start_step(self) -> None:
+        """Called before the first micro-batch of an optimizer step."""
+
+    def end_step(self, taken: Tensor | float) -> None:
+        """Called after the last one; see ``Head.before_step``."""
+
 
 class CrossEntropy(Objective):
     """Cross entropy of logits (B, classes) against ``batch.labels`` (B,)."""

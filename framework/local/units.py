@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from framework.config.method_options import SYNCHRONOUS, Execution
+from framework.local.averaging import Averaging
 from framework.local.needs import NOT_PROVIDED, Need
 from framework.runtime.errors import UserError
 
@@ -122,6 +123,10 @@ class Plan:
         segments: number of segments in the network.
         views: augmented views of an image that the heads expect in a batch.
         execution: what executes the plan.
+        teacher: how the teacher follows, where heads need one.
+        feedback: what carries errors down through the layers of segments and heads: their own weights ("exact"), fixed
+            random ones, or the signs of their own.
+        noise: on the outputs of all segments in training, as a fraction of their standard deviation.
 
     Raises:
         UserError: a window outside the network, a weight that is not positive, a unit that trains a segment
@@ -134,6 +139,9 @@ class Plan:
     segments: int
     views: int = 1
     execution: Execution = SYNCHRONOUS
+    teacher: Averaging | None = None
+    noise: float = 0.0
+    feedback: Literal["exact", "random", "sign"] = "exact"
 
     def __post_init__(self) -> None:
         for unit in self.units:
@@ -146,6 +154,8 @@ class Plan:
             raise UserError(f"two units are called {min(twice)}; LocalUnit(name, ...) must differ")
         windows = [(unit.first, unit.last) for unit in self.units]
         own = windows == [(s, s) for s in range(self.segments)] and len(self.heads) == len(self.units)
+        if self.teacher is not None and self.execution.kind != "synchronous":
+            raise UserError(f"method.async_mode: no teacher can follow a {self.execution.kind}")
         if self.execution.kind != "synchronous" and not own:
             raise UserError(
                 f"method.async_mode: a plan can be executed by {self.execution.kind} only where every module has a "
@@ -167,6 +177,10 @@ class Plan:
         if unmet := unit.head.needs & NOT_PROVIDED:
             need = min(need.value for need in unmet)
             raise UserError(f"unit {unit.name}: its head needs {need}, which nothing provides yet")
+        if Need.TEACHER in unit.head.needs and self.teacher is None:
+            raise UserError(
+                f"unit {unit.name}: its head needs a teacher: make the plan with teacher=Averaging(...)"
+            )
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -187,6 +201,11 @@ class Plan:
     def contrasts(self) -> bool:
         """Whether a loss compares the images of a batch with each other."""
         return any(head.contrasts for head in self.heads)
+
+    @property
+    def student_views(self) -> int:
+        """Views of an image that the segments see."""
+        return 1 if self.teacher is not None and self.teacher.one_sided else self.views
 
     def only(self, module: int) -> Plan:
         """The plan of a network that is this module alone.

@@ -149,6 +149,14 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x / world_size()
 
 
+def from_first(x: Tensor) -> Tensor:
+    """The first rank's ``x``, on every rank; of all ranks it must have one shape."""
+    if world_size() > 1:
+        group = _REPLICAS.get()
+        dist.broadcast(x, group=None if group == "alone" else group, group_src=0)
+    return x
+
+
 def any_over_ranks(flags: Tensor) -> Tensor:
     """Element by element, whether any rank has ``True``; does not wait for the device."""
     if world_size() == 1:

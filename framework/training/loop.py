@@ -189,7 +189,7 @@ class Loop:
             yield from self.loader.steps(start, self.stop)
 
     def _step(self, step: int, batches: list[Batch], requests: Requests) -> Pending:
-        _seed(self.recipe.seed, step)
+        _seed(self.recipe.seed, step, self.recipe.pipeline.stages)
         lr = self._learning_rate()
         if self.norms:
             self.norms.remember()
@@ -311,6 +311,10 @@ def _nonfinite(losses: dict[str, float], hopeless: list[str]) -> str | None:
     return None
 
 
-def _seed(seed: int, step: int) -> None:
-    """Chance inside the network (dropout) is a function of seed, step and rank, so a resumed run repeats it."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1)[0]))
+def _seed(seed: int, step: int, stages: int) -> None:
+    """Chance inside the network (dropout, noise) is a function of seed, step and rank, so a resumed run repeats it.
+
+    The stages of a pipeline count as one rank.
+    """
+    replica = distributed.rank() % (distributed.world_size() // stages)
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, replica]).generate_state(1)[0]))

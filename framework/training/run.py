@@ -112,6 +112,8 @@ def _opened(recipe: Recipe) -> tuple[Splits, LocalNetwork, TrainLoader]:
     with distributed.same_outcome():
         net = recipe_network(built, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
+        if net.teacher is not None:
+            net.teacher.total = recipe.train.epochs * loader.steps_per_epoch
         if net.plan.supervised and not splits.train.labeled:
             raise UserError(
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"

@@ -89,6 +89,8 @@ WRONG = {
     "~deepspeed.a": "~deepspeed.a: nothing sets it",
     "method.head=null": "method.head=null: must be a section with the keys conv_blocks, dec_block, ",
     "network.cut=[layer1,2]": "network.cut=['layer1', 2]: must be one of stage, block or a whole number",
+    "method.head.momentum=1.5": "method.head.momentum=1.5: must be at least 0 and at most 1",
+    "views.blur=[1,2]": "views.blur=[1, 2]: must be a finite number (at least 0 and at most 1) or a list",
     "method.lam_blocks.layer1=x": "method.lam_blocks: unknown key for the method chosen",
 }
 

@@ -67,6 +67,25 @@ def test_counts_without_values_are_those_of_a_real_step() -> None:
     assert counted.peak_activation_bytes == live.peak == max(u.activation_bytes for u in counted.units)
 
 
+@pytest.mark.parametrize("objective", ["moco", "byol"])
+def test_a_teacher_costs_one_forward_pass(objective: str) -> None:
+    """Of segments and projections, without predictors; with MoCo the two sides have one view each."""
+    taught = (f"method.head.objective={objective}", "network.name=resnet14", "data.image_size=16")
+    sizes = ("method.head.proj_hidden=32", "method.head.dim=16", "method.head.pred_hidden=8")
+    counted, images = cost("quickstart", 4, *taught, *sizes), 4 if objective == "moco" else 8
+    units, segments, teacher = counted.units, counted.segments, counted.teacher
+    assert teacher is not None
+    scores = 0 if objective == "byol" else 65536 * 16
+    predictors = 2 * 2 * 16 * 8 if objective == "byol" else 0
+    head_flops = sum(u.flops - images * (predictors + 2 * scores) for u in units)
+    assert sum(teacher.flops) == sum(s.flops for s in segments) + head_flops
+    assert teacher.weight_bytes == 4 * teacher.parameters
+    # Predictors have two linear layers, the first without bias, and BatchNorm between.
+    own = sum(u.parameters - (2 * 16 * 8 + 16 + 2 * 8 if objective == "byol" else 0) for u in units)
+    assert teacher.parameters == sum(s.parameters for s in segments) + own
+    assert teacher.feature_bytes == 4 * images * 16 * 16 * 16  # of the first segment
+
+
 QUICK = "cifar10/dgl_r32_k16_cifar10"
 
 

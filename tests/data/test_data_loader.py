@@ -206,6 +206,7 @@ def test_shards_without_labels_give_none(tmp_path):
             "batch_size=8 must be a multiple of ranks (a stage's) times micro-batches (3 x 1 = 3)",
         ),
         ({"accumulation": 3, "world_size": 2}, "(2 x 3 = 6)"),
+        ({"views": Views(blur=(1.0,)), "views_per_image": 2}, "views.blur=[1.0]: must be a number, or one"),
     ],
 )
 def test_impossible_batches_are_refused(tmp_path, changes, problem):

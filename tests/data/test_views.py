@@ -25,6 +25,7 @@ from framework.data.augment.views import (
     finish_views,
 )
 from framework.data.loading.decode import BrokenImage, decode
+from framework.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -83,6 +84,14 @@ def test_blur_equals_torchvision(kernel):
     torch.testing.assert_close(color.blur(images, sigma, kernel), torch.stack(expected), atol=1e-5, rtol=0)
 
 
+def test_solarize_equals_torchvision():
+    images = random_images(4, 9)
+    expected = F.solarize(images, 128 / 255)
+    torch.testing.assert_close(color.solarize(images), expected, atol=1e-6, rtol=0)
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    assert torch.equal((color.solarize(levels / 255) * 255).round().byte(), F.solarize(levels, 128))
+
+
 def test_jitter_takes_each_image_in_its_own_order():
     orders = [*itertools.permutations(range(4)), (-1, -1, -1, -1)]
     images = random_images(len(orders), 7)
@@ -100,7 +109,7 @@ def test_jitter_takes_each_image_in_its_own_order():
 
 
 def test_finish_equals_torchvision_chain():
-    views = Views()
+    views = Views(solarize=0.2)
     params = augment_params(views, draws(64))
     pixels = (random_images(64, 20) * 255).to(torch.uint8)
     operations = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -113,6 +122,7 @@ def test_finish_equals_torchvision_chain():
         image = F.rgb_to_grayscale(image, 3) if params.grayscale[n] else image
         if params.sigma[n] > 0:
             image = F.gaussian_blur(image, [3, 3], [float(params.sigma[n])] * 2)
+        image = F.solarize(image, 128 / 255) if params.solarize[n] else image
         expected.append(F.normalize(image, list(views.mean), list(views.std)))
     found = finish_views(views, pixels, params, CPU)
     assert blur_taps(views.blur_kernel, 20) == 3
@@ -171,12 +181,13 @@ def test_jitter_parameters_are_distributed_as_torchvisions():
 
 
 def test_probabilities_and_blur_range():
-    params = augment_params(Views(), draws(4000))
+    params = augment_params(Views(solarize=0.1), draws(4000))
     for mask, probability in (
         (params.flip, 0.5),
         (params.order[:, 0] >= 0, 0.8),
         (params.grayscale, 0.2),
         (params.sigma > 0, 0.5),
+        (params.solarize, 0.1),
     ):
         assert stats.binomtest(int(mask.sum()), 4000, probability).pvalue > 1e-3
     sigma = params.sigma[params.sigma > 0].numpy()
@@ -193,6 +204,19 @@ def test_fields_switch_their_operation_off_and_leave_the_others_alone():
     assert (quiet.order == -1).all()
     assert not quiet.sigma.any()
     assert torch.equal(quiet.grayscale, full.grayscale)
+
+
+def test_every_view_has_its_own_probabilities():
+    """Barlow Twins' and BYOL's views; what lists don't name is as without them."""
+    both = np.stack([draw_uniforms(0, 0, view, 0, 2000) for view in range(2)])
+    params = augment_params(Views(blur=(1.0, 0.1), solarize=(0.0, 0.2), jitter_strength=(0.0, 1.0)), both)
+    for view, (blur, solarize, strength) in enumerate(((1.0, 0.0, 0.0), (0.1, 0.2, 1.0))):
+        alone = augment_params(Views(blur=blur, solarize=solarize, jitter_strength=strength), both[view])
+        for field, other in zip(params, alone, strict=True):
+            assert torch.equal(field[2000 * view :][:2000], other)
+    assert bool((params.sigma[:2000] > 0).all())
+    with pytest.raises(UserError, match=r"views.blur=\[1.0, 0.1\]: must be a number, or one for each"):
+        augment_params(Views(blur=(1.0, 0.1)), np.zeros((3, 1, 54)))
 
 
 def test_uniforms_depend_on_each_key():
@@ -293,6 +317,7 @@ def test_decode_refuses_what_is_no_8_bit_image():
         ({"area": (0.5, 1.2)}, "at most 1"),
         ({"blur_sigma": (0.0, 1.0)}, "blur_sigma must be"),
         ({"jitter_strength": 3.0}, "hue"),
+        ({"jitter_strength": (1.0, 3.0)}, "hue"),
         ({"center": 0.0}, "center"),
     ],
 )

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from framework.runtime.distributed import rank, world_size
 from framework.runtime.errors import UserError
-from tests.support import training
+from tests.support import networks, training
 from tests.support.marks import slow, soak
 from tests.support.pairwise import pairwise_cover
 from tests.support.training import Case, differences, plain, train
@@ -151,6 +152,40 @@ def test_heads_that_read_weights_equal_one_process(pool: PoolOf, head: str, engi
 def test_heads_that_read_weights_under_zero_equal_ddp(pool: PoolOf, head: str, zero_stage: int) -> None:
     method, cut, options = READERS[head]
     ddp = Case(method, cut, engine="ddp", options=options)
+    run = pool(2).run(train, replace(ddp, engine="deepspeed", zero_stage=zero_stage))[0]
+    assert differences(run, pool(2).run(train, ddp)[0]) == {}
+
+
+def taught(method: str, objective: str, **settings: Any) -> Case:
+    return Case(
+        method, optimizer="sgd", accumulation=2, options={"head": networks.taught(objective)}, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "engine", "ranks"),
+    [
+        ("loco", "moco", "fsdp", 2),
+        *slow([("simclr", "mocov3", "ddp", 2), ("gim", "byol", "fsdp", 4), ("loco", "simsiam", "ddp", 2)]),
+        *slow([("loco", "moco", "ddp", 4), ("loco", "mocov3", "fsdp", 2), ("loco", "byol", "ddp", 2)]),
+    ],
+)
+def test_teachers_equal_one_process(
+    pool: PoolOf, method: str, objective: str, engine: str, ranks: int
+) -> None:
+    """Averages, queues and predictors too; MoCo's shuffling changes nothing where BatchNorm is synchronized."""
+    case = taught(method, objective, engine=engine, dtype="float64")
+    reference = plain(case)
+    errors = differences(pool(ranks).run(train, case)[0], reference)
+    tensors = training.flat(reference)  # a bias that a predictor's BatchNorm takes out has a gradient of 0
+    assert max(e for name, e in errors.items() if tensors[name].abs().max() > 1e-12) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("objective", "zero_stage"), [("moco", 2), *slow(product(["moco", "mocov3", "byol"], [0, 1, 2]))]
+)
+def test_teachers_under_zero_equal_ddp(pool: PoolOf, objective: str, zero_stage: int) -> None:
+    ddp = replace(taught("loco", objective, engine="ddp"), accumulation=1)
     run = pool(2).run(train, replace(ddp, engine="deepspeed", zero_stage=zero_stage))[0]
     assert differences(run, pool(2).run(train, ddp)[0]) == {}
 
@@ -301,3 +336,31 @@ def test_zero_does_not_pass_over_a_gradient_that_is_not_finite(pool: PoolOf) -> 
     """With clipping on, DeepSpeed by itself would skip such steps for ever without a word."""
     messages = pool(2).run(nonfinite_gradient, Case(clip=1.0))
     assert messages[0] == messages[1] and "gradient is not finite" in messages[0]
+
+
+def wrapped_by_hand() -> str:
+    net = training.network(taught("gim", "byol", engine="fsdp"))
+    fully_shard(net.backbone.layer1)
+    try:
+        net(training.micro_batches(Case(method="gim"), 0)[0])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_teacher_refuses_weights_that_are_not_whole(pool: PoolOf) -> None:
+    assert pool(2).run(wrapped_by_hand)[0] == (
+        "a teacher follows whole weights: wrap only the whole network by fully_shard"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["moco", "byol"])
+def test_teachers_move_between_engines_and_numbers_of_ranks(pool: PoolOf, objective: str) -> None:
+    """Averages, what is due to them, queue and predictors, in the middle of a training."""
+    case = taught("loco", objective, dtype="float64")
+    run = pool(2).run(moved, replace(case, engine="fsdp"), None, range(2))[0]
+    run = pool(4).run(moved, replace(case, engine="ddp"), run, range(2, 4))[0]
+    whole = plain(replace(case, steps=4))
+    errors, tensors = differences(run, whole._replace(losses=whole.losses[2:])), training.flat(whole)
+    assert max(e for name, e in errors.items() if tensors[name].abs().max() > 1e-12) < 1e-9

@@ -28,8 +28,10 @@ from tests.support.networks import CASES, relative_error
 def assert_equals_definition(net: LocalNetwork, batch: Batch) -> None:
     """Routed losses, gradients and BatchNorm statistics against the repeated-forward definition."""
     literal = copy.deepcopy(net)
+    torch.manual_seed(1)  # of noise
     output = net(batch)
     output.loss.backward()
+    torch.manual_seed(1)
     losses, gradients = naive_gradients(literal, batch)
     by_name = {name: gradients[p] for name, p in literal.named_parameters() if p.requires_grad}
     assert torch.allclose(output.unit_losses, torch.stack(losses), rtol=1e-12)
@@ -107,7 +109,7 @@ def test_a_gradient_boundary_leaks_nothing(case: str) -> None:
             assert finite == (not unit.first <= s <= unit.last), (unit.name, segment.name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "dfa"])  # which frees nothing early
 def test_peak_activations_equal_the_widest_windows(case: str) -> None:
     """Counted against each window run alone, end to end, in plain autograd."""
     net = networks.network(case, image_size=32)
@@ -116,18 +118,20 @@ def test_peak_activations_equal_the_widest_windows(case: str) -> None:
     with LiveActivations([*net.parameters(), *net.buffers(), data.images]) as routed:
         net(data).loss.backward()
     assert routed.now == 0
-    assert routed.peak == max(_alone(net, unit, data) for unit in net.plan.units)
+    seen = networks.taught_by(net, data)
+    assert routed.peak == max(_alone(net, unit, seen[unit.head]) for unit in net.plan.units)
 
 
 def _alone(net: LocalNetwork, unit: LocalUnit, data: Batch) -> int:
-    x = data.images
+    x = net.first_input(data)
     with torch.no_grad():
         for segment in net.segments[: unit.first]:
             x = segment(x)
     ignored = [data.images] if unit.first == 0 else []
     with LiveActivations([*net.parameters(), *net.buffers(), *ignored]) as live:
-        for segment in net.segments[unit.first : unit.last + 1]:
-            x = segment(x)
+        for s in range(unit.first, unit.last + 1):
+            x = net.segments[s](x)
+            x = x if net.noise is None else net.noise.on(x, s)
         torch.autograd.grad(unit.head(x, data), list(unit.head.parameters()))
     return live.peak
 

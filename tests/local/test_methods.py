@@ -18,7 +18,8 @@ from framework.execution import LocalNetwork
 from framework.local import LocalUnit, NetworkInfo, Plan
 from framework.local.head import Head
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import auglocal, dgl, infopro, loco, mlaan
+from framework.local.methods import auglocal, blockwise, dgl, infopro, loco, mlaan
+from framework.local.objectives import CrossEntropy, SupCon
 from framework.local.reconstruction import Reconstruction
 from framework.local.resizing import ResizedConv
 from framework.model import local_network
@@ -245,3 +246,46 @@ def test_a_frozen_part_of_a_head_stays_as_it_is() -> None:
     net(networks.batch(net)).loss.backward()
     assert frozen.grad is None
     assert all(p.grad is not None for p in net.parameters() if p is not frozen)
+
+
+def test_blockwise_expands_pools_and_projects_every_segment() -> None:
+    """Siddiqui et al.: 1x1 convolution, BatchNorm, ReLU, pooling, three layers; the published numbers are defaults."""
+    published = blockwise.Options()
+    assert (published.noise, published.loss_scale, published.head.expand) == (0.25, 0.024, 2048)
+    net = networks.network("blockwise")
+    assert [(unit.first, unit.last, unit.weight) for unit in net.plan.units] == [
+        (i, i, 0.024) for i in range(3)
+    ]
+    for unit, channels in zip(net.plan.units, (16, 32, 64), strict=True):
+        trunk = list(unit.head.trunk)  # type: ignore[call-overload]
+        assert [type(m) for m in trunk[:4]] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, GlobalAveragePool]
+        assert (trunk[0].in_channels, trunk[0].out_channels, trunk[0].kernel_size) == (channels, 32, (1, 1))
+        widths = [(m.in_features, m.out_features) for m in trunk if isinstance(m, nn.Linear)]
+        assert widths == [(32, 32), (32, 32), (32, 16)]
+
+
+def test_scpl_contrasts_below_and_classifies_on_top() -> None:
+    net = networks.network("scpl").double()
+    data = networks.batch(net)
+    assert [type(unit.head.objective) for unit in net.plan.units] == [SupCon, SupCon, CrossEntropy]
+    x, losses = data.images, []
+    for segment, unit in zip(net.segments, net.plan.units, strict=True):
+        x = segment(x)
+        losses.append(by_hand_supcon(unit.head, x, data) if segment is not net.segments[-1] else None)
+    found = net.eval().train()(data).unit_losses
+    assert torch.allclose(found[:2], torch.stack(losses[:2]))  # type: ignore[arg-type]
+
+
+def by_hand_supcon(head: Head, x: Tensor, data: Batch) -> Tensor:
+    """Khosla et al., Eq. 2, with temperature 0.1, of an MLP of the flattened map."""
+    first, _, second = list(head.trunk)[1:]  # type: ignore[call-overload]
+    z = F.normalize(second(F.relu(first(x.reshape(len(x), -1)))), dim=1)
+    similar, labels, losses = torch.exp(z @ z.T / 0.1), data.labels, []
+    assert labels is not None
+    for i in range(len(z)):
+        others = [j for j in range(len(z)) if j != i]
+        positives = [j for j in others if labels[j] == labels[i]]
+        if positives:
+            total = similar[i, others].sum()
+            losses.append(-torch.stack([torch.log(similar[i, j] / total) for j in positives]).mean())
+    return torch.stack(losses).mean()

@@ -41,8 +41,11 @@ QUICK = [
     Run("mlaan", 2, 3, steps=10),
     Run("bp", 4, 4),
     Run("lam", 4, 1, steps=10),
+    Run("loco-moco", 2, 2, steps=5),
 ]
-SPLIT = [case for case in networks.CASES if case not in ("loco-soft", "mlaan-pulled")]  # those are refused
+SPLIT = [
+    case for case in networks.CASES if case not in ("loco-soft", "mlaan-pulled", "dfa")
+]  # those are refused
 METHODS = [Run(case, 2, 1 + number % 4) for number, case in enumerate(SPLIT)]
 DEEPER = [Run(case, 4, 1 + n % 4) for n, case in enumerate(SPLIT) if networks.CASES[case][2] == "block"]
 GRIDS = [
@@ -51,6 +54,9 @@ GRIDS = [
     Run("infopro-contrast", 2, 2, replicas=2, optimizer="adamw"),
     Run("loco-vicreg", 2, 2, replicas=2),
     Run("loco-barlow", 2, 1, replicas=2),
+    Run("loco-moco", 3, 2, replicas=2),
+    Run("gim-byol", 2, 2, replicas=2),
+    Run("simclr-mocov3", 2, 2, replicas=2),
 ]
 
 

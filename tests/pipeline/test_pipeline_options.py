@@ -13,6 +13,7 @@ from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.network.norm import frozen_statistics
 from framework.pipeline.scheduling.placement import Placement
+from tests.support import networks
 from tests.support.pipelines import (
     Outcome,
     Run,
@@ -34,9 +35,11 @@ def contrasted_whole(run: Run) -> dict[str, Tensor]:
     optimizer = factory(run)(net)
     for step in range(run.steps):
         batches = micro_batches(run, net, step)
+        net.start_micro_batch()  # of the step, where a teacher follows
         with frozen_statistics(net):
             total = sum(unit.weight * _whole_loss(net, unit, batches) for unit in net.plan.units)
         total.backward()
+        net.end_micro_batch(batches[-1])
         for group in optimizer.param_groups:
             group["lr"] = rate(run, step)
         optimizer.step()
@@ -44,15 +47,22 @@ def contrasted_whole(run: Run) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
+def by_view(parts: list[Tensor]) -> Tensor:
+    """Of two views, as all of these cases have."""
+    return torch.cat([part.unflatten(0, (2, -1)) for part in parts], 1).flatten(0, 1)
+
+
 def _whole_loss(net: LocalNetwork, unit: Any, batches: list[Batch]) -> Tensor:
-    embeddings = []
+    embeddings, keys = [], []
     for batch in batches:
+        keys.append(networks.taught_by(net, batch)[unit.head].teacher)
         x = batch.images
         for s in range(unit.last + 1):
             x = net.segments[s](x.detach() if s == unit.first else x)
-        embeddings.append(unit.head.trunk(x).unflatten(0, (batch.views, -1)))
+        embeddings.append(unit.head.embed(x))
     labels = torch.cat([b.labels for b in batches]) if batches[0].labels is not None else None
-    return unit.head.objective(torch.cat(embeddings, 1).flatten(0, 1), batches[0]._replace(labels=labels))
+    teacher = by_view(keys) if keys[0] is not None else None
+    return unit.head.objective(by_view(embeddings), batches[0]._replace(labels=labels, teacher=teacher))
 
 
 @pytest.mark.slow
@@ -64,6 +74,7 @@ def _whole_loss(net: LocalNetwork, unit: Any, batches: list[Batch]) -> Tensor:
         Run("loco-3", 4, 2, options={"contrast": "batch"}),
         Run("simclr", 1, 4, options={"contrast": "batch"}),
         Run("loco-vicreg", 2, 2, replicas=2, options={"contrast": "batch"}),
+        Run("simclr-mocov3", 2, 2, replicas=2, options={"contrast": "batch"}),
     ],
     ids=str,
 )

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.local import NetworkInfo
+from framework.local.head import Head
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import dgl, gim, infopro, loco, mlaan
+from framework.local.methods import blockwise, dgl, gim, infopro, loco, mlaan, scpl, sign, simclr
 from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
 from framework.network import create, cut
 
 CLASSES = 10
+
+
+def taught(objective: Any) -> Projection:
+    """A small projection under an objective with a teacher or predictor; a fast teacher, a queue that goes round."""
+    small = {"proj_hidden": 16, "dim": 8, "pred_hidden": 8, "queue": 40, "momentum": 0.9}
+    return Projection(objective=objective, conv_blocks=1, **small)
+
 
 #: label -> method, options, cut: every method, with its own heads, on windows of several lengths
 CASES: dict[str, tuple[str, Any, str]] = {
@@ -40,6 +48,15 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "loco-vicreg": (
         "loco",
         loco.Options(head=Projection(objective="vicreg", proj_hidden=32, dim=16)),
+        "stage",
+    ),
+    "simclr-mocov3": ("simclr", simclr.Options(head=taught("mocov3")), "block"),
+    "gim-byol": ("gim", gim.Options(head=taught("byol")), "stage"),
+    "loco-moco": ("loco", loco.Options(head=taught("moco")), "stage"),
+    "loco-simsiam": ("loco", loco.Options(head=taught("simsiam")), "stage"),
+    "blockwise": (
+        "blockwise",
+        blockwise.Options(head=Projection(expand=32, objective="barlow", proj_hidden=32, dim=16)),
         "stage",
     ),
     "dgl": ("dgl", None, "block"),
@@ -71,6 +88,10 @@ CASES: dict[str, tuple[str, Any, str]] = {
         ),
         "block",
     ),
+    "fa": ("fa", None, "block"),
+    "sign-2": ("sign", sign.Options(window=2), "block"),
+    "dfa": ("dfa", None, "block"),
+    "scpl": ("scpl", scpl.Options(proj_hidden=16, dim=8), "stage"),
     "auglocal": ("auglocal", None, "block"),
     "hpff": ("hpff", None, "block"),
     "man": ("man", None, "block"),
@@ -85,11 +106,20 @@ GOLDEN = (
     "loco-soft",
     "loco-barlow",
     "loco-vicreg",
+    "simclr-mocov3",
+    "gim-byol",
+    "loco-moco",
+    "loco-simsiam",
+    "blockwise",
     "dgl",
     "infopro",
     "mlm-2",
     "mlm-3",
     "mlaan",
+    "fa",
+    "sign-2",
+    "dfa",
+    "scpl",
     "auglocal",
     "hpff",
     "man",
@@ -113,6 +143,14 @@ def batch(net: LocalNetwork, size: int = 8, image_size: int = 16, seed: int = 0)
     images = torch.from_numpy(generator.standard_normal((size * net.plan.views, 3, image_size, image_size)))
     labels = torch.from_numpy(generator.integers(CLASSES, size=size))
     return Batch(images, labels if net.plan.supervised else None, net.plan.views)
+
+
+def taught_by(net: LocalNetwork, data: Batch) -> dict[Head, Batch]:
+    """The batch as each head sees it."""
+    teacher = net.teacher_pass(data)
+    found = [teacher.forward(s) for s in range(len(net.segments))] if teacher is not None else []
+    keys = {head: embeddings for each in found for head, embeddings in each.items()}
+    return {head: data._replace(teacher=keys.get(head)) for head in net.plan.heads}
 
 
 def gradients(net: LocalNetwork) -> dict[str, Tensor]:

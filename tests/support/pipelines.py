@@ -119,6 +119,7 @@ def alone(run: Run) -> Outcome:
     optimizer = factory(run)(net)
     history = []
     for step in range(run.steps):
+        torch.manual_seed(step)  # of noise
         outputs = []
         for batch in marked(micro_batches(run, net, step)):
             output = net(batch)
@@ -149,6 +150,7 @@ def advance(engine: PipelinedEngine, run: Run, steps: range) -> Tensor:
     results = []
     for step in steps:
         replicas = world_size() // run.stages
+        torch.manual_seed(step)  # of noise
         batches = micro_batches(run, engine.net, step, rank() % replicas, replicas) if engine.loads else []
         results.append(engine.step(batches, rate(run, step)))
     return torch.tensor([result.losses() for result in results], dtype=torch.float64)

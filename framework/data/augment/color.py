@@ -76,6 +76,11 @@ def gray(images: Tensor) -> Tensor:
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
+def solarize(images: Tensor) -> Tensor:
+    """Invert all values of at least 128 / 255, as Pillow does by default."""
+    return torch.where(images < 128 / 255, images, 1 - images)
+
+
 def blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     """Gaussian blur with edges reflected.
 

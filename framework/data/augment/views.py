@@ -21,8 +21,8 @@ _VIEW_STREAM = 1  # second word of the Philox key; the order of an epoch uses 0
 # Which columns of ``draw_uniforms`` decide what: fixed, so that no field of ``Views`` shifts another's.
 _CROP = slice(0, 4 * crops.ATTEMPTS)
 _FLIP, _JITTER, _GRAYSCALE, _BLUR, _SIGMA = range(40, 45)
-_ORDER, _FACTORS = slice(45, 49), slice(49, 53)
-UNIFORMS = 53  # random numbers for one view of one image
+_ORDER, _FACTORS, _SOLARIZE = slice(45, 49), slice(49, 53), 53
+UNIFORMS = 54  # random numbers for one view of one image
 _BLOCKS = 14  # of Philox's counter for one position, each of 4 numbers
 _IN_CACHE = 4  # images that a CPU finishes together: 224 x 224 floats of more leave its second-level cache
 
@@ -36,6 +36,7 @@ class AugmentParams(NamedTuple):
         factors: (N, 4) float32: brightness, contrast, saturation, hue.
         grayscale: (N,) bool.
         sigma: (N,) float32, of the blur in pixels; 0 for no blur.
+        solarize: (N,) bool.
     """
 
     flip: Tensor
@@ -43,6 +44,7 @@ class AugmentParams(NamedTuple):
     factors: Tensor
     grayscale: Tensor
     sigma: Tensor
+    solarize: Tensor
 
 
 def draw_uniforms(seed: int, epoch: int, view: int, first: int, count: int) -> np.ndarray:
@@ -84,13 +86,28 @@ def crop_box(views: Views, height: int, width: int, size: int, uniforms: np.ndar
 
 
 def augment_params(views: Views, uniforms: np.ndarray) -> AugmentParams:
-    """The parameters of the device's half from the rows (N, UNIFORMS) of N views."""
+    """The parameters of the device's half.
+
+    Args:
+        views: how views are made.
+        uniforms: (V, N, UNIFORMS), the rows of all views of N images; or (N, UNIFORMS) of one view.
+
+    Returns:
+        Parameters of V*N crops, view-major.
+    """
+    by_view = uniforms if uniforms.ndim == 3 else uniforms[None]
+    parts = [_view_params(views.of(view), rows) for view, rows in enumerate(by_view)]
+    return AugmentParams(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+def _view_params(views: Views, uniforms: np.ndarray) -> AugmentParams:
     n = len(uniforms)
     simclr = views.kind == "simclr"
     flipped = (uniforms[:, _FLIP] < views.flip) & (views.kind != "none")
     jittered = (uniforms[:, _JITTER] < views.jitter_probability) & simclr
     grayscale = (uniforms[:, _GRAYSCALE] < views.grayscale) & simclr
     blurred = (uniforms[:, _BLUR] < views.blur) & simclr
+    solarized = (uniforms[:, _SOLARIZE] < views.solarize) & simclr
     order = np.where(jittered[:, None], uniforms[:, _ORDER].argsort(axis=1), -1)
     middle = np.array([1.0, 1.0, 1.0, 0.0])
     reach = np.array(views.jitter) * views.jitter_strength
@@ -104,6 +121,7 @@ def augment_params(views: Views, uniforms: np.ndarray) -> AugmentParams:
         factors=torch.from_numpy(factors.astype(np.float32)),
         grayscale=torch.from_numpy(grayscale),
         sigma=torch.from_numpy(np.where(blurred, sigma, 0).astype(np.float32)),
+        solarize=torch.from_numpy(solarized),
     )
 
 
@@ -114,7 +132,7 @@ def finish_views(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The device's half: flip, jitter, grayscale, blur and normalize.
+    """The device's half: flip, jitter, grayscale, blur, solarize and normalize.
 
     Args:
         views: how views are made.
@@ -146,6 +164,8 @@ def _finish(views: Views, pixels: Tensor, params: AugmentParams) -> Tensor:
     kernel = blur_taps(views.blur_kernel, images.shape[-1])
     sigma = params.sigma.to(device, non_blocking=True)[blurred]
     images[blurred] = color.blur(images[blurred], sigma, kernel)
+    inverted = _rows(params.solarize, device)
+    images[inverted] = color.solarize(images[inverted])
     statistics = torch.tensor([views.mean, views.std]).to(device, non_blocking=True).view(2, 3, 1, 1)
     return images.sub_(statistics[0]).div_(statistics[1])
 

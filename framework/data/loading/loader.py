@@ -81,9 +81,11 @@ class TrainLoader:
             max_broken: fraction of the images drawn above which broken ones stop the run.
 
         Raises:
-            UserError: fewer samples than ``batch_size``; it is no multiple of ``world_size * accumulation``;
-                images that cannot be kept in memory (see ``Resident``).
+            UserError: fewer samples than ``batch_size``; it is no multiple of ``world_size * accumulation``; a list
+                in ``views`` too short for ``views_per_image``; images that cannot be kept in memory (see
+                ``Resident``).
         """
+        views.of(views_per_image - 1)
         if batch_size % (world_size * accumulation):
             raise UserError(
                 f"batch_size={batch_size} must be a multiple of ranks (a stage's) times micro-batches "

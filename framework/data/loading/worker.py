@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 
 from framework.config.views import Views
 from framework.data.augment.views import (
-    UNIFORMS,
     AugmentParams,
     augment_params,
     crop_box,
@@ -171,6 +170,6 @@ class Draws(Generic[T]):
     def done(self, views: Views, crops: np.ndarray) -> WorkerBatch:
         """What the job came to; of ``crops`` (V, B, ...) the rows that were filled count."""
         whole = slice(len(self.samples))
-        params = augment_params(views, self.uniforms[:, whole].reshape(-1, UNIFORMS))
+        params = augment_params(views, self.uniforms[:, whole])
         flat = torch.from_numpy(crops[:, whole].reshape(-1, *crops.shape[2:]))
         return WorkerBatch(flat, params, torch.tensor(self.samples, dtype=torch.int64), self.broken)

@@ -32,4 +32,4 @@ def plan(network: NetworkInfo, options: Options) -> Plan:
     """One unit a segment."""
     units = [LocalUnit(name, i, i, options.head.build(network, i)) for i, name in enumerate(network.names)]
     weighed = weigh(units, options.unit_loss_weights, options.unit_loss_reduce)
-    return Plan(weighed, len(network), views=2)
+    return Plan(weighed, len(network), views=2, teacher=options.head.teacher)

@@ -82,7 +82,7 @@ def plan(network: NetworkInfo, options: Options) -> Plan:
 
 def _plan(units: list[LocalUnit], network: NetworkInfo, options: Options) -> Plan:
     weighed = weigh(units, options.unit_loss_weights, options.unit_loss_reduce)
-    return Plan(weighed, len(network), views=2)
+    return Plan(weighed, len(network), views=2, teacher=options.head.teacher)
 
 
 def _partly_shared(network: NetworkInfo, shared: int) -> list[Window]:

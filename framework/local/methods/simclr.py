@@ -25,4 +25,4 @@ def plan(network: NetworkInfo, options: Options) -> Plan:
     """One unit over the whole network."""
     last = len(network) - 1
     unit = LocalUnit(network.names[last], 0, last, options.head.build(network, last))
-    return Plan((unit,), len(network), views=2)
+    return Plan((unit,), len(network), views=2, teacher=options.head.teacher)

@@ -77,7 +77,8 @@ def owners(net: LocalNetwork, placement: Placement) -> dict[str, int]:
     stages: dict[int, int] = {}
     for s, segment in enumerate(net.segments):
         layer = _Layer(segment, [unit for unit in net.plan.units if unit.last == s])
-        for tensor in [*layer.parameters(), *layer.buffers()]:
+        averages = net.teacher.tensors(s) if net.teacher is not None else []
+        for tensor in [*layer.parameters(), *layer.buffers(), *averages]:
             stages[id(tensor)] = placement.stage_of(s)
     entries = net.state_dict(keep_vars=True)
     return {name: stages.get(id(tensor), 0) for name, tensor in entries.items()}

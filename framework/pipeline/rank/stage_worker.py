@@ -14,7 +14,9 @@ from framework.data.batch import Batch
 from framework.engines.base import numbers_of
 from framework.execution import LocalNetwork
 from framework.execution.local_network import add_gradients
+from framework.execution.noise import Noise
 from framework.execution.step import RoutedStep
+from framework.execution.teacher import TeacherPass
 from framework.local import Need
 from framework.pipeline.rank.p2p import Peer, Receiver, Sender
 from framework.pipeline.scheduling.schedule import Layout
@@ -53,17 +55,22 @@ class StageWorker:
         self.span = layout.placement.span(self.stage)
         self.replicas: dist.ProcessGroup = grid.get_data_parallel_group()
         self._grid, self._timeout = grid, timeout
+        self._images_here = any(_needs_images(net, s) for s in range(self.span.start, len(net.segments)))
         self._images_above = any(_needs_images(net, s) for s in range(self.span.stop, len(net.segments)))
         self._skips: deque[bool] = deque()  # of steps whose weights of other stages have not arrived yet
         self._x = torch.empty(0)  # output of the segment run last
         self.hopeless: tuple[int, ...] = ()
+        self._noise: Noise | None = None
         self._connect()
         self._reset([])
 
     def begin_step(self, micro_batches: list[Batch]) -> None:
         """Call ``after_step`` of heads that read this stage's weights, and drop what belongs to the step before."""
+        if self.net.teacher is not None:
+            self.net.teacher.after_step(self.net.segments, self.span)
         for head in self.readers.local[self.stage]:
             head.after_step(self.net.segments, self.net.taken)
+        self._noise = Noise.next(self.net.plan.noise, self._noise)
         self._reset(micro_batches)
 
     def _reset(self, micro_batches: list[Batch]) -> None:
@@ -77,22 +84,27 @@ class StageWorker:
         """First stage: take a micro-batch of ``begin_step``."""
         batch = self.micro_batches[micro_batch]
         batch = batch._replace(images=batch.images.to(memory_format=self.net.layout))
-        self._begin(micro_batch, batch, self.net.run_frozen(batch.images))
+        with distributed.replicas(self.replicas):
+            teacher = self.net.teacher_pass(batch)
+        self._begin(micro_batch, batch, self.net.first_input(batch), teacher)
 
     def receive_activation(self, micro_batch: int) -> None:
-        """The output of the stage below; with it the labels, and the images if heads from here on need them."""
+        """The output of the stage below, with the labels, images and teacher's output that heads from here on need."""
         assert self._from_below is not None
         x, *others = self._from_below.receive()
         labels = others.pop(0) if self.net.plan.supervised else None
-        images = others.pop(0) if others else x.new_empty(0)
-        self._begin(micro_batch, Batch(images, labels, self.net.plan.views), x)
+        images = others.pop(0) if self._images_here else x.new_empty(0)
+        teacher = TeacherPass(self.net.teacher, *others) if self.net.teacher is not None and others else None
+        self._begin(micro_batch, Batch(images, labels, self.net.plan.views), x, teacher)
 
     def send_activation(self, micro_batch: int) -> None:
         """The same to the stage above."""
         assert self._to_above is not None
-        batch = self._live[micro_batch].batch
+        batch, teacher = self._live[micro_batch].batch, self._live[micro_batch].teacher
         labels = [batch.labels] if self.net.plan.supervised and batch.labels is not None else []
-        self._to_above.send([self._x, *labels, *([batch.images] if self._images_above else [])])
+        images = [batch.images] if self._images_above else []
+        self._to_above.send([self._x, *labels, *images, *(teacher.state() if teacher is not None else [])])
+        self._live[micro_batch].teacher = None
 
     def forward(self, micro_batch: int, segment: int) -> None:
         """Run a segment."""
@@ -179,6 +191,8 @@ class StageWorker:
             if skip := bool(overflow.skip):
                 self.hopeless = numbers_of(self.net.program.by_unit(overflow.hopeless))
         self.net.taken = float(not skip)
+        if self.net.teacher is not None:
+            self.net.teacher.before_step(self.net.taken)
         for head in self.readers.local[self.stage]:
             head.before_step(self.net.segments, self.net.taken)
         if self._from_owners:
@@ -216,8 +230,9 @@ class StageWorker:
         rank = self._grid.stage_to_global(stage)
         return Peer(rank, f"rank {rank} (stage {stage} of 0..{stages - 1})")
 
-    def _begin(self, micro_batch: int, batch: Batch, x: Tensor) -> None:
-        self._live[micro_batch] = RoutedStep(self.net.program, batch, self.span, self._scales)
+    def _begin(self, micro_batch: int, batch: Batch, x: Tensor, teacher: TeacherPass | None) -> None:
+        noise = self._noise.of(micro_batch) if self._noise is not None else None
+        self._live[micro_batch] = RoutedStep(self.net.program, batch, self.span, self._scales, teacher, noise)
         self._x = x
 
     def _collect(self, step: RoutedStep) -> None:

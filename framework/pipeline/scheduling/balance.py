@@ -115,6 +115,10 @@ def stage_forecast(recipe: Recipe, net: LocalNetwork, cost: PlanCost) -> list[St
 
 def _check_alone(recipe: Recipe, net: LocalNetwork) -> None:
     """Refuse plans that need all segments in one process."""
+    if net.plan.execution.kind == "top first" and recipe.pipelined:
+        raise UserError(
+            f"method.name={recipe.method.name}: its segments wait for the last one; pipeline stages can't have it"
+        )
     if net.plan.execution.kind == "replay buffer" and recipe.pipeline.stages > 1:
         raise UserError(
             f"method.async_mode=buffer: must be none with pipeline.stages={recipe.pipeline.stages}"
@@ -145,11 +149,13 @@ def counted(cost: PlanCost, programs: Sequence[SegmentProgram], balance: str) ->
 def flops(cost: PlanCost, programs: Sequence[SegmentProgram]) -> Costs:
     """Costs in FLOPs: an input-gradient pass costs as much as a forward pass, a weight-gradient pass twice as much.
 
-    The latter computes the input gradients between the layers of a segment, too.
+    The latter computes the input gradients between the layers of a segment, too. A teacher runs with the forward pass.
     """
     forward = tuple(float(segment.flops) for segment in cost.segments)
+    taught = cost.teacher.flops if cost.teacher is not None else (0,) * len(forward)
+    both = tuple(own + teacher for own, teacher in zip(forward, taught, strict=True))
     heads = tuple(3.0 * cost.units[call.units[0]].flops for program in programs for call in program.heads)
-    return Costs(forward, forward, tuple(2 * f for f in forward), heads)
+    return Costs(both, forward, tuple(2 * f for f in forward), heads)
 
 
 def measured(recipe: Recipe, net: LocalNetwork, images: int) -> Costs:
@@ -180,11 +186,12 @@ def _measure(net: LocalNetwork, batch: Batch) -> tuple[list[float], list[float],
     A segment without an input-gradient pass gets the time of its forward pass.
     """
     scales = net.scales.current() if net.scales is not None else None
-    step, clock = RoutedStep(net.program, batch, scales=scales), _Clock(batch.images.device)
+    step = RoutedStep(net.program, batch, scales=scales, teacher=net.teacher_pass(batch))
+    clock = _Clock(batch.images.device)
     forward, heads = [0.0] * net.plan.segments, [0.0] * len(net.program.calls)
     weight_gradients = [0.0] * net.plan.segments
     input_gradients: dict[int, float] = {}
-    x = net.run_frozen(batch.images)
+    x = net.first_input(batch)
     for s, program in enumerate(net.program.segment_programs):
         x = step.forward(s, x)
         forward[s] = clock.lap()

@@ -1,0 +1,40 @@
+"""Direct feedback alignment (Nøkland 2016): a fixed random matrix carries the error of the logits to every segment.
+
+Windows: ``[i..i]`` for every segment i, in which ordinary backpropagation takes the error down. Head: a classifier on
+the last segment; the others learn from B_i e with e = softmax(logits) - labels. All segments run forward before the
+first learns, so nothing is freed earlier than in backpropagation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from framework.config.method_options import Execution
+from framework.local import Classifier, LocalUnit, MethodOptions, NetworkInfo, Plan
+
+
+@dataclass
+class Options(MethodOptions):
+    """Pooling and a linear layer on top.
+
+    Attributes:
+        head: the classifier on the last segment.
+    """
+
+    head: Classifier = field(default_factory=Classifier)
+
+    @property
+    def execution(self) -> Execution:
+        """From the last segment to the first."""
+        return Execution("top first")
+
+
+def plan(network: NetworkInfo, options: Options) -> Plan:
+    """One unit a segment."""
+    from framework.local.direct_feedback import DirectFeedback, ErrorHead
+
+    last = len(network) - 1
+    top = ErrorHead(options.head.build(network, last))
+    heads = [DirectFeedback(network.shapes[i], network.num_classes, i, top) for i in range(last)]
+    units = [LocalUnit(network.names[i], i, i, head) for i, head in enumerate([*heads, top])]
+    return Plan(tuple(units), len(network), execution=options.execution)
