@@ -65,7 +65,7 @@ WRONG = {
     "zero_stage=true": "zero_stage=True: must be one of 0, 1, 2",
     "seed=-1": "seed=-1: must be at least 0",
     "name=3": "name=3: must be text",
-    "method.name=locoo": "method.name=locoo: must be one of auglocal, bp, dgl, gim, hpff, infopro, loco",
+    "method.name=locoo": "method.name=locoo: must be one of auglocal, blockwise, bp, dfa, dgl, fa, gim",
     "method=loco": "method=loco: must be a section with the key name",
     "method.head.objective=infonc": "method.head.objective=infonc: must be one of infonce, ",
     "method.head.dim=wide": "method.head.dim=wide: must be a whole number",

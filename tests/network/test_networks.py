@@ -195,7 +195,7 @@ def test_probing_shapes_leaves_the_network_as_it_was() -> None:
         ({"network": "resnet18", "cut": 99}, "network.cut=99: the network has 8 blocks"),
         (
             {"network": "resnet18", "method": "locco"},
-            "method.name=locco: must be one of auglocal, bp, dgl, gim",
+            "method.name=locco: must be one of auglocal, blockwise, bp, dfa, dgl",
         ),
     ],
 )
