@@ -110,19 +110,21 @@ def test_the_table_has_the_peak_and_how_much_less_it_is(
 
 
 def test_heads_are_timed_as_in_a_step(tool: Any) -> None:
-    """In the step's precision, on maps where the network has tokens."""
+    """In the step's precision, on maps where the network has tokens; the last pools as the network does, on tokens."""
     benched = tool("benched_steps")
     arguments = settings(network="vit_tiny_patch16_224", precision="bf16", head="gap")
     net = benched.build("gim", arguments, 224, 2)
-    batch, seen = Batch(torch.randn(4, 3, 224, 224), None, 2), []
+    batch, seen = Batch(torch.randn(4, 3, 224, 224), None, 2), {}
 
     def look(head: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append((inputs[0].dim(), torch.is_autocast_enabled("cpu")))
+        seen[head] = (inputs[0].dim(), torch.is_autocast_enabled("cpu"))
 
     for unit in net.plan.units:
         unit.head.register_forward_pre_hook(look)
     costs = benched.head_times(net, batch, 1)
-    assert set(seen) == {(4, True)} and [cost["unit"] for cost in costs] == [u.name for u in net.plan.units]
+    *lower, last = (seen[unit.head] for unit in net.plan.units)
+    assert set(lower) == {(4, True)} and last == (3, True)
+    assert [cost["unit"] for cost in costs] == [u.name for u in net.plan.units]
 
 
 def test_a_round_on_a_gpu_is_a_block_of_steps(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
