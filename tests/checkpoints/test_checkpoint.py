@@ -76,7 +76,7 @@ def load_error(case: Case, folder: Path) -> str:
     "case",
     [
         Case(method="loco", zero_stage=2),
-        Case(method="loco", engine="fsdp", optimizer="adamw"),
+        *slow([Case(method="loco", engine="fsdp", optimizer="adamw")]),
         *slow([Case(method="mlaan", precision="fp16", zero_stage=1, optimizer="sgd")]),
     ],
     ids=str,

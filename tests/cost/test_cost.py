@@ -92,7 +92,7 @@ QUICK = "cifar10/dgl_r32_k16_cifar10"
 @pytest.mark.parametrize(
     "override",
     [
-        "execution.compile=true",  # compiled kernels would run on tensors that have no values
+        *slow(["execution.compile=true"]),  # compiled kernels would run on tensors that have no values
         "execution.cuda_graph=true",
         "faults.nonfinite=skip",
         "network.sync_bn=true",

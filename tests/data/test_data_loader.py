@@ -25,6 +25,7 @@ from framework.data.packing.digits import prepare_digits
 from framework.data.packing.writer import write_shards
 from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
+from tests.support.marks import slow
 
 PLAIN = Views(kind="none", center=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
@@ -255,7 +256,7 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path):
     assert "shard-000001.tar: cannot be read" in failure(train_loader(shards, workers=1), 1)
 
 
-@pytest.mark.parametrize("passing", [True, False])
+@pytest.mark.parametrize("passing", [True, *slow([False])])
 def test_a_failing_disk_is_told_from_a_mistake(tmp_path, passing):
     loader = train_loader(numbered(tmp_path / "a", 9, per_shard=9), workers=1)
     shard = tmp_path / "a" / "shard-000000.tar"

@@ -220,7 +220,7 @@ def test_a_resumed_run_with_replay_buffers_is_bitwise_that_of_an_undisturbed_one
 
 
 @pytest.mark.parametrize(
-    ("engine", "method"), [("deepspeed", "dgl"), *slow([("fsdp", "dgl"), ("deepspeed", "infopro")])]
+    ("engine", "method"), slow([("deepspeed", "dgl"), ("fsdp", "dgl"), ("deepspeed", "infopro")])
 )
 def test_a_sequential_recipe_trains_module_after_module(
     tmp_path: Path, pool: Callable[[int], Pool], engine: str, method: str

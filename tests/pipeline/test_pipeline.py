@@ -35,13 +35,13 @@ PoolOf = Callable[[int], Any]
 
 # One or more of every method; ResNet-14 has 3 stages and 6 blocks.
 QUICK = [
-    Run("gim", 2, 4, steps=10),
-    Run("dgl", 2, 1, steps=10),
-    Run("loco", 3, 2, steps=10),
-    Run("mlaan", 2, 3, steps=10),
+    Run("gim", 2, 4, steps=5),
+    Run("dgl", 2, 1, steps=5),
+    Run("loco", 3, 2, steps=5),
+    Run("mlaan", 2, 3, steps=4),
     Run("bp", 4, 4),
-    Run("lam", 4, 1, steps=10),
-    Run("loco-moco", 2, 2, steps=5),
+    Run("lam", 4, 1, steps=5),
+    Run("loco-moco", 2, 2),
 ]
 SPLIT = [
     case for case in networks.CASES if case not in ("loco-soft", "mlaan-pulled", "dfa")
@@ -219,7 +219,7 @@ def saved_in_the_middle(run: Run) -> Outcome:
 
 
 def test_reading_states_disturbs_nothing(pool: PoolOf) -> None:
-    run = Run("lam", 3, 2, steps=4)
+    run = Run("lam", 3, 2, steps=2)
     assert max(errors(pool(3).run(saved_in_the_middle, run)[0], alone(run)).values()) < 1e-10
 
 

@@ -64,6 +64,7 @@ def test_mistakes_in_a_training_command(mistake: str) -> None:
     assert status == (2 if mistake == "no recipe" else 64)  # argparse's, EXIT_USAGE
 
 
+@pytest.mark.slow
 def test_what_is_checked_is_what_a_command_needs() -> None:
     """A command that computes does import PyTorch, so that the absence of its name above means something."""
     assert "torch" in run(ROOT / "tools" / "show_plan.py", RECIPE)[1]

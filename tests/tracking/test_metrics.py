@@ -25,6 +25,7 @@ from framework.tracking.environment import commit, environment
 from framework.tracking.measuring import PeakMemory, Throughput
 from framework.tracking.metric_log import MetricLog, read_log, write_result
 from framework.tracking.progress import Progress
+from tests.support.marks import slow
 
 
 def write_steps(log: MetricLog, steps: range, units: int = 3) -> None:
@@ -183,7 +184,7 @@ def shows(pixels: np.ndarray, position: float) -> bool:
     return int((abs(pixels - color).max(1) < 3).sum()) > 200
 
 
-@pytest.mark.parametrize(("units", "steps"), [(1, 200), (3, 200), (54, 200), (3, 2)])
+@pytest.mark.parametrize(("units", "steps"), [(1, 200), (3, 200), (3, 2), *slow([(54, 200)])])
 def test_the_picture_shows_every_unit(tmp_path: Path, units: int, steps: int) -> None:
     log = MetricLog(tmp_path / "m.jsonl", {})
     write_steps(log, range(steps), units)

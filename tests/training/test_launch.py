@@ -30,6 +30,7 @@ def places(folder: Path) -> list[str]:
     return [f"run_dir={folder / 'run'}", f"data.path={folder / 'digits'}"]
 
 
+@pytest.mark.slow
 def test_the_launcher_starts_ranks_that_train_together(tmp_path: Path) -> None:
     short = ["engine=ddp", "network.name=resnet8", "train.max_steps=2", "evaluate.knn=false"]
     done = launch("recipes/quickstart.yaml", *places(tmp_path), *short, ranks=2)
