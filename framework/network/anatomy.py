@@ -62,6 +62,11 @@ def widths(network: nn.Module) -> set[int]:
     return {value for value in channels if isinstance(value, int)}
 
 
+def in_order(network: nn.Module) -> bool:
+    """Whether its tokens lie as in the picture, row by row; one that can put them back (``reroll``) has others."""
+    return not hasattr(network, "reroll")
+
+
 def prefix_tokens(network: nn.Module) -> int:
     """Class and register tokens that it says it has."""
     found = getattr(network, "num_prefix_tokens", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from framework.network.tracing import Node, Trace
@@ -142,6 +143,8 @@ class _Writer:
             if leaf.name not in self.owned:
                 self.owned[leaf.name] = self.graph.create_node("get_attr", leaf.name)
             return self.owned[leaf.name]
+        if isinstance(leaf, torch.device):  # that of the recording
+            return self.graph.call_function(getattr, (self.input, "device"))
         if isinstance(leaf, Like):
             return self.graph.call_function(
                 getattr, (self.known.get(leaf.value.number, self.input), leaf.attribute)

@@ -100,6 +100,8 @@ class Pieces:
         if value is None:
             return None
         small = self.chain.trace.shapes[value.number]
+        if len(small) == 3 and not anatomy.in_order(self.network):
+            return None
         large = self.larger.shapes.get(value.number) if self.larger else None
         return layout(small, large, anatomy.widths(self.network), anatomy.prefix_tokens(self.network))
 

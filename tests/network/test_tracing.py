@@ -275,3 +275,33 @@ def test_a_network_in_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.Monk
     segments = cut(create("torchs"), image_size=64)
     assert [segment.name for segment in segments] == ["layer1", "layer2", "layer3", "layer4"]
     assert structure(create("torchs"), 64).tail.evaluation[-1] == "fc"
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "xcit_nano_12_p16_224", "levit_128s"])
+@torch.no_grad()
+def test_the_map_of_a_boundary_lies_as_the_picture(name: str) -> None:
+    """A patch that is changed changes the map most where it lies."""
+    torch.manual_seed(0)
+    first, *_ = cut(create(name).eval(), "block", image_size=224)
+    images = 0.1 * torch.randn(1, 3, 224, 224)
+    for row, column in ((3, 10), (11, 2)):
+        changed = images.clone()
+        changed[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] += 3
+        difference = (first.to_map(first(changed)) - first.to_map(first(images))).abs().sum(1)[0]
+        place, side = int(difference.argmax()), difference.shape[1]
+        assert max(abs(place // side - row * side / 14), abs(place % side - column * side / 14)) <= 1.5
+
+
+def test_tokens_in_another_order_than_the_pictures_are_refused() -> None:
+    with pytest.raises(UserError, match=r"Hiera can't be cut into segments: .*unknown layout"):
+        cut(create("hiera_tiny_224"), "block", image_size=224)
+
+
+def test_what_is_made_between_modules_is_made_where_the_images_are() -> None:
+    """Positions, for instance: not on the device of the recording."""
+    network = create("qwen3_vit_88m", depth=1).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = network.forward_features(x)
+    for segment in cut(network, "block", image_size=64):
+        x = segment(x)
+    assert torch.equal(x, expected)
