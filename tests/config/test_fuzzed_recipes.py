@@ -16,7 +16,7 @@ from framework.data.batch import Batch
 from framework.model import recipe_network
 from framework.optim import build_optimizer
 from framework.runtime.errors import UserError
-from tests.support.fuzzing import Tree, is_open, recipes
+from tests.support.fuzzing import Tree, recipes
 
 BASE: Tree = {
     "data": {"path": "nowhere", "image_size": 32, "workers": 0},
@@ -35,8 +35,8 @@ def told(tree: Tree) -> str:
         make_steps(recipe)
     except UserError as error:
         return str(error)
-    except Exception as error:
-        if not is_open(error):
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):  # which a training puts in one line
             raise
     return ""
 

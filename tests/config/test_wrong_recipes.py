@@ -114,6 +114,13 @@ def test_choices_of_a_head_are_told_with_its_key(recipes: Path, key: str, allowe
     assert message.startswith(f"command line: {key}=x: must be one of {allowed}")
 
 
+def test_feedback_of_errors_needs_logits(recipes: Path) -> None:
+    message = fails("recipes/base.yaml", "method.name=dfa", "method.head.task=contrast")
+    assert message.startswith(
+        "command line: method.head.task=contrast: dfa leads the error of the logits down"
+    )
+
+
 @pytest.mark.parametrize("override", WRONG)
 def test_a_wrong_value_is_told_what_would_be_right(recipes: Path, override: str) -> None:
     assert fails("recipes/base.yaml", override).startswith(f"command line: {WRONG[override]}")

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from framework.config import loading
 from framework.runtime.errors import UserError
 from framework.training.run import train
-from tests.support.fuzzing import Tree, is_open, run_recipes
+from tests.support.fuzzing import Tree, run_recipes
 from tests.support.pool import Pool
 
 PoolOf = Callable[[int], Pool]
@@ -41,8 +41,8 @@ def attempt(tree: Tree, digits: str) -> str:
                 train(loading.load(argv))
         except UserError as error:
             return str(error)
-        except Exception as error:
-            return "" if is_open(error) else traceback.format_exc()
+        except Exception:
+            return traceback.format_exc()
         finally:
             _forget_pipelines()
     return ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from framework.config.method_options import Execution
+from framework.config.schema import Fault
 from framework.local import Classifier, LocalUnit, MethodOptions, NetworkInfo, Plan
 
 
@@ -22,6 +23,15 @@ class Options(MethodOptions):
     """
 
     head: Classifier = field(default_factory=Classifier)
+
+    def check(self) -> None:
+        """There is an error of the logits."""
+        if self.head.task != "cross_entropy":
+            raise Fault(
+                "method.head.task",
+                self.head.task,
+                "dfa leads the error of the logits down: must be cross_entropy",
+            )
 
     @property
     def execution(self) -> Execution:
