@@ -23,6 +23,7 @@ class ErrorHead(WrappingHead):
 
     def __init__(self, head: TrunkHead) -> None:
         super().__init__("front", nn.Identity(), head)
+        self.native = head.native
         self.separable = False  # whoever scores embeddings leaves no error here
         self.error: Tensor | None = None
 

@@ -203,7 +203,7 @@ def test_a_rank_that_outlives_the_time_limit_costs_no_more_than_that(
 
 def test_linear_evaluation_is_a_job_too(cluster: Cluster, tmp_path: Path, undisturbed: Reference) -> None:
     """On two nodes it finds what the command finds without Slurm on one rank."""
-    command = ["--cached", "--epochs", "30", "--batch-size", "64", "--lr", "1"]  # until both have converged
+    command = ["--cached", "--epochs", "120", "--batch-size", "64", "--lr", "1"]  # until both have converged
     shutil.copytree(undisturbed.folder / "run", tmp_path / "run")
     log = tmp_path / "job.log"
     variables = {"MASTER_ADDR": "127.0.0.1", "TMPDIR": str(tmp_path)}

@@ -115,7 +115,9 @@ LAM_BLOCKS: list[Tree] = [
     {"layer1.0": "layer2.0"},
 ]
 #: Methods with the heads of two views; Barlow Twins' are 8192 wide unless something is said.
-CONTRASTIVE: dict[str, Tree] = {name: {"proj_hidden": 16, "dim": 8} for name in ("simclr", "gim", "loco")}
+CONTRASTIVE: dict[str, Tree] = {
+    name: {"proj_hidden": 16, "dim": 8} for name in ("simclr", "gim", "loco", "blockwise")
+}
 DICTIONARIES = {"network.args": NETWORK_ARGS, "deepspeed": DEEPSPEED}
 CUTS = ["stage", "block", 1, 2, 3, 4, 5, 8, 16, 99, [], ["layer2"], ["layer1.0", "layer2.0"], ["nonsense"]]
 SIZES = (1, 4, 8, 16, 20, 28, 32, 33, 36, 64)
