@@ -210,7 +210,7 @@ class LocalNetwork(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Logits of the head on the last segment, (N, 3, H, W) -> (N, classes)."""
+        """Logits of the last unit's head, (N, 3, H, W) -> (N, classes)."""
         head = self.plan.units[-1].head
         with self.autocast(images):
             return head.predict(head.seen(self.segments[-1], self._last_output(images)))
