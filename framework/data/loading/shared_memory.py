@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,7 +31,9 @@ def to_shared_memory(made: T) -> T | UserError:
             if tensor.numel():
                 tensor.share_memory_()
     except RuntimeError as error:
-        return no_room(str(error).rpartition(": ")[2].partition(" (")[0])
+        reason = str(error).rpartition(": ")[2].partition(" (")[0]
+        short = reason == "Success"  # what torch 2.11 says of a file that takes fewer bytes than it was given
+        return no_room(os.strerror(errno.ENOSPC) if short else reason)
     return made
 
 
