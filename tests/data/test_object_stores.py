@@ -71,6 +71,7 @@ def gs(tmp_path, monkeypatch):
     server.stop()
 
 
+@pytest.mark.slow
 def test_gs_that_drops_connections(tmp_path, local, gs, monkeypatch):
     monkeypatch.setattr("framework.data.shards.store._RANGE", 7000)
     files, door = gs

@@ -98,6 +98,7 @@ def test_local_units_on_every_family_equal_the_definition(name: str) -> None:
     assert_equals_definition(net, networks.batch(net, size=4, image_size=size))
 
 
+@pytest.mark.slow
 def test_only_what_comes_after_the_last_map_is_frozen() -> None:
     frozen = {}
     for name in NETWORKS:

@@ -106,7 +106,7 @@ def test_norms_of_a_stage_see_its_replicas_alone(pool: PoolOf) -> None:
         assert found and all(ranks == [number // 2 * 2, number // 2 * 2 + 1] for ranks in found)
 
 
-@pytest.mark.parametrize("optimizer", ["lars", *slow(["sgd", "adamw"])])
+@pytest.mark.parametrize("optimizer", slow(["lars", "sgd", "adamw"]))
 def test_zero_1_changes_nothing(pool: PoolOf, optimizer: str) -> None:
     """Two addends have one sum, so two replicas agree to the last bit, LARS's norms included."""
     run = Run("loco", 2, 2, replicas=2, optimizer=optimizer, dtype="float32")

@@ -161,7 +161,7 @@ def joins(rank: int, port: int, fate: str) -> int:
     ("fate", "statuses", "message"),
     [
         ("dies", [EXIT_TRY_AGAIN, -signal.SIGKILL], "rank 1 died or can't be reached (on "),
-        ("errs", [EXIT_USAGE, EXIT_USAGE], "rank 1 stopped with an error, which tells what to mend"),
+        *slow([("errs", [EXIT_USAGE, EXIT_USAGE], "rank 1 stopped with an error, which tells what to mend")]),
         *slow([("is interrupted", [EXIT_TRY_AGAIN] * 2, "rank 1 stopped with an error, which")]),
     ],
 )

@@ -37,7 +37,7 @@ def scores_then_hangs(folder: Path, scoring: bool) -> None:
         time.sleep(600)
 
 
-@pytest.mark.parametrize("scoring", [False, *slow([True])])
+@pytest.mark.parametrize("scoring", slow([False, True]))
 def test_a_score_may_take_longer_than_a_step_and_is_watched(tmp_path: Path, scoring: bool) -> None:
     with Forked(tmp_path, scores_then_hangs, tmp_path, scoring) as forked:
         assert forked.status() == EXIT_TRY_AGAIN

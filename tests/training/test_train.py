@@ -121,6 +121,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, pool: PoolOf) -
     assert kept == ["step-00000001", "step-00000002"]
 
 
+@pytest.mark.slow
 def test_repeating_a_finished_command_keeps_what_tells_of_its_steps(tmp_path: Path, pool: PoolOf) -> None:
     """With the same settings and with others; also for runs of versions whose checkpoints held no times."""
     argv = arguments(tmp_path, "engine=ddp", "train.max_steps=4")
