@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,7 @@ from framework.runtime.watchdog import Watchdog
 PATIENCE = timedelta(hours=1)
 JOINING = 600.0  # seconds for all ranks to start and find each other
 DAY = 86_400.0  # seconds; a recipe may ask for more than the timeouts of a kernel can be
+RETRY = 0.5  # seconds between a rank's tries to reach rank 0
 SLOW = timedelta(seconds=30)  # of which this much passes in silence
 AFTER_A_DEATH = 15.0  # seconds in which ranks end by themselves; Slurm scripts give them 30
 
@@ -113,11 +115,30 @@ def _store(rank: int, ranks: int, timeout: timedelta) -> dist.Store:
         store.set_timeout(timeout)
         return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank:
+        _until_reachable(address, port, timeout.total_seconds())
     return dist.TCPStore(
         *(address, port, ranks, rank == 0, timeout),
         wait_for_workers=False,  # which could not say whom it waits for
         multi_tenant=True,
     )
+
+
+def _until_reachable(address: str, port: int, limit: float) -> None:
+    """Wait for rank 0's store. PyTorch's own waiting passes its timeout by half, and prints a stack for each try.
+
+    Raises:
+        DistNetworkError: nobody answers within ``limit`` seconds.
+    """
+    end = time.monotonic() + limit
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=max(end - time.monotonic(), 0.1)):
+                return
+        except OSError as error:
+            if time.monotonic() + RETRY > end:
+                raise dist.DistNetworkError(str(error)) from error
+        time.sleep(RETRY)
 
 
 def _meet_all(store: dist.Store, rank: int, ranks: int) -> list[str]:

@@ -95,11 +95,9 @@ def test_a_link_that_is_cut_while_ranks_join_ends_both(
     elif moment == "meet":
         for rank, line in enumerate(errors(ranks)):
             assert line.startswith(f"error: rank {rank}: rank {1 - rank} died or can't be reached (on ")
-    else:  # who joins gives up at nine tenths of the watchdog's time; on a busy machine that may come first
-        for rank, host in enumerate(("near", "far")):
-            lonely = f"error: rank {rank} of 2 can't meet the others at {ADDRESSES[0]}:"
-            watched = f"rank {rank} on {host}: no sign of any rank for {HANG} s while joining the other ranks"
-            assert lonely in ranks.printed or watched in ranks.printed
+    else:
+        for rank, line in enumerate(errors(ranks)):
+            assert line.startswith(f"error: rank {rank} of 2 can't meet the others at {ADDRESSES[0]}:")
     assert not (tmp_path / "run" / "lock").exists()
     hosts.mend()
     with hosts.ranks(arguments(tmp_path), tmp_path / "record") as ranks:

@@ -19,6 +19,7 @@ import pytest
 
 from framework.tracking.metric_log import read_log
 from tests.support import slurm_cluster
+from tests.support.held import hold
 from tests.support.pool import Pool
 from tests.support.runs import ROOT, assert_same_run, losses, run, starts, toy
 from tests.support.slurm_cluster import Cluster, until
@@ -191,11 +192,12 @@ def test_a_rank_that_outlives_the_time_limit_costs_no_more_than_that(
     """It hears nothing, and the other one waits for it; their script hears the limit, too, and must not wait."""
     job = Job(cluster, tmp_path, undisturbed.steps, options=("--signal=URG@1",))
     job.until_checkpoint()
-    (frozen,) = (pid for pid in cluster.processes(job.id, "n2") if rank_of(pid) == 1)
-    os.kill(frozen, signal.SIGSTOP)
+    (held,) = (pid for pid in cluster.processes(job.id, "n2") if rank_of(pid) == 1)
+    hold(held)
     cluster.ask("scontrol", "update", f"jobid={job.id}", "timelimit=1")
     until(lambda: job.restarts == 1, 180, "not started again")
-    assert re.search("a rank does not end\n.*ended with status 75, .* Reason=TimeLimit", job.text)
+    assert "a rank does not end" in job.text, job.text
+    assert re.search("ended with status 75, .* Reason=TimeLimit", job.text), job.text
     cluster.ask("scontrol", "update", f"jobid={job.id}", "timelimit=30")
     job.until_done()
     assert_same_run(tmp_path, *undisturbed)
