@@ -24,7 +24,7 @@ from framework.engines.base import (
     marked,
     set_learning_rate,
 )
-from framework.engines.deepspeed_config import merged_config
+from framework.engines.deepspeed_config import AskedKeys, merged_config
 from framework.execution import LocalNetwork
 from framework.runtime.distributed import device, world_size
 from framework.runtime.errors import UserError
@@ -117,12 +117,15 @@ def checked_config(
     """DeepSpeed's own view of its configuration, for ranks that may form a pipeline's grid.
 
     Raises:
-        UserError: DeepSpeed refuses it.
+        UserError: DeepSpeed refuses it, or passes by a key.
     """
+    keys = AskedKeys(config)
     try:
-        return deepspeed.DeepSpeedConfig(config, grid)
+        checked = deepspeed.DeepSpeedConfig(keys, grid)
     except Exception as error:  # of a section where it expects none it asks for attributes
         raise UserError(f"deepspeed: refused by DeepSpeed: {' '.join(str(error).split())}") from error
+    keys.check()
+    return checked
 
 
 def _not_about_untested_optimizers(record: logging.LogRecord) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from framework.engines.base import EngineSettings
@@ -96,3 +97,58 @@ def _check(section: Mapping[str, Any], zero_stage: int) -> None:
             raise UserError(f"deepspeed.{key}: the recipe decides this; set {DECIDED[key]}")
         if key in REFUSED:
             raise UserError(f"deepspeed.{key}: {REFUSED[key]}")
+
+
+class AskedKeys(dict[str, Any]):
+    """A section, and those inside it, that note which keys DeepSpeed asks for: it ignores those that it doesn't know.
+
+    Attributes:
+        asked: the keys.
+    """
+
+    def __init__(self, section: Mapping[str, Any]) -> None:
+        inner = {k: AskedKeys(v) if isinstance(v, Mapping) else v for k, v in section.items()}
+        super().__init__(inner)
+        self.asked: set[object] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self.asked.update(
+            super().keys()
+        )  # handed on as a whole, to a model that refuses what it doesn't know
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> AskedKeys:
+        return self  # DeepSpeed asks a copy
+
+    def check(self, name: str = "deepspeed") -> None:
+        """Call it when DeepSpeed has read its configuration.
+
+        Raises:
+            UserError: a key that it did not ask for, unless it passes by a whole section that is not enabled.
+        """
+        if self.get("enabled") is False:
+            return
+        known = [key for key in self.asked if isinstance(key, str)]
+        for key, value in self.items():
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                raise UserError(
+                    f"{name}.{key}: DeepSpeed knows no such key{f'; did you mean {near[0]}?' if near else ''}"
+                )
+            if isinstance(value, AskedKeys) and value.asked:
+                value.check(f"{name}.{key}")

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from framework.config.recipe import EngineName
 from framework.engines.base import EngineSettings
+from framework.engines.deepspeed import checked_config
 from framework.engines.deepspeed_config import merged_config
 from framework.runtime.errors import UserError
 from tests.support import training
@@ -56,6 +57,14 @@ def refusal(case: Case) -> str:
         (Case(deepspeed=zero(overlap_comm="perhaps")), "deepspeed: refused by DeepSpeed"),
         (Case(deepspeed=zero(overlap_com=True)), "deepspeed: refused by DeepSpeed"),
         (Case(deepspeed={"flops_profiler": 3}), "deepspeed: refused by DeepSpeed"),
+        (
+            Case(deepspeed={"stepps_per_print": 3}),
+            "deepspeed.stepps_per_print: DeepSpeed knows no such key; did you mean steps_per_print?",
+        ),
+        (
+            Case(deepspeed={"flops_profiler": {"profile_stp": 3}}),
+            "deepspeed.flops_profiler.profile_stp: DeepSpeed knows no such key; did you mean profile_step?",
+        ),
         (Case(deepspeed={"communication_data_type": 3}), "deepspeed: refused by DeepSpeed"),
     ],
     ids=lambda value: str(value)[:40],
@@ -63,6 +72,27 @@ def refusal(case: Case) -> str:
 def test_settings_that_are_refused(pool: PoolOf, case: Case, message: str) -> None:
     text = pool(1).run(refusal, case)[0]
     assert message in text and "\n" not in text
+
+
+SECTIONS: dict[str, Any] = {
+    "activation_checkpointing": {"partition_activations": False, "profile": False},
+    "aio": {"block_size": 4, "queue_depth": 8},
+    "autotuning": {"enabled": False, "fast": True},
+    "checkpoint": {"tag_validation": "Warn", "parallel_write": {"pipeline_stage": False}},
+    "comms_logger": {"enabled": True, "prof_all": True},
+    "communication_data_type": "fp32",
+    "flops_profiler": {"enabled": True, "profile_step": 1, "output_file": None},
+    "prescale_gradients": True,
+    "tensorboard": {"enabled": False, "output_path": "tb", "job_name": "x"},
+    "timers": {"throughput": {"enabled": True, "synchronized": False}},
+    "wall_clock_breakdown": True,
+    **zero(overlap_comm=True, round_robin_gradients=True, allgather_bucket_size=5),
+}
+
+
+def test_sections_that_deepspeed_knows_pass() -> None:
+    settings = EngineSettings(8, zero_stage=1, deepspeed=SECTIONS)
+    checked_config(merged_config(settings, parameters=10, replicas=1))
 
 
 @pytest.mark.parametrize(
