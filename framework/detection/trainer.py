@@ -23,6 +23,7 @@ from framework.detection import backbones, datasets, verification
 from framework.detection.normalization import pixels_of
 from framework.runtime.command import status
 from framework.runtime.errors import UserError
+from framework.runtime.run_lock import held
 from framework.tracking.environment import environment
 from framework.tracking.metric_log import write_result
 
@@ -91,15 +92,16 @@ def run(arguments: Namespace) -> None:
         UserError: whatever the person who started it can mend.
     """
     cfg = prepare(arguments)
-    default_setup(cfg, arguments)
-    if arguments.eval_only:
-        model = Trainer.build_model(cfg)
-        verification.load(model, Path(cfg.MODEL.WEIGHTS), "")
-        Trainer.test(cfg, model)
-        return
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=arguments.resume)
-    trainer.train()
+    with held(Path(cfg.OUTPUT_DIR), "set another OUTPUT_DIR"):
+        default_setup(cfg, arguments)
+        if arguments.eval_only:
+            model = Trainer.build_model(cfg)
+            verification.load(model, Path(cfg.MODEL.WEIGHTS), "")
+            Trainer.test(cfg, model)
+            return
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=arguments.resume)
+        trainer.train()
 
 
 class Trainer(DefaultTrainer):

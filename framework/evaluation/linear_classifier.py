@@ -17,7 +17,7 @@ from framework.data.loading.sample_order import epoch_order
 from framework.evaluation.linear_protocols import Protocol
 from framework.runtime import distributed, watchdog
 from framework.runtime.errors import UserError
-from framework.runtime.files import write_whole
+from framework.runtime.files import unlocked, write_whole
 
 AT_ONCE = 4096  # rows that are classified at a time
 Batches = Iterator[tuple[Tensor, Tensor]]  # features (B, C) and labels (B,) of this rank
@@ -78,10 +78,11 @@ class State:
     Args:
         path: the file.
         settings: what the fit depends on; a file of other settings is not used.
+        check: called before each write; raises if somebody else may write.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self._settings = path, json.dumps(settings, sort_keys=True)
+    def __init__(self, path: Path, settings: dict[str, Any], check: Callable[[], None] = unlocked) -> None:
+        self.path, self._settings, self._check = path, json.dumps(settings, sort_keys=True), check
 
     def load(self) -> tuple[int, dict[str, Tensor]]:
         """Epochs done and the tensors; 0 and none without a file that fits."""
@@ -96,6 +97,7 @@ class State:
 
     def save(self, epoch: int, tensors: dict[str, Tensor]) -> None:
         """Replace the file by one for ``epoch`` epochs done."""
+        self._check()
         write_whole(self.path, save(tensors, {"settings": self._settings, "epoch": str(epoch)}))
 
 

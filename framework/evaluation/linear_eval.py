@@ -13,6 +13,7 @@ from framework.evaluation.linear_protocols import Protocol
 from framework.evaluation.run_folder import Run
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
+from framework.runtime.run_lock import held
 
 OnEpoch = Callable[[int, float], None]  # is told the epochs done and the last mean loss of this rank
 
@@ -43,7 +44,7 @@ def evaluate_augmented(run: Run, protocol: Protocol, preset: str, on_epoch: OnEp
     Every epoch is saved in ``RUN/linear_eval/PRESET.safetensors``, and a second call goes on from there.
 
     Raises:
-        UserError: as ``cached_features`` and ``fit``.
+        UserError: as ``cached_features`` and ``fit``; another process is at it.
     """
     loader, net = train_loader(run, protocol), run.encoder()
     test = cached_features(run, run.splits.held_out)
@@ -56,15 +57,17 @@ def evaluate_augmented(run: Run, protocol: Protocol, preset: str, on_epoch: OnEp
     settings = protocol.settings(
         **identity_of(run.checkpoint), ranks=distributed.world_size(), data=asdict(run.recipe.data)
     )
-    classifier = fit(
-        batches,
-        loader.steps_per_epoch,
-        (test.x.shape[1], run.splits.num_classes),
-        protocol,
-        like=test.x,
-        state=State(run.folder / "linear_eval" / f"{preset}.safetensors", settings),
-        on_epoch=on_epoch,
-    )
+    folder = run.folder / "linear_eval"
+    with held(folder / preset, "choose another preset") as check:
+        classifier = fit(
+            batches,
+            loader.steps_per_epoch,
+            (test.x.shape[1], run.splits.num_classes),
+            protocol,
+            like=test.x,
+            state=State(folder / f"{preset}.safetensors", settings, check),
+            on_epoch=on_epoch,
+        )
     return accuracy(classifier, test)
 
 

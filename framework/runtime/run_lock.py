@@ -26,6 +26,7 @@ from framework.runtime.files import unlocked, write_whole
 
 FOLDER = "lock"
 BEAT = 5.0  # seconds between two touches
+REMEDY = "set another run_dir"
 DEAD = 60.0  # seconds without one after which a start on another machine is dead
 _NAME = re.compile(r"start-(\d{8,})\.json")
 
@@ -138,11 +139,15 @@ class RunLock:
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[Callable[[], None]]:
+def held(run_dir: Path, remedy: str = REMEDY) -> Iterator[Callable[[], None]]:
     """Inside, the folder of a run is that of these ranks; it is made if there is none. Collective.
 
     The start before this one may be alive for all that anybody knows, if it was on another machine; then this waits
     for it to be heard of, or to be silent for ``DEAD`` seconds.
+
+    Args:
+        run_dir: the folder.
+        remedy: what somebody can do who finds it taken.
 
     Returns:
         ``RunLock.check`` on rank 0, which writes; nothing to check elsewhere.
@@ -153,7 +158,7 @@ def held(run_dir: Path) -> Iterator[Callable[[], None]]:
     lock: RunLock | None = None
     with distributed.same_outcome():
         if distributed.is_main():
-            lock = take(run_dir)
+            lock = take(run_dir, remedy)
     try:
         yield lock.check if lock else unlocked
     finally:
@@ -161,7 +166,7 @@ def held(run_dir: Path) -> Iterator[Callable[[], None]]:
             lock.release()
 
 
-def take(run_dir: Path) -> RunLock:
+def take(run_dir: Path, remedy: str = REMEDY) -> RunLock:
     """``held`` for one process, which has to ``release`` it.
 
     Raises:
@@ -169,18 +174,18 @@ def take(run_dir: Path) -> RunLock:
     """
     folder = run_dir / FOLDER
     try:
-        return _taken(folder)
+        return _taken(folder, remedy)
     except OSError as error:
         raise UserError(f"{folder}: can't be written: {error.strerror}") from error
 
 
-def _taken(folder: Path) -> RunLock:
+def _taken(folder: Path, remedy: str) -> RunLock:
     folder.mkdir(parents=True, exist_ok=True)
     me = Holder.this()
     while True:
         newest = _newest(folder)
         if newest:
-            _await_end(folder, newest, me)
+            _await_end(folder, newest, me, remedy)
         path = _path(folder, newest + 1)
         with suppress(FileExistsError), path.open("x") as file:
             file.write(json.dumps(asdict(me)))
@@ -191,7 +196,7 @@ def _taken(folder: Path) -> RunLock:
     return RunLock(folder, newest + 1, me)
 
 
-def _await_end(folder: Path, number: int, me: Holder) -> None:
+def _await_end(folder: Path, number: int, me: Holder, remedy: str) -> None:
     """Return when start ``number`` has ended or is dead.
 
     Raises:
@@ -212,8 +217,8 @@ def _await_end(folder: Path, number: int, me: Holder) -> None:
             alive = holder.machine == me.machine and _born(holder.pid) == holder.born
             if alive or first not in (None, beat):
                 raise UserError(
-                    f"{folder.parent}: is the folder of a run that is going on: {holder}; let it end, or set another "
-                    f"run_dir (if it is dead after all, delete {folder})"
+                    f"{folder.parent}: is the folder of a run that is going on: {holder}; let it end, or {remedy} "
+                    f"(if it is dead after all, delete {folder})"
                 )
             if holder.machine == me.machine:
                 return

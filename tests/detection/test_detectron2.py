@@ -27,6 +27,7 @@ from framework.detection.layouts import NETWORKS, RESNETS, layout
 from framework.detection.normalization import Normalization
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
+from framework.runtime.run_lock import take
 from tests.support.commands import run_tool
 
 pytestmark = pytest.mark.detectron2
@@ -305,6 +306,14 @@ def test_a_mistake_ends_the_launch_of_several_processes(weights: str, message: s
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == EXIT_USAGE
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_two_trainings_in_one_folder(toys: Path, tmp_path: Path) -> None:
+    other = take(tmp_path / "run")
+    weights = ["MODEL.WEIGHTS", str(written(drawn("resnet18"), tmp_path))]
+    with pytest.raises(UserError, match=r"is the folder of a run that is going on.*set another OUTPUT_DIR"):
+        trainer.run(arguments("toy_coco", [*SMALL, "OUTPUT_DIR", str(tmp_path / "run"), *weights]))
+    other.release()
 
 
 def test_missing_sets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

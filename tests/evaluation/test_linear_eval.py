@@ -22,6 +22,7 @@ from framework.evaluation.run_folder import Run
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
+from framework.runtime.run_lock import take
 from framework.tracking.metric_log import read_log
 from tests.support.forked import forked_tool
 from tests.support.pool import Pool
@@ -168,6 +169,13 @@ def test_the_command_on_augmented_images(both_runs: tuple[Path, Path], tmp_path:
     assert f"top-1 {result['top1']:.2f} %" in done.stdout and "random encoder" in done.stdout
     assert 10 < result["top1"] <= 100 and result["checkpoint"] == "step-00000004"
     assert State(folder / "linear_eval" / "loco.safetensors", {}).load() == (0, {})
+    assert not (folder / "linear_eval" / "loco").exists()
+    other = take(folder / "linear_eval" / "loco")
+    with forked_tool(tmp_path, "linear_eval", folder, "--epochs", 2, "--lr", 1) as refused:
+        assert refused.status() == EXIT_USAGE
+    assert "is the folder of a run that is going on" in refused.stderr
+    assert "let it end, or choose another preset" in refused.stderr
+    other.release()
     shutil.rmtree(folder / "checkpoints")
     with forked_tool(tmp_path, "linear_eval", folder, "--cached") as again:
         assert again.status() == EXIT_USAGE
