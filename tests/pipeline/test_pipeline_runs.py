@@ -51,6 +51,22 @@ def test_a_run_moves_between_stages_and_plain_data_parallel(tmp_path: Path, pool
         assert (ours[name] - tensor).float().norm() <= 0.01 * way + 1e-7 * tensor.float().norm(), name
 
 
+PRECISIONS = ["fp16", "fp32", "bf16", "fp16"]
+
+
+@pytest.mark.slow
+def test_a_run_of_stages_changes_its_precision_as_one_of_one_process_does(
+    tmp_path: Path, pool: PoolOf
+) -> None:
+    for step, precision in enumerate(PRECISIONS, start=1):
+        for ranks in (1, 2):
+            settings = (f"train.precision={precision}", f"pipeline.stages={ranks}")
+            folder = tmp_path / str(ranks)
+            assert set(pool(ranks).run(run, arguments(folder, step, *settings))) == {""}
+    for ours, theirs in zip(losses(tmp_path / "2"), losses(tmp_path / "1"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
