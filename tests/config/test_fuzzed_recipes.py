@@ -92,7 +92,7 @@ def test_a_recipe_trains_or_leaves_with_one_line(tree: Tree) -> None:
 
 @pytest.mark.slow
 @given(recipes())
-@settings(FUZZ, max_examples=50, derandomize=True)
+@settings(FUZZ, max_examples=100, derandomize=True)
 def test_many_recipes_train_or_leave_with_one_line(tree: Tree) -> None:
     check(tree)
 

@@ -151,16 +151,19 @@ def test_a_job_that_runs_out_of_time_goes_on(
     assert_same_run(tmp_path, tmp_path / "whole", steps)
 
 
+def preempt(cluster: Cluster, folder: Path) -> None:
+    """Submit a job that takes both nodes from those of lower partitions."""
+    (folder / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
+    options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    cluster.submit(str(folder / "urgent.sh"), options=options)
+
+
 def test_a_preempted_job_saves_and_comes_back(
     cluster: Cluster, tmp_path: Path, undisturbed: Reference
 ) -> None:
     job = Job(cluster, tmp_path, undisturbed.steps)
     job.until_checkpoint()
-    (tmp_path / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
-    cluster.submit(
-        str(tmp_path / "urgent.sh"),
-        options=("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"),
-    )
+    preempt(cluster, tmp_path)
     until(lambda: job.restarts == 1, 60, "not preempted")
     until(lambda: "stopped after step" in job.text, 60, "did not save")
     job.until_done()
@@ -174,11 +177,7 @@ def test_a_job_that_preemption_cancels_comes_back(
     """By PreemptMode=CANCEL, which Slurm does not take back by itself."""
     job = Job(cluster, tmp_path, undisturbed.steps, options=("--partition=canceled",))
     job.until_checkpoint()
-    (tmp_path / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
-    cluster.submit(
-        str(tmp_path / "urgent.sh"),
-        options=("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"),
-    )
+    preempt(cluster, tmp_path)
     until(lambda: job.restarts == 1, 60, "not started again")
     assert re.search("ended with status 75, JobState=COMPLETING Reason=None .* PreemptTime=2", job.text)
     job.until_done()

@@ -74,7 +74,7 @@ def test_a_run_ends_well_or_with_one_line(pool: PoolOf, digits: Path, tree: Tree
 
 @pytest.mark.slow
 @given(tree=run_recipes())
-@settings(FUZZ, max_examples=25, derandomize=True)
+@settings(FUZZ, max_examples=40, derandomize=True)
 def test_many_runs_end_well_or_with_one_line(pool: PoolOf, digits: Path, tree: Tree) -> None:
     check(pool, tree, digits)
 
