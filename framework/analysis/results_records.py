@@ -66,10 +66,17 @@ class Record:
 
     def line(self, score: str, log: Path) -> dict[str, Any]:
         """The line of the CSV: errors and accuracies in per cent, conditions, environment."""
-        result, *evaluation = self.run.results
+        left = {step.kind: found for step, found in zip(self.run.steps, self.run.results, strict=True)}
+        result = left["training"]
         accuracies = {key: value for key, value in result.items() if "top1" in key}
-        for found in evaluation:
+        if found := left.get("linear evaluation"):
             accuracies |= {"linear_top1": found["top1"], "linear_top1_random": found["top1_random_encoder"]}
+        if found := left.get("probes"):
+            (of_layers,) = (list(top1.values()) for top1 in found["top1"].values())
+            early = of_layers[: math.ceil(len(of_layers) / 3)]
+            accuracies["early_top1"] = round(statistics.fmean(early), 2)
+        if found := left.get("CKA"):
+            accuracies["cka"] = round(found["runs"][0]["mean"], 4)
         during = self.scores[score][1] if score == "test_top1" and score in self.scores else []
         recipe = loading.load([str(self.run.folder / "recipe.yaml")])
         speeds = [entry["images_per_second"] for entry in self._entries if "images_per_second" in entry]
@@ -85,6 +92,10 @@ class Record:
             "batch_size": recipe.train.batch_size,
             "precision": recipe.train.precision,
             "images_per_second": round(statistics.median(speeds), 2),
+            "seconds": round(
+                result["train_images"] * result["epochs"] / statistics.median(speeds)
+                + sum(found.get("seconds", 0.0) for found in left.values())
+            ),
             "device": self.environment("device"),
             "threads": self.environment("threads"),
             "commit": self.environment("commit"),
@@ -95,12 +106,24 @@ class Record:
         """The log, in lines of JSON: commands, settings and results; accuracies; losses."""
         first = {
             "commands": self.run.shown(self.environment("threads")),
-            "results": self.run.results,
+            "results": [_without_matrices(found) for found in self.run.results],
             "settings": settings_of((self.run.folder / "recipe.yaml").read_text()),
         }
         scores = [{"scores": {key: {"epochs": e, "top1": s}}} for key, (e, s) in self.scores.items()]
         losses = [{"epoch": epoch, "losses": means} for epoch, means in self.losses()]
         return "".join(json.dumps(line) + "\n" for line in [first, *scores, *losses])
+
+
+def _without_matrices(found: dict[str, Any]) -> dict[str, Any]:
+    """A result without CKA's whole matrices."""
+    if "segments" not in found:
+        return found
+    return found | {"runs": [{k: v for k, v in run.items() if k != "matrix"} for run in found["runs"]]}
+
+
+def csv_of(path: Path, device: str) -> Path:
+    """The CSV of a table's runs on a device."""
+    return path.with_name(f"{path.stem}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.csv")
 
 
 @contextmanager
@@ -132,8 +155,7 @@ def write_down(path: Path, table: ResultsTable, ended: list[RowRun]) -> list[dic
     """
     groups: dict[Path, list[Record]] = {}
     for record in map(Record, ended):
-        device = re.sub(r"[^a-z0-9]+", "-", record.environment("device").lower()).strip("-")
-        groups.setdefault(path.with_name(f"{path.stem}-{device}.csv"), []).append(record)
+        groups.setdefault(csv_of(path, record.environment("device")), []).append(record)
     with locked(path, wait=True):
         lines = {written: _merged(written, table, group) for written, group in groups.items()}
         for written, group in groups.items():

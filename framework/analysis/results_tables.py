@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from omegaconf import OmegaConf
 
+from framework.analysis.results_claims import Claim
 from framework.checkpoints.folder import identity_of
 from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.config import loading
 from framework.config.recipe import Recipe
-from framework.config.schema import Fault, NonNegativeInt, build
+from framework.config.schema import Fault, NonNegativeInt, PositiveInt, build
 from framework.evaluation.linear_protocols import PLACES, conditions_asked, result_name
 from framework.evaluation.run_folder import recipe_values
 from framework.runtime.errors import UserError
@@ -49,6 +51,31 @@ class Row:
 
 
 @dataclass
+class Layers:
+    """Looks at every segment of a run, after its training (MLAAN Figures 5 and 6).
+
+    Attributes:
+        reference: row whose run of the same seed the others are compared with by CKA; end-to-end backpropagation.
+        images: of each split, evenly spaced.
+    """
+
+    reference: str
+    images: PositiveInt
+
+
+class Step(NamedTuple):
+    """One command of a run.
+
+    Attributes:
+        kind: what it leaves: "training", "linear evaluation", "probes" or "CKA".
+        command: path of a script with arguments.
+    """
+
+    kind: str
+    command: list[str]
+
+
+@dataclass
 class ResultsTable:
     """A table of results.
 
@@ -59,6 +86,8 @@ class ResultsTable:
         overrides: conditions that all rows share.
         seeds: every row is trained with each.
         linear_eval: arguments of ``tools/linear_eval.py``, which then follows the training.
+        layers: what is measured on every segment, after that.
+        claims: of the papers, which the lines of the CSV show or not.
     """
 
     title: str
@@ -67,8 +96,18 @@ class ResultsTable:
     overrides: list[str] = field(default_factory=list)
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0])
     linear_eval: list[str] = field(default_factory=list)
+    layers: Layers | None = None
+    claims: list[Claim] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        named = [
+            (f"claims: {claim.says}", name) for claim in self.claims for name in (claim.row, claim.other)
+        ]
+        named += [("layers.reference", self.layers.reference)] if self.layers is not None else []
+        for place, name in named:
+            if name not in names:
+                raise ValueError(f"{place}: no row {name!r}; the table has {', '.join(names)}")
         slugs = [row.slug for row in self.rows]
         if len(set(slugs)) < len(slugs):
             raise ValueError(f"two rows have the same file name: {', '.join(slugs)}")
@@ -107,6 +146,18 @@ class ResultsTable:
                 raise UserError(f"--rows: no row {name!r}; the table has {', '.join(rows)}")
         return [rows[Row(name, "").slug] for name in names]
 
+    def seeds_named(self, text: str) -> list[int]:
+        """The seeds of a list such as ``0,2``.
+
+        Raises:
+            UserError: there is no such seed.
+        """
+        seeds = {str(seed): seed for seed in self.seeds}
+        for name in text.split(","):
+            if name not in seeds:
+                raise UserError(f"--seeds: no seed {name!r}; the table has {', '.join(seeds)}")
+        return [seeds[name] for name in text.split(",")]
+
     def runs(self, path: Path, folder: Path, overrides: list[str]) -> list[RowRun]:
         """Every run, seed after seed.
 
@@ -139,7 +190,7 @@ class RowRun:
         row: the row.
         seed: the seed.
         folder: of the run.
-        commands: what makes it, one after the other: paths of scripts with arguments.
+        steps: what makes it, one after the other.
     """
 
     def __init__(
@@ -147,21 +198,46 @@ class RowRun:
     ) -> None:
         self.row, self.seed, self.folder = row, seed, folder
         self._table, self._recipe, self._overrides = table, recipe.resolve(), overrides
-        self.commands = self._commands(folder, overrides)
-        self._check(loading.load(self.commands[0][1:]))
+        self.steps = self._steps(folder, overrides)
+        self.recipe = loading.load(self.steps[0].command[1:])
+        self._check(self.recipe)
+
+    @property
+    def reference(self) -> Path | None:
+        """The run folder that this one is compared with."""
+        layers = self._table.layers
+        if layers is None or layers.reference == self.row.name:
+            return None
+        return self.folder.with_name(f"{Row(layers.reference, '').slug}-seed{self.seed}")
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """What each command left, as far as they have come; a linear evaluation of something else counts for none."""
-        path = self.folder / "result.json"
-        if not path.exists():
-            return []
-        return [json.loads(path.read_text()), *self._linear_evaluation()]
+        """What each step left, as far as they have come; an evaluation of something else counts for none."""
+        left = {
+            "training": lambda: self._left("result.json"),
+            "linear evaluation": self._linear_evaluation,
+            "probes": lambda: self._left("analysis/probe_layers.json", self.asked("probes")),
+            "CKA": lambda: self._left("analysis/cka.json"),
+        }
+        found = []
+        for step in self.steps:
+            if (result := left[step.kind]()) is None:
+                break
+            found.append(result)
+        return found
 
     @property
     def ended(self) -> bool:
         """Whether nothing is left to do."""
-        return len(self.results) == len(self.commands)
+        return len(self.results) == len(self.steps)
+
+    def asked(self, kind: str) -> dict[str, Any]:
+        """What the result of a step of this kind must say, where it says it at all."""
+        if kind == "linear evaluation":
+            return conditions_asked(self._table.linear_eval)
+        if kind == "probes" and self._table.layers is not None:
+            return {"images": self._table.layers.images}
+        return {}
 
     def shown(self, threads: str) -> list[str]:
         """The commands without this machine's paths, with the number of threads, on which results depend.
@@ -170,38 +246,49 @@ class RowRun:
             threads: as the log of the run says; several numbers, if it ran in pieces, are not shown.
         """
         folder = Path("runs", *self.folder.parts[-2:])
-        commands = self._commands(
-            folder, [text for text in self._overrides if text.split("=")[0] not in PATHS]
-        )
+        steps = self._steps(folder, [text for text in self._overrides if text.split("=")[0] not in PATHS])
         before = [f"OMP_NUM_THREADS={threads}"] if threads.isdigit() else []
         return [
-            shlex.join([*before, "python", *(text.removeprefix(f"{ROOT}/") for text in command)])
-            for command in commands
+            shlex.join([*before, "python", *(text.removeprefix(f"{ROOT}/") for text in step.command)])
+            for step in steps
         ]
 
-    def _commands(self, folder: Path, overrides: list[str]) -> list[list[str]]:
+    def _steps(self, folder: Path, overrides: list[str]) -> list[Step]:
         settings = [*self._table.overrides, *self.row.overrides, *overrides, f"seed={self.seed}"]
         training = [str(self._recipe), *settings, f"run_dir={folder}"]
-        commands = [[str(ROOT / "framework" / "train.py"), *training]]
+        steps = [Step("training", [str(ROOT / "framework" / "train.py"), *training])]
+        places = [text for text in overrides if text.split("=")[0] in PLACES]
+        tools = ROOT / "tools"
         if self._table.linear_eval:
-            places = [text for text in overrides if text.split("=")[0] in PLACES]
             evaluation = [str(folder), *self._table.linear_eval, *places]
-            commands.append([str(ROOT / "tools" / "linear_eval.py"), *evaluation])
-        return commands
+            steps.append(Step("linear evaluation", [str(tools / "linear_eval.py"), *evaluation]))
+        if self._table.layers is not None:
+            more = ["--images", str(self._table.layers.images), *places]
+            steps.append(Step("probes", [str(tools / "probe_layers.py"), str(folder), *more]))
+            if self.reference is not None:
+                compared = [str(folder.with_name(self.reference.name)), str(folder)]
+                out = ["--out", str(folder / "analysis")]
+                steps.append(Step("CKA", [str(tools / "cka.py"), *compared, *out, *more]))
+        return steps
 
-    def _linear_evaluation(self) -> list[dict[str, Any]]:
-        """The result of the evaluation that the table asks for, of the newest checkpoint; none if there is none."""
-        if not self._table.linear_eval:
-            return []
-        asked = conditions_asked(self._table.linear_eval)
+    def _left(self, name: str, asked: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        path = self.folder / name
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found if fits(found, asked or {}) else None
+
+    def _linear_evaluation(self) -> dict[str, Any] | None:
+        """The result of the evaluation that the table asks for, of the newest checkpoint, if there is one."""
+        asked = self.asked("linear evaluation")
         wanted = {**asked, **self._checkpoint}
         for folder in ("analysis", "evidence"):  # the second is that of older versions
             path = self.folder / folder / f"{result_name(asked)}.json"
             if path.exists():
                 found = json.loads(path.read_text())
-                if all(found.get(key, value) == value for key, value in wanted.items()):
-                    return [found]
-        return []
+                if fits(found, wanted):
+                    return found
+        return None
 
     @cached_property
     def _checkpoint(self) -> dict[str, str]:
@@ -225,6 +312,11 @@ class RowRun:
                     f"{path}: {key} is {there.get(key)} there and {here.get(key)} in the table: "
                     f"remove the folder, or name another with --runs"
                 )
+
+
+def fits(found: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether a result says what is asked, where it says it at all."""
+    return all(found.get(key, value) == value for key, value in asked.items())
 
 
 def settings_of(text: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """MLAAN's Leap Augmented Module: copies of later blocks between a segment and its classifier.
 
-``z -> A_n(... A_2(A_1(z)))`` with A_j the trained copies, of which the first is pulled towards its block; in the
-authors' code ``z -> A_n(... A_2(A_1(z) + E(z)))``, with E the moving average of that block. ``Copies`` has these readings.
+``z -> A_n(... A_2(A_1(z)))`` with A_j the trained copies, of which the first is pulled towards its block. The authors'
+code has ``z -> A_n(... A_2(A_1(z) + E(z)))``, with E the moving average of that block. ``Copies`` has these readings.
 """
 
 from __future__ import annotations

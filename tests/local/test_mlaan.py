@@ -213,7 +213,9 @@ def test_the_rule_gives_the_authors_commonest_lists() -> None:
 @pytest.mark.parametrize("name", ["convnext_atto", "regnetx_002", "efficientnet_b0"])
 def test_lams_of_networks_that_nobody_published(name: str) -> None:
     """The rule reaches the network's last width, through blocks that begin with a downsampling of their own."""
-    net = local_network(name, "mlaan", mlaan.Options(window=2), image_size=64, num_classes=CLASSES, cut="block")
+    net = local_network(
+        name, "mlaan", mlaan.Options(window=2), image_size=64, num_classes=CLASSES, cut="block"
+    )
     lam = net.plan.units[1].head.lam
     for copied, live in zip(lam.aug[0].parameters(), _first_copied(net).parameters(), strict=True):
         assert torch.equal(copied, live)

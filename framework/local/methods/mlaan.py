@@ -3,10 +3,10 @@
 Windows: ``[i..i]`` (weight 0.001) and ``[i-k+1..i]`` (weight 0.999), both for i >= k-1 only. Heads: a classifier; on
 the windows behind a LAM, copies of later blocks. The last module has one classifier for both of its units.
 
-Defaults are the paper's: windows of three, and one set of weights in a LAM that is trained (Eq. 9) and then pulled by the
-average (Eq. 10). Where the paper is silent they are those of the authors' code, github.com/Wendy231015/MLAAN. The code's
-own choices are overrides: ``lam_weights=two_copies`` everywhere; on CIFAR-10, STL-10 and SVHN ``ema_update=last_only
-last_loss=cascaded_only`` too, and ``window=2`` for the row "MLAAN".
+Defaults are the paper's: windows of three, and in a LAM one set of weights that is trained (Eq. 9) and then pulled by
+the average (Eq. 10). Where the paper is silent they are those of the authors' code, github.com/Wendy231015/MLAAN. What
+that does otherwise are overrides: ``lam_weights=two_copies`` everywhere; on CIFAR-10, STL-10 and SVHN
+``ema_update=last_only last_loss=cascaded_only`` too, and ``window=2`` for the row "MLAAN".
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Options(MethodOptions):
         reconstruction: InfoPro's decoder beside every head but the last module's, or ``None``.
         indep_on_first: units on the single modules 0 .. k-2 too, as Figure 2 draws them.
         last_loss: the last module's two units as weighted, or the window alone with weight 1 (the code on CIFAR).
-        lam_on: which units have a LAM. The code has it on the windows; Eq. 10 on the single modules, whose weight is 0.001.
+        lam_on: which units have a LAM: the windows in the code, the single modules (of weight 0.001) in Eq. 10.
         lam_blocks: names of blocks to copy, by segment, in place of the authors' lists.
         lam_form: the first block of a list alone follows a moving average, or every one (Figure 3).
         lam_weights: a single copy, trained and pulled (Eqs. 9 and 10), or a trained and an averaged one (the code).
