@@ -17,8 +17,10 @@ from framework.config.renamed import dotted_up_to_date
 from framework.tracking.metric_log import read_log
 
 #: what numbers depend on; the rest of a recipe says where, how often and how quickly
-SECTIONS = ("network.", "method.", "views.", "optim.", "train.", "seed")
-SECTIONS += ("data.train", "data.test", "data.fraction", "data.image_size", "data.num_classes")
+SECTIONS = (
+    *("network.", "method.", "views.", "optim.", "train.", "seed"),
+    *("data.train", "data.test", "data.fraction", "data.image_size", "data.num_classes"),
+)
 
 
 def recorded_lines(path: Path, device: str) -> list[dict[str, str]]:

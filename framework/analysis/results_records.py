@@ -10,17 +10,14 @@ import math
 import re
 import statistics
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
-from matplotlib.figure import Figure
-
 from framework.analysis.curves import read_losses, read_scores
-from framework.analysis.pictures import png
+from framework.analysis.results_pictures import pictures_of
 from framework.analysis.results_tables import ResultsTable, RowRun, settings_of
 from framework.config import loading
 from framework.runtime.errors import UserError
@@ -167,7 +164,8 @@ def write_down(path: Path, table: ResultsTable, ended: list[RowRun]) -> list[dic
             writer.writeheader()
             writer.writerows(lines[written])
             write_whole(written, buffer.getvalue())
-            write_whole(written.with_suffix(".png"), _curves(written.parent, table, lines[written]))
+            for suffix, picture in pictures_of(written.parent, table, lines[written]).items():
+                write_whole(written.with_name(f"{written.stem}{suffix}.png"), picture)
     return [line for group in lines.values() for line in group]
 
 
@@ -203,36 +201,3 @@ def _merged(written: Path, table: ResultsTable, records: list[Record]) -> list[d
             file=sys.stderr,
         )
     return ordered + [line for line in others if (written.parent / line["log"]).exists()]
-
-
-def _curves(folder: Path, table: ResultsTable, lines: list[dict[str, Any]]) -> bytes:
-    """A PNG from the logs in ``folder``: the last unit's loss, and the error where it was measured during training.
-
-    A color stands for a row, full strength for the first seed.
-    """
-    logs = [[json.loads(text) for text in (folder / line["log"]).read_text().splitlines()] for line in lines]
-    measured = any(table.score in entry.get("scores", ()) for log in logs for entry in log)
-    figure = Figure(figsize=(10 if measured else 6.4, 4), layout="constrained")
-    loss, *error = figure.subplots(1, 1 + measured, squeeze=False)[0]
-    rows = list(dict.fromkeys([*(row.name for row in table.rows), *(line["row"] for line in lines)]))
-    for line, log in zip(lines, logs, strict=True):
-        number = rows.index(line["row"])  # Matplotlib has ten colors
-        style: dict[str, Any] = {
-            "color": f"C{number}",
-            "linestyle": "--" if number > 9 else "-",
-            "alpha": 0.4,
-        }
-        if str(line["seed"]) == str(table.seeds[0]):
-            style |= {"alpha": 1.0, "label": line["row"]}
-        means = [(entry["epoch"], list(entry["losses"].values())[-1]) for entry in log if "losses" in entry]
-        loss.plot(*zip(*means, strict=True), **style)
-        for entry in log:
-            if table.score in entry.get("scores", ()):
-                curve = entry["scores"][table.score]
-                error[0].plot(curve["epochs"], [100 - accuracy for accuracy in curve["top1"]], **style)
-    loss.set(xlabel="epoch", ylabel="training loss of the last unit")
-    loss.legend(fontsize="small")
-    for axes in error:
-        axes.set(xlabel="epoch", ylabel="test error in %")
-    figure.suptitle(textwrap.fill(table.title, 100 if measured else 64))
-    return png(figure, dpi=110)

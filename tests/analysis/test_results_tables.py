@@ -265,6 +265,7 @@ def test_every_segment_of_a_run_is_looked_at_and_compared(tmp_path: Path) -> Non
     _, probes, cka = log["results"]
     accuracies = list(probes["top1"]["a-seed0"].values())
     assert len(accuracies) == 3 and float(second["early_top1"]) == round(accuracies[0], 2)
+    assert all((path.parent / f"{written.stem}{suffix}.png").exists() for suffix in ("", "-units", "-layers"))
     assert cka["reference"] == "end-to-end-seed0" and str(tmp_path) not in json.dumps(log)
     assert [command.split()[2] for command in log["commands"]] == [
         "framework/train.py",
