@@ -37,7 +37,8 @@ from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE, exit_status
 
 if TYPE_CHECKING:
-    from framework.analysis.results_tables import ResultsTable, RowRun
+    from framework.analysis.results_runs import RowRun
+    from framework.analysis.results_tables import ResultsTable
 
 GRACE = 45.0  # seconds that a run may take to finish its step and save
 SHORTEST = 20.0  # seconds below which no command is started
@@ -232,7 +233,7 @@ def forecast(runs: list[RowRun], lines: list[dict[str, str]], work: Work, measur
         else:
             print(f"{name}, seed {run.seed}: {spoken(seconds)}")
             left += seconds
-    more = f", and what isn't known yet: {', '.join(sorted(unknown))}" if unknown else ""
+    more = f", and what isn't known yet: {', '.join(map(repr, sorted(unknown)))}" if unknown else ""
     print(f"about {spoken(left / work.jobs)} with --jobs {work.jobs}{more}", flush=True)
 
 

@@ -22,8 +22,8 @@ def pictures_of(folder: Path, table: ResultsTable, lines: Sequence[dict[str, Any
     """PNGs, by what is appended to the CSV's name.
 
     ``""``: the last unit's loss, and the error where it was measured during training. ``"-units"``: the losses of all
-    units, with the first seed (Figure 1 of LoCo's supplement). ``"-layers"``: probes and CKA of every segment, means over
-    seeds (MLAAN Figures 5 and 6).
+    units, with the first seed (Figure 1 of LoCo's supplement). ``"-layers"``: probes and CKA of every segment, means
+    over seeds (MLAAN Figures 5 and 6).
 
     Args:
         folder: that of the CSV, from which lines name their logs.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.analysis.results_records import csv_of
-from framework.analysis.results_tables import RowRun, fits, settings_of
+from framework.analysis.results_runs import RowRun, fits, settings_of
 from framework.config import loading
 from framework.config.renamed import dotted_up_to_date
 from framework.tracking.metric_log import read_log

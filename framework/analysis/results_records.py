@@ -18,7 +18,8 @@ from typing import Any, TextIO
 
 from framework.analysis.curves import read_losses, read_scores
 from framework.analysis.results_pictures import pictures_of
-from framework.analysis.results_tables import ResultsTable, RowRun, settings_of
+from framework.analysis.results_runs import RowRun, settings_of
+from framework.analysis.results_tables import ResultsTable
 from framework.config import loading
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole

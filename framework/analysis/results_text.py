@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from framework.analysis.results_claims import mean_and_deviation
-from framework.analysis.results_tables import ResultsTable, Row
+from framework.analysis.results_runs import Row
+from framework.analysis.results_tables import ResultsTable
 from framework.runtime.errors import UserError
 
 MARK = re.compile(r"^<!-- (results|claims|methods) (\S+)(?: (\S+))? -->\n(?:[^\n]+\n)*", re.MULTILINE)

@@ -18,7 +18,8 @@ import torch
 
 from framework.analysis import results_records
 from framework.analysis.results_records import csv_of
-from framework.analysis.results_tables import ResultsTable, Row
+from framework.analysis.results_runs import Row
+from framework.analysis.results_tables import ResultsTable
 from framework.config import loading
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
@@ -251,11 +252,16 @@ def test_rows_at_a_time_survive_a_kill(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_segment_of_a_run_is_looked_at_and_compared(tmp_path: Path) -> None:
+def test_every_segment_of_a_run_is_looked_at_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = table(tmp_path, "train.max_steps=2", "data.workers=0")
     short = json.loads(path.read_text())["overrides"]
     named(path, "End to end", "A", overrides=short, layers={"reference": "End to end", "images": 100})
     arguments = [str(path), f"data.path={tmp_path / 'digits'}", "--runs", str(tmp_path / "runs")]
+    assert reproduce(*arguments, "--rows", "A", "--estimate") == 0
+    assert "A, seed 0: 0 min\nabout 0 min with --jobs 1\n" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
     assert reproduce(*arguments, "--rows", "A") == EXIT_TRY_AGAIN  # nothing to be compared with
     assert reproduce(*arguments) == 0
     (written,) = path.parent.glob("digits-*.csv")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from framework.analysis import results_records
-from framework.analysis.results_tables import ResultsTable, RowRun
+from framework.analysis.results_runs import RowRun
+from framework.analysis.results_tables import ResultsTable
 from framework.config import loading
 from framework.tracking.metric_log import MetricLog
 from tests.support.commands import run_tool
