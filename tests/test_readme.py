@@ -26,6 +26,7 @@ import pytest
 import torch
 
 import framework
+from framework.analysis.results_text import up_to_date
 from framework.config import loading, methods
 from framework.data.splits import Splits
 from framework.local import methods as local_methods
@@ -346,18 +347,20 @@ def test_the_recipe_of_ones_own(tmp_path: Path) -> None:
 def test_the_table_of_results_is_the_csvs() -> None:
     """Times, activations and errors of the methods on ResNet-32."""
     results = ROOT / "recipes" / "results"
+    for path in (README, results / "README.md"):
+        assert up_to_date(path.read_text(), results) == path.read_text(), "python tools/results_text.py"
     (text,) = re.findall(r"^\| method \| time / BP.*?\n\n", README.read_text(), re.MULTILINE | re.DOTALL)
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.strip().splitlines()[2:]]
-    table = {method.split(",")[0]: cells for method, *cells in rows}
+    table = {method.split()[0]: cells for method, *cells in rows}
     with open(results / "step_cpu_resnet32_k16_b64.csv") as file:
         steps = {row["method"]: row for row in csv.DictReader(file)}
     with open(results / "cifar10_r32_n5000_4ep_b64-amd-epyc.csv") as file:
         errors = {row["row"].split()[0]: row for row in csv.DictReader(file) if row["seed"] == "0"}
-    assert set(table) == {"BP", "DGL", "InfoPro", "MLM", "LAM", "MLAAN"}
-    for method, (time, repeated, activations, error, paper) in table.items():
-        assert float(error) == float(errors[method]["error"])
+    assert set(table) == {"BP", "DGL", "InfoPro", "MLM", "LAM", "MLAAN", "DGL*"}
+    for method, (time, repeated, activations, seeds, error, paper) in table.items():
+        assert float(error) == float(errors[method]["error"]) and seeds == "1"
         assert paper == errors[method]["paper_error"]
-        if method != "BP":
+        if method.lower() in steps:
             step = steps[method.lower()]
             shown = [step[key] for key in ("ratio_time", "ratio_time_naive", "ratio_peak_activations")]
             assert [time, repeated, activations] == [f"{float(number):.2f}" for number in shown]

@@ -62,8 +62,11 @@ def options(method: str, head: str, window: int) -> Any:
         "man": lambda: man.Options(),
         "hpff": lambda: hpff.Options(),
         "mlm": lambda: mlaan.Options(window=window, lam_on="none"),
-        "lam": lambda: mlaan.Options(window=1, w_indep=1.0, w_casc=0.0, lam_on="independent"),
-        "mlaan": lambda: mlaan.Options(window=window),
+        # with the authors' two copies, as in the recorded rows; one that is pulled computes less
+        "lam": lambda: mlaan.Options(
+            window=1, w_indep=1.0, w_casc=0.0, lam_on="independent", lam_weights="two_copies"
+        ),
+        "mlaan": lambda: mlaan.Options(window=window, lam_weights="two_copies"),
     }[method]()
 
 

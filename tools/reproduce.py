@@ -3,21 +3,30 @@
     python tools/reproduce.py recipes/results/cifar10_r32_400ep_b1024.yaml data.path=data/cifar10 --minutes 9
 
 Every row is trained once per seed, in a run folder of its own below ``--runs``. With ``--minutes``, or on TERM, the
-run at work saves and this ends with status 75; the same command goes on from there. After a row that fails come the
-others, and the status is 64; one that another process trains is skipped, so that several can share a table. Beside the
-table come, for every device, ``TABLE-DEVICE.csv`` with a line per finished run, ``TABLE-DEVICE.png`` with their curves,
-and below ``logs/`` the settings, curves and results behind each line.
+runs at work save and this ends with status 75; the same command goes on from there, also after it was killed. After a
+row that fails come the others, and the status is 64; one that another process trains is skipped, so that several can
+share a table. Beside the table come, for every device, ``TABLE-DEVICE.csv`` with a line per finished run,
+``TABLE-DEVICE.png`` with their curves, and below ``logs/`` the settings, curves and results behind each line. What that
+CSV has is not trained again, wherever its run folder is, unless ``--again`` says so.
+
+``--jobs 4`` trains four rows at a time, each on ``--threads`` threads. How long it will take is said at the start, by
+the CSV and by what is begun; ``--estimate`` makes a few steps of every other row, says it and leaves.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,66 +37,115 @@ from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE, exit_status
 
 if TYPE_CHECKING:
-    from framework.analysis.results_tables import ResultsTable, RowRun
+    from framework.analysis.results_runs import RowRun
+    from framework.analysis.results_tables import ResultsTable
 
 GRACE = 45.0  # seconds that a run may take to finish its step and save
 SHORTEST = 20.0  # seconds below which no command is started
+POLL = 0.5  # seconds between two looks at whether to stop
 
 
-def work(runs: list[RowRun], deadline: float) -> int:
-    """Work on one run after the other until the deadline; the exit status. Where one can't go on, the next does."""
-    statuses = set()
-    for run in runs:
+@dataclass
+class Work:
+    """Runs, some at a time, until the deadline.
+
+    Attributes:
+        deadline: of ``time.monotonic``.
+        jobs: runs at a time.
+        threads: of each; ``None`` leaves that to the environment.
+        ended: called after every run that came to its end.
+    """
+
+    deadline: float
+    jobs: int = 1
+    threads: int | None = None
+    ended: Callable[[], object] = lambda: None
+    _full: threading.Event = field(default_factory=threading.Event)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def all_of(self, runs: list[RowRun]) -> int:
+        """Work on runs in order; the exit status. Where one can't go on, the next does."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                statuses = set(pool.map(self._one, runs))
+            finally:  # also after KeyboardInterrupt, which is how TERM arrives here
+                self._stop.set()
+        if EXIT_USAGE in statuses:
+            return EXIT_USAGE
+        return 0 if all(run.ended for run in runs) else EXIT_TRY_AGAIN
+
+    def _one(self, run: RowRun) -> int:
+        if run.ended or self._full.is_set() or self._stop.is_set():
+            return 0
         try:
-            if not run.ended and not go_on(run, deadline):
-                break
+            if self._go_on(run):
+                self.ended()
+            else:
+                self._full.set()
         except UserError as error:
-            statuses.add(told(error))
-    if EXIT_USAGE in statuses:
-        return EXIT_USAGE
-    return 0 if all(run.ended for run in runs) else EXIT_TRY_AGAIN
+            return told(error)
+        return 0
+
+    def _go_on(self, run: RowRun) -> bool:
+        """Work on a run until its end or the deadline; whether it ended, else no other is to be started.
+
+        Raises:
+            UserError: a command failed; or, passing, it is to be started again, or another process is at it.
+        """
+        from framework.analysis.results_records import locked
+
+        with locked(run.folder) as lock:
+            for number, (kind, command) in list(enumerate(run.steps))[len(run.results) :]:
+                if self.deadline - time.monotonic() < SHORTEST:
+                    return False
+                if (
+                    kind == "CKA"
+                    and run.reference is not None
+                    and not (run.reference / "result.json").exists()
+                ):
+                    raise UserError.as_transient(
+                        f"{run.folder}: waits for {run.reference}, and is compared with it"
+                    )
+                status = self.ran(command, lock)
+                if status is None:
+                    return run.ended
+                if status == EXIT_TRY_AGAIN:
+                    raise UserError.as_transient(f"{run.folder}: is to be started again, see above")
+                if status:
+                    raise UserError(f"{run.folder}: failed, see above: python {shlex.join(command)}")
+                if len(run.results) == number:
+                    return False  # somebody stopped it by hand
+        return True
+
+    def ran(self, command: list[str], lock: TextIO | None = None) -> int | None:
+        """Exit status of a command, which shares the lock; ``None`` if it had to be stopped.
+
+        Killed, this leaves the command at work, which then keeps the lock until its end.
+        """
+        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        shared = () if lock is None else (lock.fileno(),)
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            start_new_session=True,
+            pass_fds=shared,
+            env={**os.environ, **threads},
+        )
+        try:
+            while not self._stop.is_set() and time.monotonic() < self.deadline:
+                try:
+                    return process.wait(max(0.0, min(POLL, self.deadline - time.monotonic())))
+                except subprocess.TimeoutExpired:
+                    continue
+            return None
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def told(error: UserError) -> int:
     """Print an error; its exit status."""
     print(f"{'to be tried again' if error.transient else 'error'}: {error}", file=sys.stderr, flush=True)
     return exit_status(error)
-
-
-def go_on(run: RowRun, deadline: float) -> bool:
-    """Work on a run until its end or the deadline; whether it ended, else the table is to stop here.
-
-    Raises:
-        UserError: a command failed; or, passing, it is to be started again, or another process is at it.
-    """
-    from framework.analysis.results_records import locked
-
-    with locked(run.folder) as lock:
-        for number, command in list(enumerate(run.commands))[len(run.results) :]:
-            if deadline - time.monotonic() < SHORTEST:
-                return False
-            status = ran(command, deadline, lock)
-            if status is None:
-                return run.ended
-            if status == EXIT_TRY_AGAIN:
-                raise UserError.as_transient(f"{run.folder}: is to be started again, see above")
-            if status:
-                raise UserError(f"{run.folder}: failed, see above: python {shlex.join(command)}")
-            if len(run.results) == number:
-                return False  # somebody stopped it by hand
-    return True
-
-
-def ran(command: list[str], deadline: float, lock: TextIO) -> int | None:
-    """Exit status of a command, which shares the lock; ``None`` if it had to be stopped at the deadline."""
-    process = subprocess.Popen([sys.executable, *command], start_new_session=True, pass_fds=[lock.fileno()])
-    try:
-        return process.wait(deadline - time.monotonic() if math.isfinite(deadline) else None)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:  # also after KeyboardInterrupt, which is how TERM arrives here
-        process.terminate()
-        process.wait()
 
 
 def show(table: ResultsTable, lines: list[dict[str, Any]]) -> None:
@@ -115,13 +173,74 @@ def parse() -> argparse.Namespace:
         "--runs", type=Path, default=Path("runs"), help="where run folders are; default: runs"
     )
     parser.add_argument("--rows", metavar="NAME[,NAME...]", help="train only these; default: all")
+    parser.add_argument(
+        "--seeds", metavar="N[,N...]", help="train only with these; default: all of the table"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="rows that are trained at a time; default: 1")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="of each; default: OMP_NUM_THREADS, or with several jobs their share of the cores",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="train what the CSV has, too, unless its folder is there"
+    )
+    parser.add_argument("--estimate", action="store_true", help="say how long it will take, and leave")
     arguments = parser.parse_intermixed_args()
+    for name, number in (("jobs", arguments.jobs), ("threads", arguments.threads)):
+        if number is not None and number < 1:
+            parser.error(f"--{name} {number}: must be at least 1")
+    if arguments.threads is None and arguments.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+        arguments.threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     if 60 * arguments.minutes <= GRACE + SHORTEST:
         parser.error(
             f"--minutes {arguments.minutes:g}: must be above {(GRACE + SHORTEST) / 60:.2f}: "
             f"a run may take {GRACE:g} seconds to save, and is not started for less than {SHORTEST:g}"
         )
     return arguments
+
+
+def unrecorded(runs: list[RowRun], path: Path, lines: list[dict[str, str]]) -> list[RowRun]:
+    """The runs that a CSV does not have; says what it has with other settings."""
+    from framework.analysis.results_progress import is_recorded
+
+    missing = []
+    for run in runs:
+        there, otherwise = is_recorded(run, lines, path.parent)
+        if otherwise and not run.ended:
+            print(f"not skipped: {run.row.name!r}, seed {run.seed}: its line {otherwise}", file=sys.stderr)
+        if not there:
+            missing.append(run)
+    return missing
+
+
+def forecast(runs: list[RowRun], lines: list[dict[str, str]], work: Work, measure: bool) -> None:
+    """Say how long runs will take, and with ``measure`` make some steps of rows of which nothing is known."""
+    from framework.analysis.results_progress import measured_seconds, seconds_left
+
+    known: dict[str, float] = {}
+    left, unknown = 0.0, set()
+    for run in [run for run in runs if not run.ended]:
+        name = run.row.name
+        seconds = seconds_left(run, lines)
+        if seconds is None and name not in known and measure:
+            found = measured_seconds(run, work.ran)
+            known |= {} if found is None else {name: found}
+        if seconds is None:
+            seconds = known.get(name)
+        if seconds is None:
+            unknown.add(name)
+        else:
+            print(f"{name}, seed {run.seed}: {spoken(seconds)}")
+            left += seconds
+    more = f", and what isn't known yet: {', '.join(map(repr, sorted(unknown)))}" if unknown else ""
+    print(f"about {spoken(left / work.jobs)} with --jobs {work.jobs}{more}", flush=True)
+
+
+def spoken(seconds: float) -> str:
+    """Such as "1 h 5 min"."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def main() -> int:
@@ -131,23 +250,43 @@ def main() -> int:
         The exit status: 0, 75 if there is more to do, 64 if something must be mended.
     """
     arguments = parse()
+    path: Path = arguments.table
 
+    from framework.analysis.results_progress import recorded_lines
     from framework.analysis.results_records import write_down
     from framework.analysis.results_tables import ResultsTable
+    from framework.runtime.distributed import device
+    from framework.tracking.environment import device_name
 
-    deadline = time.monotonic() + 60 * arguments.minutes - GRACE
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        table = ResultsTable.read(arguments.table)
+        table = ResultsTable.read(path)
         rows = table.named(arguments.rows) if arguments.rows else table.rows
-        everything = table.runs(arguments.table, arguments.runs, arguments.overrides)
-        wanted = [run for run in everything if run.row in rows]
+        everything = table.runs(path, arguments.runs, arguments.overrides)
+        seeds = table.seeds_named(arguments.seeds) if arguments.seeds else table.seeds
+        wanted = [run for run in everything if run.row in rows and run.seed in seeds]
+        lines = recorded_lines(path, device_name(device()))
+        if not arguments.again:
+            wanted = unrecorded(wanted, path, lines)
+        writing, written = threading.Lock(), list[dict[str, Any]](lines)
+
+        def write() -> None:
+            with writing:
+                if ended := [run for run in everything if run.ended]:
+                    written[:] = write_down(path, table, ended)
+
+        deadline = time.monotonic() + 60 * arguments.minutes - GRACE
+        work = Work(deadline, arguments.jobs, arguments.threads, write)
+        if any(not run.ended for run in wanted):
+            forecast(wanted, lines, work, arguments.estimate)
+        if arguments.estimate:
+            return 0
         try:
-            status = work(wanted, deadline)
+            status = work.all_of(wanted)
         finally:
-            ended = [run for run in everything if run.ended]
-            if ended:
-                show(table, write_down(arguments.table, table, ended))
+            write()
+            if written:
+                show(table, written)
     except UserError as error:
         return told(error)
     except KeyboardInterrupt:

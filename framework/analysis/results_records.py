@@ -10,18 +10,16 @@ import math
 import re
 import statistics
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
-from matplotlib.figure import Figure
-
 from framework.analysis.curves import read_losses, read_scores
-from framework.analysis.pictures import png
-from framework.analysis.results_tables import ResultsTable, RowRun, settings_of
+from framework.analysis.results_pictures import pictures_of
+from framework.analysis.results_runs import RowRun, settings_of
+from framework.analysis.results_tables import ResultsTable
 from framework.config import loading
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
@@ -66,10 +64,17 @@ class Record:
 
     def line(self, score: str, log: Path) -> dict[str, Any]:
         """The line of the CSV: errors and accuracies in per cent, conditions, environment."""
-        result, *evaluation = self.run.results
+        left = {step.kind: found for step, found in zip(self.run.steps, self.run.results, strict=True)}
+        result = left["training"]
         accuracies = {key: value for key, value in result.items() if "top1" in key}
-        for found in evaluation:
+        if found := left.get("linear evaluation"):
             accuracies |= {"linear_top1": found["top1"], "linear_top1_random": found["top1_random_encoder"]}
+        if found := left.get("probes"):
+            (of_layers,) = (list(top1.values()) for top1 in found["top1"].values())
+            early = of_layers[: math.ceil(len(of_layers) / 3)]
+            accuracies["early_top1"] = round(statistics.fmean(early), 2)
+        if found := left.get("CKA"):
+            accuracies["cka"] = round(found["runs"][0]["mean"], 4)
         during = self.scores[score][1] if score == "test_top1" and score in self.scores else []
         recipe = loading.load([str(self.run.folder / "recipe.yaml")])
         speeds = [entry["images_per_second"] for entry in self._entries if "images_per_second" in entry]
@@ -85,6 +90,10 @@ class Record:
             "batch_size": recipe.train.batch_size,
             "precision": recipe.train.precision,
             "images_per_second": round(statistics.median(speeds), 2),
+            "seconds": round(
+                result["train_images"] * result["epochs"] / statistics.median(speeds)
+                + sum(found.get("seconds", 0.0) for found in left.values())
+            ),
             "device": self.environment("device"),
             "threads": self.environment("threads"),
             "commit": self.environment("commit"),
@@ -95,12 +104,24 @@ class Record:
         """The log, in lines of JSON: commands, settings and results; accuracies; losses."""
         first = {
             "commands": self.run.shown(self.environment("threads")),
-            "results": self.run.results,
+            "results": [_without_matrices(found) for found in self.run.results],
             "settings": settings_of((self.run.folder / "recipe.yaml").read_text()),
         }
         scores = [{"scores": {key: {"epochs": e, "top1": s}}} for key, (e, s) in self.scores.items()]
         losses = [{"epoch": epoch, "losses": means} for epoch, means in self.losses()]
         return "".join(json.dumps(line) + "\n" for line in [first, *scores, *losses])
+
+
+def _without_matrices(found: dict[str, Any]) -> dict[str, Any]:
+    """A result without CKA's whole matrices."""
+    if "segments" not in found:
+        return found
+    return found | {"runs": [{k: v for k, v in run.items() if k != "matrix"} for run in found["runs"]]}
+
+
+def csv_of(path: Path, device: str) -> Path:
+    """The CSV of a table's runs on a device."""
+    return path.with_name(f"{path.stem}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.csv")
 
 
 @contextmanager
@@ -132,8 +153,7 @@ def write_down(path: Path, table: ResultsTable, ended: list[RowRun]) -> list[dic
     """
     groups: dict[Path, list[Record]] = {}
     for record in map(Record, ended):
-        device = re.sub(r"[^a-z0-9]+", "-", record.environment("device").lower()).strip("-")
-        groups.setdefault(path.with_name(f"{path.stem}-{device}.csv"), []).append(record)
+        groups.setdefault(csv_of(path, record.environment("device")), []).append(record)
     with locked(path, wait=True):
         lines = {written: _merged(written, table, group) for written, group in groups.items()}
         for written, group in groups.items():
@@ -145,7 +165,8 @@ def write_down(path: Path, table: ResultsTable, ended: list[RowRun]) -> list[dic
             writer.writeheader()
             writer.writerows(lines[written])
             write_whole(written, buffer.getvalue())
-            write_whole(written.with_suffix(".png"), _curves(written.parent, table, lines[written]))
+            for suffix, picture in pictures_of(written.parent, table, lines[written]).items():
+                write_whole(written.with_name(f"{written.stem}{suffix}.png"), picture)
     return [line for group in lines.values() for line in group]
 
 
@@ -181,36 +202,3 @@ def _merged(written: Path, table: ResultsTable, records: list[Record]) -> list[d
             file=sys.stderr,
         )
     return ordered + [line for line in others if (written.parent / line["log"]).exists()]
-
-
-def _curves(folder: Path, table: ResultsTable, lines: list[dict[str, Any]]) -> bytes:
-    """A PNG from the logs in ``folder``: the last unit's loss, and the error where it was measured during training.
-
-    A color stands for a row, full strength for the first seed.
-    """
-    logs = [[json.loads(text) for text in (folder / line["log"]).read_text().splitlines()] for line in lines]
-    measured = any(table.score in entry.get("scores", ()) for log in logs for entry in log)
-    figure = Figure(figsize=(10 if measured else 6.4, 4), layout="constrained")
-    loss, *error = figure.subplots(1, 1 + measured, squeeze=False)[0]
-    rows = list(dict.fromkeys([*(row.name for row in table.rows), *(line["row"] for line in lines)]))
-    for line, log in zip(lines, logs, strict=True):
-        number = rows.index(line["row"])  # Matplotlib has ten colors
-        style: dict[str, Any] = {
-            "color": f"C{number}",
-            "linestyle": "--" if number > 9 else "-",
-            "alpha": 0.4,
-        }
-        if str(line["seed"]) == str(table.seeds[0]):
-            style |= {"alpha": 1.0, "label": line["row"]}
-        means = [(entry["epoch"], list(entry["losses"].values())[-1]) for entry in log if "losses" in entry]
-        loss.plot(*zip(*means, strict=True), **style)
-        for entry in log:
-            if table.score in entry.get("scores", ()):
-                curve = entry["scores"][table.score]
-                error[0].plot(curve["epochs"], [100 - accuracy for accuracy in curve["top1"]], **style)
-    loss.set(xlabel="epoch", ylabel="training loss of the last unit")
-    loss.legend(fontsize="small")
-    for axes in error:
-        axes.set(xlabel="epoch", ylabel="test error in %")
-    figure.suptitle(textwrap.fill(table.title, 100 if measured else 64))
-    return png(figure, dpi=110)

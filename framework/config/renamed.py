@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from framework.config.tree import Tree, get, has, nested, over, without
@@ -40,6 +40,15 @@ def renamed(tree: Tree) -> Iterator[Renamed]:
             new_value = names.get(value, value) if isinstance(value, str) else value
             if (key, value) != (new_key, new_value):
                 yield Renamed(key, value, new_key, new_value)
+
+
+def dotted_up_to_date(values: Mapping[str, object]) -> dict[str, object]:
+    """The same of values by dotted key."""
+    found = {}
+    for old, value in values.items():
+        key = KEYS.get(old, old)
+        found[key] = VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
+    return found
 
 
 def up_to_date(tree: Tree) -> Tree:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +59,21 @@ class PulledCopy(nn.Module):
     changes c alone, because ZeRO and FSDP2 keep weights of their own and would overwrite a change of p. Weight decay
     acts on p.
 
+    The pull before a step starts from the weights of the last forward pass in training, so that it may be made later,
+    when the block's weights of that step have come from another stage of a pipeline.
+
     Args:
         block: what is copied.
         momentum: m.
+        when: before or after the step that trains p.
     """
 
-    def __init__(self, block: nn.Module, momentum: float) -> None:
+    def __init__(
+        self, block: nn.Module, momentum: float, when: Literal["before", "after"] = "before"
+    ) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.momentum, self.when = momentum, when
+        self._ran: dict[str, Tensor] | None = None
         self.block = copy.deepcopy(block)
         self.names = tuple(name for name, _ in self.block.named_parameters())
         for name in self.names:
@@ -73,12 +81,15 @@ class PulledCopy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output with the weights p + c."""
-        return functional_call(self.block, self._weights(), (x,))
+        weights = self._weights()
+        if self.training and self.when == "before":
+            self._ran = {name: weight.detach() for name, weight in weights.items()}
+        return functional_call(self.block, weights, (x,))
 
     @torch.no_grad()
     def follow(self, block: nn.Module, amount: Tensor | float) -> None:
         """Pull the weights towards those of ``block``, ``amount`` (0 or 1) times."""
-        live, now = _tensors(block), self._weights()
+        live, now = _tensors(block), self._ran or self._weights()
         steps = torch._foreach_sub([live[name] for name in self.names], list(now.values()))
         torch._foreach_mul_(steps, amount * (1.0 - self.momentum))
         torch._foreach_add_([self.get_buffer(_flat(name)) for name in self.names], steps)

@@ -1,7 +1,7 @@
 """MLAAN's Leap Augmented Module: copies of later blocks between a segment and its classifier.
 
-With A_j the trained copies and E the moving average of the first listed block,
-``z -> A_n(... A_2(A_1(z) + E(z)))`` in the authors' code; ``Copies`` has the other readings of the paper.
+``z -> A_n(... A_2(A_1(z)))`` with A_j the trained copies, of which the first is pulled towards its block. The authors'
+code has ``z -> A_n(... A_2(A_1(z) + E(z)))``, with E the moving average of that block. ``Copies`` has these readings.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Lam(nn.Module):
         self.ema: nn.ModuleList
         self._following: Sequence[EmaCopy | PulledCopy]
         if copies.weights == "trained_and_pulled":
-            self._following = [PulledCopy(module, copies.momentum) for module in first]
+            self._following = [PulledCopy(module, copies.momentum, copies.when) for module in first]
             self.aug = nn.ModuleList([*self._following, *(copy.deepcopy(module) for module in others)])
             self.ema = nn.ModuleList()
         else:
@@ -61,11 +61,11 @@ class Lam(nn.Module):
 
     @property
     def may_lag(self) -> bool:
-        """Whether the copies depend on nothing but the blocks' weights before each step.
+        """Whether the copies need nothing but the blocks' weights before each step.
 
-        Not so for BatchNorm's statistics, which move in every forward pass, nor for copies that are trained.
+        Not so for BatchNorm's statistics, which move in every forward pass.
         """
-        return self.copies.weights == "two_copies" and not self.copies.statistics
+        return not self.copies.statistics
 
     def follow(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
         """Move the copies that follow towards their blocks, ``amount`` (0 or 1) times."""

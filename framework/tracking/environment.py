@@ -20,12 +20,17 @@ def environment(world_size: int, device: torch.device) -> dict[str, Any]:
     return {
         "versions": versions(),
         "commit": commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": device_name(device),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "world_size": world_size,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or of the CPU's model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
 def _processor() -> str:

@@ -12,9 +12,11 @@ import yaml
 from torch import nn
 
 from framework.checkpoints.run_checkpoints import newest_checkpoint, set_aside_later
-from framework.checkpoints.snapshot import load_checkpoint
+from framework.checkpoints.snapshot import load_checkpoint, read_model
+from framework.config.loading import to_yaml
 from framework.config.recipe import Recipe
 from framework.engines import Engine
+from framework.evaluation.run_folder import recipe_values
 from framework.execution import LocalNetwork
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
@@ -32,7 +34,12 @@ def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:
     folder = _chosen(recipe, run_dir)
     if folder is None:
         return Position()
-    state = load_checkpoint(folder, engine)
+    try:
+        state = load_checkpoint(folder, engine)
+    except UserError as error:
+        if others := _other_options(folder, recipe):
+            raise UserError(f"{error}; {others}") from error
+        raise
     position = Position(**state["position"])
     engine.net.taken = float(not position.skipped)
     with distributed.same_outcome():
@@ -106,6 +113,19 @@ def contrasted_images(recipe: Mapping[str, Any], micro_batches: int) -> int:
     """How many images a contrastive loss sees together, over all ranks."""
     batch: int = recipe["train"]["batch_size"]
     return batch if recipe["pipeline"]["contrast"] == "batch" else batch // micro_batches
+
+
+def _other_options(folder: Path, recipe: Recipe) -> str:
+    """How the method's options differ from those of a checkpoint that doesn't fit; empty if they don't."""
+    try:
+        then, _ = read_model(folder)
+    except UserError:
+        return ""
+    before = {k: v for k, v in recipe_values(then["recipe"]).items() if k.startswith("method.")}
+    now = {k: v for k, v in recipe_values(to_yaml(recipe)).items() if k.startswith("method.")}
+    others = [f"{key}={before[key]}" for key in before if key in now and before[key] != now[key]]
+    others += [f"{key}, which it does not know" for key in now if key not in before]
+    return f"its run had {', '.join(others)}" if others else ""
 
 
 def _check_batch(folder: Path, state: dict[str, Any], recipe: Recipe, net: LocalNetwork) -> None:

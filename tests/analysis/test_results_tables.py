@@ -6,6 +6,7 @@ import csv
 import fcntl
 import json
 import runpy
+import shutil
 import signal
 import statistics
 import time
@@ -13,12 +14,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 
 from framework.analysis import results_records
-from framework.analysis.results_tables import ResultsTable, Row
+from framework.analysis.results_records import csv_of
+from framework.analysis.results_runs import Row
+from framework.analysis.results_tables import ResultsTable
 from framework.config import loading
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE
+from framework.tracking.environment import device_name
 from framework.tracking.metric_log import read_log
 from tests.support.forked import forked_tool
 from tests.support.results import finish, named, reproduce, table
@@ -122,7 +127,7 @@ def test_nothing_is_started_shortly_before_the_end(
     path = table(tmp_path)
     (run,) = ResultsTable.read(path).runs(path, tmp_path, [f"data.path={tmp_path / 'digits'}"])
     tool = runpy.run_path(str(ROOT / "tools" / "reproduce.py"))
-    assert tool["work"]([run], time.monotonic() + tool["SHORTEST"]) == EXIT_TRY_AGAIN
+    assert tool["Work"](time.monotonic() + tool["SHORTEST"]).all_of([run]) == EXIT_TRY_AGAIN
     assert not list(run.folder.glob("*")), "nothing was trained"
     assert reproduce(str(path), "--minutes", "1") == 2
     assert "--minutes 1: must be above 1.08" in capsys.readouterr().err
@@ -150,7 +155,7 @@ def test_a_run_of_other_settings_is_not_taken_for_the_rows(tmp_path: Path) -> No
     path = table(tmp_path)
     (run,) = ResultsTable.read(path).runs(path, tmp_path, ["data.path=a"])
     run.folder.mkdir(parents=True)
-    (run.folder / "recipe.yaml").write_text(loading.to_yaml(loading.load(run.commands[0][1:])))
+    (run.folder / "recipe.yaml").write_text(loading.to_yaml(loading.load(run.steps[0].command[1:])))
     ResultsTable.read(path).runs(path, tmp_path, ["data.path=b"])  # the images may lie elsewhere
     with pytest.raises(UserError, match=r"recipe.yaml: optim.lr is 0.2 there and 0.3 in the table: remove"):
         ResultsTable.read(path).runs(path, tmp_path, ["data.path=a", "optim.lr=0.3"])
@@ -181,7 +186,7 @@ def test_every_table_is_sound_and_its_name_says_its_conditions(path: Path) -> No
     """Epochs, batch and number of images as in the name; nothing but the method differs between rows."""
     found = ResultsTable.read(path)
     recipes = [
-        loading.load([*run.commands[0][1:], "data.path=x"]) for run in found.runs(path, Path("runs"), [])
+        loading.load([*run.steps[0].command[1:], "data.path=x"]) for run in found.runs(path, Path("runs"), [])
     ]
     assert len({repr((r.optim, r.train, r.data, r.views, r.evaluate)) for r in recipes}) == 1
     first, name = recipes[0], path.stem.split("_")
@@ -189,3 +194,87 @@ def test_every_table_is_sound_and_its_name_says_its_conditions(path: Path) -> No
     share = [int(word[1:]) for word in name if word[0] == "n" and word[1:].isdigit()]
     assert first.data.fraction == (share[0] / 50_000 if share else 1.0)
     assert f"tools/reproduce.py recipes/results/{path.name}" in path.read_text()
+
+
+def test_what_a_csv_has_is_not_trained_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a fresh clone, which has no run folders; unless asked for, or recorded with other settings."""
+    path, runs = table(tmp_path), tmp_path / "elsewhere"
+    found = named(path, "A", "B", seeds=[0, 1])
+    device = device_name(torch.device("cpu"))
+    for run in found.runs(path, runs, []):
+        finish(run, device)
+    results_records.write_down(path, found, found.runs(path, runs, []))
+    shutil.rmtree(runs)
+    before = csv_of(path, device).read_text()
+    new = [str(path), "data.path=/nowhere", "--runs", str(tmp_path / "runs")]
+    assert reproduce(*new) == 0
+    assert csv_of(path, device).read_text() == before and not (tmp_path / "runs").exists()
+    capfd.readouterr()
+    assert reproduce(*new, "--again", "--rows", "B", "data.prepare=none") == EXIT_USAGE
+    assert capfd.readouterr().err.count("failed, see above") == 2
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    assert reproduce(*new, "--rows", "A", "data.prepare=none", "optim.lr=0.3") == EXIT_USAGE
+    said = capfd.readouterr()
+    assert "not skipped: 'A', seed 1: its line had optim.lr=0.2, and the table has 0.3" in said.err
+    # 64 images, one epoch, ten a second, says the line
+    assert "A, seed 0: 0 min" in said.out and "about 0 min with --jobs 1\n" in said.out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pool")  # its server forks the tool that is killed
+def test_rows_at_a_time_survive_a_kill(tmp_path: Path) -> None:
+    """The rows at work end without the tool, and the next start waits for none and trains none twice."""
+    path, runs = table(tmp_path), tmp_path / "runs" / "digits"
+    short = json.loads(path.read_text())["overrides"]
+    named(path, "A", "B", overrides=[*short, "data.workers=0"])
+    arguments = [
+        str(path),
+        f"data.path={tmp_path / 'digits'}",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--jobs",
+        "2",
+    ]
+    logs = [runs / f"{row}-seed0" / "metrics.jsonl" for row in "ab"]
+    with forked_tool(tmp_path / "killed", "reproduce", *arguments) as tool:
+        until(lambda: all(log.exists() and log.read_text().count("losses") >= 3 for log in logs))
+        tool.signal(signal.SIGKILL)
+        tool.status()
+    assert not list(path.parent.glob("*.csv"))
+    until(lambda: all((log.parent / "result.json").exists() for log in logs))
+    until(lambda: reproduce(*arguments) == 0)  # the commands keep their locks up to their last breath
+    (written,) = path.parent.glob("digits-*.csv")
+    assert [line["row"] for line in csv.DictReader(written.open())] == ["A", "B"]
+    for log in logs:
+        entries = read_log(log)
+        assert sum("environment" in entry for entry in entries) == 1
+        assert [entry["step"] for entry in entries if "losses" in entry] == list(range(60))
+
+
+@pytest.mark.slow
+def test_every_segment_of_a_run_is_looked_at_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = table(tmp_path, "train.max_steps=2", "data.workers=0")
+    short = json.loads(path.read_text())["overrides"]
+    named(path, "End to end", "A", overrides=short, layers={"reference": "End to end", "images": 100})
+    arguments = [str(path), f"data.path={tmp_path / 'digits'}", "--runs", str(tmp_path / "runs")]
+    assert reproduce(*arguments, "--rows", "A", "--estimate") == 0
+    assert "A, seed 0: 0 min\nabout 0 min with --jobs 1\n" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    assert reproduce(*arguments, "--rows", "A") == EXIT_TRY_AGAIN  # nothing to be compared with
+    assert reproduce(*arguments) == 0
+    (written,) = path.parent.glob("digits-*.csv")
+    first, second = csv.DictReader(written.open())
+    assert first["cka"] == "" and float(second["cka"]) == 1.0  # the same run twice
+    log = json.loads((path.parent / second["log"]).read_text().splitlines()[0])
+    _, probes, cka = log["results"]
+    accuracies = list(probes["top1"]["a-seed0"].values())
+    assert len(accuracies) == 3 and float(second["early_top1"]) == round(accuracies[0], 2)
+    assert all((path.parent / f"{written.stem}{suffix}.png").exists() for suffix in ("", "-units", "-layers"))
+    assert cka["reference"] == "end-to-end-seed0" and str(tmp_path) not in json.dumps(log)
+    assert [command.split()[2] for command in log["commands"]] == [
+        "framework/train.py",
+        "tools/probe_layers.py",
+        "tools/cka.py",
+    ]

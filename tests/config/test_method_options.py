@@ -58,7 +58,7 @@ def test_an_option_means_the_method_of_its_own_file_or_of_those_below(
     assert load(["recipes/wider.yaml"]).method.options.window == 4
     assert capsys.readouterr().err == ""
     options = load(["recipes/mlaan.yaml"]).method.options
-    assert (options.window, options.w_casc) == (2, 0.5)
+    assert (options.window, options.w_casc) == (3, 0.5)
     assert capsys.readouterr().err.splitlines() == [
         f"recipes/{name}.yaml: dropped method.window: set for method.name=loco, and it is mlaan now"
         for name in ("options", "wider")

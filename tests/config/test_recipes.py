@@ -140,12 +140,12 @@ def deviations(name: str) -> dict[str, list[str]]:
 
 
 STATED = {
-    "cifar10/mlaan_r32_k16_cifar10": {"schedule", "updates"},
-    "cifar10/dglstar_r32_k16_cifar10": {"schedule", "updates", "row 2 of Table 4"},
+    "cifar10/mlaan_r32_k16_cifar10": {"schedule", "updates", "copies", "windows"},
+    "cifar10/dglstar_r32_k16_cifar10": {"schedule", "updates", "copies", "row 2 of Table 4"},
     "stl10/infopro_r110_k32_stl10": {"schedule", "classes", "contrast"},
-    "svhn/infoprostar_r32_k8_svhn": {"schedule", "updates", "contrast"},
-    "mlaan_r34": {"precision", "resizing", "gradients", "heads", "start"},
-    "mlaan_r101": {"precision", "resizing", "gradients"},
+    "svhn/infoprostar_r32_k8_svhn": {"schedule", "updates", "copies", "contrast"},
+    "mlaan_r34": {"precision", "resizing", "gradients", "copies", "heads", "start"},
+    "mlaan_r101": {"precision", "resizing", "gradients", "copies"},
 }
 
 

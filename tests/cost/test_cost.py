@@ -38,8 +38,8 @@ def cost(recipe: str, images: int = 2, *overrides: str) -> PlanCost:
             [
                 ("gim_pr50_100ep", 4.80, 4.56),
                 ("loco_pr50_100ep", 2.54, 2.76),
-                ("cifar10/mlaan_r32_k16_cifar10", 1.91, 1 / 0.777),
-                ("cifar10/mlaan_r110_k55_cifar10", 6.52, 1 / 0.298),
+                ("cifar10/mlaan_r32_k16_cifar10", 1.82, 1 / 0.777),
+                ("cifar10/mlaan_r110_k55_cifar10", 6.20, 1 / 0.298),
             ]
         ),
     ],

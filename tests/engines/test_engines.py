@@ -128,7 +128,7 @@ READERS = {
     "pulled copies": (
         "mlaan",
         "block",
-        {"lam_weights": "trained_and_pulled", "ema_m": 0.9, "ema_when": "after"},
+        {"ema_m": 0.9, "ema_when": "after"},
     ),
 }
 

@@ -32,7 +32,7 @@ CASES = [
         cut="block",
         steps=5,
         dtype="float64",
-        options={"lam_weights": "trained_and_pulled", "ema_when": "after"},
+        options={"ema_when": "after"},
     ),
     Case("infopro", cut="block", steps=5, dtype="float64", optimizer="sgd"),
 ]

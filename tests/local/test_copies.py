@@ -42,7 +42,8 @@ def train_apart(case: Case) -> training.Run | None:
 )
 def test_copies_move_once_a_step(pool: Callable[[int], Pool], engine: str, accumulation: int) -> None:
     """By 0.5 % of the way each: weights hardly change in three steps at these rates."""
-    case = Case("mlaan", "block", "sgd", engine, accumulation=accumulation)
+    two = {"lam_weights": "two_copies"}
+    case = Case("mlaan", "block", "sgd", engine, accumulation=accumulation, options=two)
     run = pool(2).run(train_apart, case)[0]
     start, now = copies(apart(case).state_dict()), copies(run.model)
     assert len(start) == 9 and now.keys() == start.keys()

@@ -126,7 +126,7 @@ def test_what_heads_read_and_penalize_is_kept_by_what_wraps_them() -> None:
         (Copies(), True),
         (Copies(when="after"), False),
         (Copies(statistics=True), False),
-        (Copies(weights="trained_and_pulled"), False),
+        (Copies(weights="trained_and_pulled"), True),
     ],
 )
 def test_which_copies_may_follow_later(copies: Copies, may_lag: bool) -> None:
@@ -207,7 +207,7 @@ def test_checkpoints_keep_the_names_of_heads() -> None:
 
 
 def test_pulled_copies_have_their_name_in_the_state() -> None:
-    plan = mlaan.plan(network_info(), mlaan.Options(lam_weights="trained_and_pulled"))
+    plan = mlaan.plan(network_info(), mlaan.Options(window=2))
     assert any(name.endswith("_pull") for name in plan.heads[1].state_dict())
 
 

@@ -198,7 +198,7 @@ BAD = [
         "lam_blocks.layer2.1: layer2.0 is no later block; layer3.0, layer3.1 are",
     ),
     (
-        lambda: build("mlaan", mlaan.Options(lam_blocks={"layer1.1": ["layer3.0"]})),
+        lambda: build("mlaan", mlaan.Options(window=2, lam_blocks={"layer1.1": ["layer3.0"]})),
         "lam_blocks.layer1.1: layer3.0 can't follow each other",
     ),
     (

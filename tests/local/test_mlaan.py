@@ -64,7 +64,7 @@ def by_hand_mlaan(net: LocalNetwork, data: Batch) -> Tensor:
 
 
 def test_mlaan_is_the_authors_loop() -> None:
-    net = networks.network("mlaan").double()
+    net = networks.network("mlaan-code").double()
     data = networks.batch(net)
     ours = networks.routed(net, data)
     parameters = dict(net.named_parameters())
@@ -75,7 +75,7 @@ def test_mlaan_is_the_authors_loop() -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_copies_follow_the_weights_before_each_step(accumulation: int) -> None:
-    net = networks.network("mlaan", "resnet8").double()
+    net = networks.network("mlaan-code", "resnet8").double()
     head = net.heads["layer2_0/window"]
     live = net.backbone.get_submodule("layer3.0")
     expected = {name: p.detach().clone() for name, p in live.named_parameters()}
@@ -96,12 +96,12 @@ def test_copies_follow_the_weights_before_each_step(accumulation: int) -> None:
 
 
 def test_copies_are_in_the_state_dict_and_in_no_optimizer() -> None:
-    net = networks.network("mlaan", "resnet8")
+    net = networks.network("mlaan-code", "resnet8")
     name = "heads.layer2_0/window.lam.ema.0.block.conv1.weight"
     assert name in net.state_dict() and name not in dict(net.named_parameters())
     assert not any(".ema." in n for n, p in net.named_parameters())
     train_steps(net.double(), 1)
-    other = networks.network("mlaan", "resnet8", seed=1).double()
+    other = networks.network("mlaan-code", "resnet8", seed=1).double()
     other.load_state_dict(net.state_dict())
     assert torch.equal(other.get_buffer(name), net.get_buffer(name))
     assert set(net.backbone.state_dict()) == set(create("resnet8").state_dict())
@@ -109,7 +109,7 @@ def test_copies_are_in_the_state_dict_and_in_no_optimizer() -> None:
 
 @pytest.mark.parametrize("mode", ["eval", "no_grad", "not last"])
 def test_copies_stand_still_outside_a_step(mode: str) -> None:
-    net = networks.network("mlaan", "resnet8").double()
+    net = networks.network("mlaan-code", "resnet8").double()
     train_steps(net, 1)
     data = networks.batch(net)
     before = copy.deepcopy(dict(net.named_buffers()))
@@ -127,7 +127,7 @@ def test_copies_stand_still_outside_a_step(mode: str) -> None:
 
 
 def test_copies_stand_still_on_a_float16_overflow_of_any_micro_batch() -> None:
-    net = networks.network("mlaan", "resnet8", precision="fp16")
+    net = networks.network("mlaan-code", "resnet8", precision="fp16")
     assert net.scales is not None
     name = "heads.layer2_0/window.lam.ema.0.block.conv1.weight"
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_copies_stand_still_on_a_float16_overflow_of_any_micro_batch() -> None:
 
 @pytest.mark.parametrize(("update", "moving"), [("all", 2), ("last_only", 1)])
 def test_which_copies_move(update: str, moving: int) -> None:
-    options = mlaan.Options(window=1, ema_update=update)  # type: ignore[arg-type]
+    options = mlaan.Options(window=1, ema_update=update, lam_weights="two_copies")  # type: ignore[arg-type]
     net = local_network("resnet8", "mlaan", options, image_size=16, num_classes=CLASSES, cut="block").train()
     net = net.double()
     before = {n: b.clone() for n, b in net.named_buffers() if n.endswith("ema.0.block.conv1.weight")}
@@ -213,7 +213,9 @@ def test_the_rule_gives_the_authors_commonest_lists() -> None:
 @pytest.mark.parametrize("name", ["convnext_atto", "regnetx_002", "efficientnet_b0"])
 def test_lams_of_networks_that_nobody_published(name: str) -> None:
     """The rule reaches the network's last width, through blocks that begin with a downsampling of their own."""
-    net = local_network(name, "mlaan", image_size=64, num_classes=CLASSES, cut="block")
+    net = local_network(
+        name, "mlaan", mlaan.Options(window=2), image_size=64, num_classes=CLASSES, cut="block"
+    )
     lam = net.plan.units[1].head.lam
     for copied, live in zip(lam.aug[0].parameters(), _first_copied(net).parameters(), strict=True):
         assert torch.equal(copied, live)

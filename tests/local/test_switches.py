@@ -34,7 +34,7 @@ HEAD = "layer2_0/window"
 
 def mlaan_network(name: str = "resnet8", **options: Any) -> LocalNetwork:
     torch.manual_seed(0)
-    chosen = mlaan.Options(**options)
+    chosen = mlaan.Options(**{"window": 2, "lam_weights": "two_copies"} | options)
     net = local_network(name, "mlaan", chosen, image_size=16, num_classes=CLASSES, cut="block")
     return net.double().train()
 

@@ -89,7 +89,7 @@ def test_local_units_on_every_family_equal_the_definition(name: str) -> None:
     torch.manual_seed(0)
     size = SMALL[name].get("img_size", 32)
     backbone = create(name, **SMALL[name])
-    options = mlaan.Options(lam_on="none")
+    options = mlaan.Options(window=2, lam_on="none")
     net = (
         local_network(backbone, "mlaan", options, image_size=size, num_classes=networks.CLASSES)
         .double()

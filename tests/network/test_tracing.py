@@ -134,7 +134,7 @@ def test_a_users_own_module(name: str) -> None:
         whole = network(images)
         torch.manual_seed(1)
         assert torch.equal(run(segments, images), whole)
-    options = mlaan.Options(lam_on="none")
+    options = mlaan.Options(window=2, lam_on="none")
     net = local_network(network, "mlaan", options, image_size=8, num_classes=10, cut="block").double().train()
     if name != "in training":  # the definition draws other masks
         assert_equals_definition(net, networks.batch(net, size=4, image_size=8))

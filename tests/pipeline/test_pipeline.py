@@ -44,7 +44,7 @@ QUICK = [
     Run("loco-moco", 2, 2),
 ]
 SPLIT = [
-    case for case in networks.CASES if case not in ("loco-soft", "mlaan-pulled", "dfa")
+    case for case in networks.CASES if case not in ("loco-soft", "mlaan-after", "dfa")
 ]  # those are refused
 METHODS = [Run(case, 2, 1 + number % 4) for number, case in enumerate(SPLIT)]
 DEEPER = [Run(case, 4, 1 + n % 4) for n, case in enumerate(SPLIT) if networks.CASES[case][2] == "block"]

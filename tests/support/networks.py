@@ -65,10 +65,11 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "infopro": ("infopro", None, "block"),
     "infopro-contrast": ("infopro", infopro.Options(head=Classifier("1c2f", "contrast")), "stage"),
     "mlm-1": ("mlaan", mlaan.Options(window=1, lam_on="none"), "block"),
-    "mlm-2": ("mlaan", mlaan.Options(lam_on="none"), "block"),
+    "mlm-2": ("mlaan", mlaan.Options(window=2, lam_on="none"), "block"),
     "mlm-3": ("mlaan", mlaan.Options(window=3, lam_on="none"), "block"),
     "mlm-6": ("mlaan", mlaan.Options(window=6, lam_on="none"), "block"),
-    "mlaan": ("mlaan", None, "block"),
+    "mlaan": ("mlaan", mlaan.Options(window=2), "block"),  # networks of three blocks have one window of three
+    "mlaan-code": ("mlaan", mlaan.Options(window=2, lam_weights="two_copies"), "block"),
     "lam": ("mlaan", mlaan.Options(window=1, w_indep=1, w_casc=0, lam_on="independent"), "block"),
     "mlaan-infopro": (
         "mlaan",
@@ -78,14 +79,13 @@ CASES: dict[str, tuple[str, Any, str]] = {
             indep_head=Classifier("1c2f"),
             reconstruction=Reconstruction("mlaan"),
             lam_on="both",
+            lam_weights="two_copies",
         ),
         "block",
     ),
-    "mlaan-pulled": (
+    "mlaan-after": (
         "mlaan",
-        mlaan.Options(
-            lam_form="ema_chain", lam_weights="trained_and_pulled", ema_when="after", ema_buffers=True
-        ),
+        mlaan.Options(window=2, lam_form="ema_chain", ema_when="after", ema_buffers=True),
         "block",
     ),
     "fa": ("fa", None, "block"),
@@ -116,6 +116,7 @@ GOLDEN = (
     "mlm-2",
     "mlm-3",
     "mlaan",
+    "mlaan-code",
     "fa",
     "sign-2",
     "dfa",

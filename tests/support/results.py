@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from framework.analysis import results_records
-from framework.analysis.results_tables import ResultsTable, RowRun
+from framework.analysis.results_runs import RowRun
+from framework.analysis.results_tables import ResultsTable
 from framework.config import loading
 from framework.tracking.metric_log import MetricLog
 from tests.support.commands import run_tool
@@ -45,11 +46,11 @@ def reproduce(*arguments: str) -> object:
         signal.signal(signal.SIGTERM, before)
 
 
-def finish(run: RowRun) -> None:
+def finish(run: RowRun, device: str = "CPU") -> None:
     """The files of a run that has ended."""
     run.folder.mkdir(parents=True)
-    (run.folder / "recipe.yaml").write_text(loading.to_yaml(loading.load(run.commands[0][1:])))
-    environment = {"device": "CPU", "threads": 3, "commit": "c"}
+    (run.folder / "recipe.yaml").write_text(loading.to_yaml(loading.load(run.steps[0].command[1:])))
+    environment = {"device": device, "threads": 3, "commit": "c"}
     log = MetricLog(run.folder / "metrics.jsonl", environment)
     for step, loss in enumerate((2.0, 1.0)):
         log.write(step, epoch=step / 2, lr=0.1, losses={"unit": loss}, images_per_second=10.0)

@@ -25,6 +25,7 @@ from framework.runtime.distributed import is_main, rank, world_size
 BASE_LR = {"lars": 0.5, "sgd": 0.002, "adamw": 0.0005}
 IMAGES, SIZE, CLASSES = 16, 16, 4
 WEIGHT_DECAY = 1e-3
+SHORT = {"mlaan": {"window": 2}}  # ResNet-8 has three segments
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def network(case: Case) -> Any:
     net = local_network(
         "resnet8",
         case.method,
-        methods.load(case.method).Options(**case.options),
+        methods.load(case.method).Options(**SHORT.get(case.method, {}) | case.options),
         image_size=SIZE,
         num_classes=CLASSES,
         cut=case.cut,

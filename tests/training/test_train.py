@@ -305,6 +305,22 @@ def test_resume_never_does_not_mix_two_runs(tmp_path: Path, pool: PoolOf) -> Non
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_keeps_its_options_when_defaults_have_changed(tmp_path: Path, pool: PoolOf) -> None:
+    """Its recorded recipe holds them all; under another command line, a line says which to set."""
+    mlaan = ROOT / "recipes" / "quickstart_mlaan.yaml"
+    begin = arguments(tmp_path, "method.lam_on=cascaded", "engine=ddp", recipe=mlaan)
+    assert pool(1).run(run, [*begin, "method.lam_weights=two_copies", "train.max_steps=1"]) == [""]
+    (message,) = pool(1).run(run, [*begin, "train.max_steps=2"])
+    assert message.endswith("its run had method.lam_weights=two_copies")
+    recorded = tmp_path / "run" / "recipe.yaml"
+    assert pool(1).run(run, [str(recorded), "train.max_steps=2"]) == [""]
+    assert len(steps(tmp_path / "run" / "metrics.jsonl")) == 2
+    older = tmp_path / "older.yaml"
+    older.write_text(recorded.read_text().replace("  lam_weights: two_copies\n", ""))
+    (message,) = pool(1).run(run, [str(older), "train.max_steps=3"])
+    assert message.endswith("its run had method.lam_weights=two_copies")
+
+
 def test_a_run_resumes_without_the_weights_that_it_began_with(tmp_path: Path, pool: PoolOf) -> None:
     """They may be gone; its own checkpoint is whole. A run that begins needs them."""
     begin = tmp_path / "begin.pth"

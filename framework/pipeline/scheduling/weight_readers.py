@@ -59,7 +59,7 @@ class WeightReaders:
             if not head.may_lag:
                 raise UserError(
                     f"pipeline.stages={placement.stages}: the head of unit {unit.name} reads another stage in a way "
-                    "that would stop the pipeline at every step (after it, with BatchNorm's statistics, or pulled); "
+                    "that would stop the pipeline at every step (after it, or with BatchNorm's statistics); "
                     "put the two on one stage with pipeline.balance=[...]"
                 )
             self.remote[stage].append(head)
