@@ -91,11 +91,13 @@ class Projection:
             it does wherever it may stand.
         proj_hidden: width of the hidden layers; for InfoNCE and MoCo the channels that enter the pooling.
         dim: size of the embedding.
-        proj_bn: BatchNorm after none, the hidden, or all layers (SimCLR's paper: none, its code: all).
+        proj_bn: BatchNorm after none, the hidden, or all layers (SimCLR's paper: none, its code: all); all_plain: all,
+            the last without weights (the code of SimSiam and MoCo v3).
         objective: the loss of the embeddings of the two views.
         temperature: tau of InfoNCE, MoCo and MoCo v3.
         loss_form: which views learn from which, and scale.
         pred_hidden: width of the predictor's hidden layer (MoCo v3, BYOL, SimSiam).
+        pred_bn: the predictor's BatchNorm (MoCo v3's has it after all layers).
         pred_rate: the predictor's learning rate: as all others, or ``optim.lr`` throughout (SimSiam, section 4.2).
         queue: keys of earlier steps (MoCo).
         momentum: of the teacher (MoCo, MoCo v3, BYOL).
@@ -117,11 +119,12 @@ class Projection:
     layers: PositiveInt | None = None
     proj_hidden: PositiveInt | None = None
     dim: PositiveInt | None = None
-    proj_bn: Literal["none", "hidden", "all"] | None = None
+    proj_bn: Literal["none", "hidden", "all", "all_plain"] | None = None
     objective: ObjectiveName = "infonce"
     temperature: Positive | None = None
     loss_form: Literal["symmetric", "sum", "one_sided"] | None = None
     pred_hidden: PositiveInt | None = None
+    pred_bn: Literal["hidden", "all", "all_plain"] = "hidden"
     pred_rate: PredictorRate | None = None
     queue: PositiveInt = 65536
     momentum: Probability | None = None
@@ -239,4 +242,4 @@ class Projection:
         from framework.local.trunks import mlp
 
         hidden = self.pred_hidden or published.pred_hidden or -(-dim // 4)
-        return nn.Sequential(*mlp((dim, hidden, dim), "hidden"))
+        return nn.Sequential(*mlp((dim, hidden, dim), self.pred_bn))
