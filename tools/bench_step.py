@@ -11,7 +11,9 @@ again. --cuda-graph and --compile serve the first two; in place of the third the
 and gives the speed-up. Each ratio is the median over rounds of a time to the end-to-end time of the same round; on a
 GPU a round is ten steps of each. Activations are counted, not sampled. On a GPU come the allocator's peak (without
 --cuda-graph), and the share of the step's time in which the GPU is busy. There fp32 means fp32: TF32, in which cuDNN
-computes convolutions by default, is off. Rows that --csv holds already are not measured again.
+computes convolutions by default, is off. With an objective as its --head a method is also compared with itself under
+InfoNCE and one forward pass more, of all images through the network, in time and in FLOPs. Rows that --csv holds
+already are not measured again.
 """
 
 from __future__ import annotations
@@ -70,7 +72,10 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from benched_steps import (
         CLASSES,
         CONTRASTIVE,
+        OBJECTIVES,
         build,
+        flops,
+        forward_step,
         graphed_step,
         head_times,
         measure,
@@ -101,11 +106,16 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         steps["eager"] = routed_step(copy.deepcopy(network), batch)
     elif not arguments.no_naive:
         steps["naive"] = naive_step(copy.deepcopy(network), batch)
-    for name, net in (("reference", reference), ("routed", network)):
+    networks = {"reference": reference, "routed": network}
+    if arguments.head in OBJECTIVES:
+        by_infonce = argparse.Namespace(**{**vars(arguments), "head": "paper"})
+        networks["infonce"] = build(method, by_infonce, size, cut).to(device)
+        steps["forward"] = forward_step(networks["infonce"], images)
+    for name, net in networks.items():
         if arguments.compile:
             net.compile_segments()
         # Without windows to repeat the definition is plain backpropagation.
-        plain = routed_step if quicker or name == "routed" else naive_step
+        plain = naive_step if name == "reference" and not quicker else routed_step
         steps[name] = (graphed_step if arguments.cuda_graph else plain)(net, batch)
     times = dict(zip(steps, measure(list(steps.values()), arguments.rounds), strict=True))
     seconds = {name: statistics.median(values) for name, values in times.items()}
@@ -113,6 +123,12 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         name: statistics.median(a / b for a, b in zip(values, times["reference"], strict=True))
         for name, values in times.items()
     }
+    taught: dict[str, Any] = {}
+    if arguments.head in OBJECTIVES:
+        rounds = zip(times["routed"], times["infonce"], times["forward"], strict=True)
+        taught["ratio_time_infonce"] = statistics.median(a / (b + c) for a, b, c in rounds)
+        counts = {name: flops(steps[name]) for name in ("routed", "infonce", "forward")}
+        taught["ratio_flops_infonce"] = counts["routed"] / (counts["infonce"] + counts["forward"])
     images_per_step = arguments.batch // views
     gpu: dict[str, Any] = {}
     if device == "cuda":
@@ -143,6 +159,7 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "ratio_time_naive": ratios.get("naive"),
         "ratio_peak_activations": activations,
         "spread": (max(times["routed"]) - min(times["routed"])) / seconds["routed"],
+        **taught,
         **gpu,
         "commit": commit(),
         "heads": head_times(network, batch, arguments.rounds) if arguments.breakdown else None,
@@ -180,6 +197,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         "images/s",
         "speed-up",
         "GPU busy",
+        "InfoNCE + forward",
     ):
         table.add_column(column, justify="left" if column in ("network", "method", "head") else "right")
     for r in rows:
@@ -202,8 +220,11 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{r['images_per_second']:.0f}",
             f"{r['speedup']:.2f}" if r["speedup"] else "-",
             f"{r['busy']:.2f}" if "busy" in r else "-",
+            f"{r['ratio_time_infonce']:.2f} ({r['ratio_flops_infonce']:.2f} of FLOPs)"
+            if "ratio_time_infonce" in r
+            else "-",
         )
-    Console(width=164).print(table)
+    Console(width=184).print(table)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -241,8 +262,8 @@ def main() -> None:
     parser.add_argument(
         "--head",
         default="paper",
-        help="the method's own head (paper); simclr, gim, loco: or gap, pooling and a linear layer; dgl, infopro: or a "
-        "kind of classifier, such as 1c2f",
+        help="the method's own head (paper); simclr, gim, loco: or gap, pooling and a linear layer, or moco, mocov3, "
+        "byol, simsiam, its own blocks under this objective; dgl, infopro: or a kind of classifier, such as 1c2f",
     )
     parser.add_argument(
         "--cut", choices=("stage", "block"), help="default: blocks for CIFAR networks, stages for others"

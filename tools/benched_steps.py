@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from framework.cost.activations import LiveActivations
+from framework.cost.flops import Flops
 from framework.data.batch import Batch
 from framework.execution.graph import RecordedStep
 from framework.execution.local_network import LocalNetwork
@@ -19,6 +20,7 @@ from framework.execution.naive import naive_gradients
 from framework.local import LocalUnit
 from framework.local.heads import Classifier, Projection
 from framework.local.methods import auglocal, bp, dgl, gim, hpff, infopro, loco, man, mlaan, simclr
+from framework.local.published import ObjectiveName
 from framework.local.trunks import TRUNKS
 from framework.model import local_network
 from framework.network import Cut, Segment
@@ -26,8 +28,9 @@ from framework.runtime.errors import UserError
 
 CLASSES = 10
 CONTRASTIVE = ("simclr", "gim", "loco")
+OBJECTIVES: tuple[ObjectiveName, ...] = ("moco", "mocov3", "byol", "simsiam")
 HEADS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(CONTRASTIVE, ("paper", "gap")),
+    **dict.fromkeys(CONTRASTIVE, ("paper", "gap", *OBJECTIVES)),
     **dict.fromkeys(("dgl", "infopro"), ("paper", "gap", *TRUNKS)),
     **dict.fromkeys(("bp", "auglocal", "man", "hpff", "mlm", "lam", "mlaan"), ("paper",)),
 }
@@ -47,8 +50,10 @@ def check(method: str, head: str) -> None:
 
 
 def options(method: str, head: str, window: int) -> Any:
-    """The method's options: its own head (``paper``), pooling and linear (``gap``), or a classifier's kind."""
+    """The method's options: its own head (``paper``), pooling and linear (``gap``), an objective, or a classifier."""
     contrast: Any = {"head": Projection(layers=1)} if head == "gap" else {}
+    if head in OBJECTIVES:
+        contrast = {"head": Projection(conv_blocks=int(method == "loco"), objective=head)}
     kind: Any = "linear" if head == "gap" else head
     classify: Any = {} if head == "paper" else {"head": Classifier(kind)}
     return {
@@ -129,6 +134,25 @@ def naive_step(network: LocalNetwork, batch: Batch) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
+
+
+def forward_step(network: LocalNetwork, images: torch.Tensor) -> Callable[[], None]:
+    """The segments once, without gradients."""
+
+    def step() -> None:
+        x = images
+        with torch.no_grad(), network.autocast(images):
+            for segment in network.segments:
+                x = segment(x)
+
+    return step
+
+
+def flops(step: Callable[[], None]) -> int:
+    """Of a step, a multiply-add counting as two."""
+    with Flops() as counted:
+        step()
+    return counted.total
 
 
 def peak_activations(network: nn.Module, batch: Batch) -> int:

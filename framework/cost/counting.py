@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from framework.config.recipe import Execution, Faults, Method, Recipe
 from framework.cost.activations import LiveActivations
+from framework.cost.flops import Flops
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.local import methods
@@ -206,9 +206,9 @@ def _teacher_cost(net: LocalNetwork, batch: Batch) -> TeacherCost | None:
         return None
     flops, features = [], []
     for s in range(len(net.segments)):
-        with FlopCounterMode(display=False) as counter:
+        with Flops() as counter:
             passing.forward(s)
-        flops.append(counter.get_total_flops())
+        flops.append(counter.total)
         features += [x.numel() * x.element_size() for x in passing.state()[:1]]
     averages = [average for s in range(len(net.segments)) for average in net.teacher.averages(s)]
     weight_bytes = sum(average.numel() * average.element_size() for average in averages)
@@ -227,7 +227,7 @@ def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
             x = x.detach().requires_grad_(unit.first > 0)
             for segment in net.segments[unit.first : unit.last + 1]:
                 x = segment(x)
-            with FlopCounterMode(display=False) as counter:
+            with Flops() as counter:
                 seen = batch._replace(teacher=keys[unit.last].get(unit.head) if keys else None)
                 unit.head(unit.head.seen(net.segments[unit.last], x), seen)
         parameters = sum(p.numel() for p in unit.head.parameters() if p.requires_grad)
@@ -237,7 +237,7 @@ def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
             unit.last,
             _describe(unit.head),
             parameters,
-            counter.get_total_flops(),
+            counter.total,
             live.peak,
             unit.weight,
         )
@@ -247,10 +247,10 @@ def _forward(run: Callable[[Tensor], Tensor], x: Tensor, net: nn.Module) -> tupl
     x = x.detach()
     with (
         LiveActivations([*net.parameters(), *net.buffers(), x]) as live,
-        FlopCounterMode(display=False) as counter,
+        Flops() as counter,
     ):
         x = run(x)
-    return counter.get_total_flops(), live.peak, x
+    return counter.total, live.peak, x
 
 
 def _describe(head: Head) -> str:

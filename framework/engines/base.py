@@ -84,7 +84,10 @@ class Engine(Protocol):
     """Steps after which the losses of a step can be read without waiting."""
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
-        """One optimizer step on this rank's micro-batches, as many as ``accumulation``."""
+        """One optimizer step on this rank's micro-batches, as many as ``accumulation``.
+
+        ``lr`` is the rate of scheduled parameter groups.
+        """
 
     def whole_net(self) -> LocalNetwork:
         """The network, to be evaluated on every rank; collective."""
@@ -177,6 +180,7 @@ def update(optimizer: SkippableOptimizer, net: nn.Module, result: StepResult, lr
 
 
 def set_learning_rate(optimizer: SkippableOptimizer, lr: float) -> None:
-    """The same rate for every group."""
+    """The same rate for every group but those that say they follow no schedule."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if group.get("scheduled", True):
+            group["lr"] = lr

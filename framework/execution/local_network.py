@@ -186,6 +186,10 @@ class LocalNetwork(nn.Module):
         for head in self.plan.heads:
             head.before_step(self.segments, self.taken)
 
+    def constant_rate(self) -> list[nn.Parameter]:
+        """The heads' parameters that no schedule of the learning rate concerns."""
+        return [parameter for head in self.plan.heads for parameter in head.constant_rate()]
+
     def clear_replay_buffers(self) -> None:
         """Drop the batches in replay buffers, which a checkpoint does not contain."""
         if self.turns is not None:

@@ -80,6 +80,10 @@ class Head(nn.Module):
         """What maps (V*B, C, H, W) to (V*B, D), of which a teacher has the average. Of heads that need a teacher."""
         raise NotImplementedError
 
+    def constant_rate(self) -> Iterator[nn.Parameter]:
+        """Its parameters whose learning rate is ``optim.lr`` throughout, without warm-up and decay."""
+        return iter(())
+
     def predict(self, x: Tensor) -> Tensor:
         """Logits: (B, C, H, W) -> (B, classes). Of heads that classify."""
         raise NotImplementedError
@@ -118,6 +122,7 @@ class TrunkHead(Head):
         kind: of trunk, for tables of plans.
         native: whether the trunk works in the network's own layout.
         predictor: maps embeddings (N, D) to what the objective sees in their place; a teacher has none.
+        unscheduled: parts of the head whose learning rate is constant.
     """
 
     separable = True
@@ -129,9 +134,11 @@ class TrunkHead(Head):
         kind: str = "",
         native: bool = False,
         predictor: nn.Module | None = None,
+        unscheduled: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.trunk, self.objective, self.predictor = trunk, objective, predictor
+        self._unscheduled = tuple(unscheduled)
         self.kind, self.native = kind, native
         self.needs, self.contrasts = objective.needs, objective.contrasts
         self.fewest_images, self.classifies = objective.fewest_images, objective.classifies
@@ -148,6 +155,9 @@ class TrunkHead(Head):
 
     def embedder(self) -> nn.Module:
         return self.trunk
+
+    def constant_rate(self) -> Iterator[nn.Parameter]:
+        return (parameter for part in self._unscheduled for parameter in part.parameters())
 
     def predict(self, x: Tensor) -> Tensor:
         return self.trunk(x)
@@ -169,6 +179,7 @@ class PooledHead(TrunkHead):
         pools_with: names of the network's parameters that the pooling uses.
         kind: as in ``TrunkHead``.
         predictor: as in ``TrunkHead``.
+        unscheduled: as in ``TrunkHead``.
     """
 
     def __init__(
@@ -179,8 +190,10 @@ class PooledHead(TrunkHead):
         pools_with: Sequence[str],
         kind: str = "",
         predictor: nn.Module | None = None,
+        unscheduled: Sequence[nn.Module] = (),
     ) -> None:
-        super().__init__(nn.Sequential(NetworkPooling(segment), *layers), objective, kind, True, predictor)
+        trunk = nn.Sequential(NetworkPooling(segment), *layers)
+        super().__init__(trunk, objective, kind, True, predictor, unscheduled)
         self._segment, self.borrows = (segment,), tuple(pools_with)
         for name in pools_with:
             segment.backbone.get_parameter(name).requires_grad_()
@@ -231,6 +244,9 @@ class WrappingHead(Head):
     def embedder(self) -> nn.Module:
         return nn.Sequential(self.get_submodule(self._name), self.head.embedder())
 
+    def constant_rate(self) -> Iterator[nn.Parameter]:
+        return self.head.constant_rate()
+
     def predict(self, x: Tensor) -> Tensor:
         return self.head.predict(self.transform(x))
 
@@ -269,6 +285,10 @@ class WeightedHeads(Head):
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
         losses = [w * part(x, batch) for w, part in zip(self.weights, self.parts, strict=True)]
         return sum(losses[1:], losses[0])
+
+    def constant_rate(self) -> Iterator[nn.Parameter]:
+        for head in self._heads:
+            yield from head.constant_rate()
 
     def penalty(self, segments: Sequence[Segment]) -> Tensor | None:
         pairs = zip(self.weights, (head.penalty(segments) for head in self._heads), strict=True)

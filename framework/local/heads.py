@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from framework.config.schema import NonNegativeInt, Positive, PositiveInt, Probability
 from framework.local.averaging import Averaging
-from framework.local.published import PUBLISHED, ObjectiveName, Published
+from framework.local.published import PREDICTS, PUBLISHED, ObjectiveName, PredictorRate, Published
 from framework.local.units import NetworkInfo
 from framework.runtime.errors import UserError
 
@@ -91,11 +91,14 @@ class Projection:
             it does wherever it may stand.
         proj_hidden: width of the hidden layers; for InfoNCE and MoCo the channels that enter the pooling.
         dim: size of the embedding.
-        proj_bn: BatchNorm after none, the hidden, or all layers (SimCLR's paper: none, its code: all).
+        proj_bn: BatchNorm after none, the hidden, or all layers (SimCLR's paper: none, its code: all); all_plain: all,
+            the last without weights (the code of SimSiam and MoCo v3).
         objective: the loss of the embeddings of the two views.
         temperature: tau of InfoNCE, MoCo and MoCo v3.
         loss_form: which views learn from which, and scale.
         pred_hidden: width of the predictor's hidden layer (MoCo v3, BYOL, SimSiam).
+        pred_bn: the predictor's BatchNorm (MoCo v3's has it after all layers).
+        pred_rate: the predictor's learning rate: as all others, or ``optim.lr`` throughout (SimSiam, section 4.2).
         queue: keys of earlier steps (MoCo).
         momentum: of the teacher (MoCo, MoCo v3, BYOL).
         momentum_schedule: constant, or up to 1 by a cosine over the training.
@@ -116,11 +119,13 @@ class Projection:
     layers: PositiveInt | None = None
     proj_hidden: PositiveInt | None = None
     dim: PositiveInt | None = None
-    proj_bn: Literal["none", "hidden", "all"] | None = None
+    proj_bn: Literal["none", "hidden", "all", "all_plain"] | None = None
     objective: ObjectiveName = "infonce"
     temperature: Positive | None = None
     loss_form: Literal["symmetric", "sum", "one_sided"] | None = None
     pred_hidden: PositiveInt | None = None
+    pred_bn: Literal["hidden", "all", "all_plain"] = "hidden"
+    pred_rate: PredictorRate | None = None
     queue: PositiveInt = 65536
     momentum: Probability | None = None
     momentum_schedule: Literal["constant", "cosine"] | None = None
@@ -155,15 +160,24 @@ class Projection:
         dim = self.dim or published.dim
         widths = [channels, *[hidden] * ((self.layers or published.layers) - 1), dim]
         layers = mlp(widths, self.proj_bn or published.bn)
-        predicts = self.objective in ("mocov3", "byol")
-        predictor = self._predictor(published, dim) if predicts else None
-        objective = self._objective(published, dim)
+        predictor = self._predictor(published, dim) if self.objective in PREDICTS else None
+        objective = self._objective(published, dim, predictor)
+        constant = (self.pred_rate or published.pred_rate) == "constant"
+        unscheduled = [predictor] if predictor is not None and constant else []
+        if self.objective == "simsiam":
+            predictor = None  # it is the objective's
         if pooled:
-            return PooledHead(network.segments[segment], layers, objective, pooled[1], predictor=predictor)
+            return PooledHead(
+                network.segments[segment],
+                layers,
+                objective,
+                pooled[1],
+                predictor=predictor,
+                unscheduled=unscheduled,
+            )
         trunk = nn.Sequential(*blocks, GlobalAveragePool(), *layers)
-        return TrunkHead(
-            trunk, objective, native=any(isinstance(b, Mapped) for b in blocks), predictor=predictor
-        )
+        native = any(isinstance(block, Mapped) for block in blocks)
+        return TrunkHead(trunk, objective, native=native, predictor=predictor, unscheduled=unscheduled)
 
     @property
     def teacher(self) -> Averaging | None:
@@ -202,7 +216,7 @@ class Projection:
             channels = self.expand
         return blocks, channels
 
-    def _objective(self, published: Published, dim: int) -> Objective:
+    def _objective(self, published: Published, dim: int, predictor: nn.Module | None) -> Objective:
         from framework.local.objectives import BarlowTwins, InfoNCE, VICReg
         from framework.local.teacher_objectives import BYOL, MoCo, MoCoV3, SimSiam
 
@@ -217,7 +231,10 @@ class Projection:
             return MoCo(dim, self.queue, tau, form)
         if self.objective == "mocov3":
             return MoCoV3(tau, form)
-        return BYOL(form) if self.objective == "byol" else SimSiam(self._predictor(published, dim), form)
+        if self.objective == "byol":
+            return BYOL(form)
+        assert predictor is not None
+        return SimSiam(predictor, form)
 
     def _predictor(self, published: Published, dim: int) -> nn.Module:
         from torch import nn
@@ -225,4 +242,4 @@ class Projection:
         from framework.local.trunks import mlp
 
         hidden = self.pred_hidden or published.pred_hidden or -(-dim // 4)
-        return nn.Sequential(*mlp((dim, hidden, dim), "hidden"))
+        return nn.Sequential(*mlp((dim, hidden, dim), self.pred_bn))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from framework.local.averaging import Averaging
 
+PredictorRate = Literal["scheduled", "constant"]
 ObjectiveName = Literal["infonce", "barlow", "vicreg", "moco", "mocov3", "byol", "simsiam"]
 
 
@@ -23,6 +24,7 @@ class Published:
         temperature: tau, where there is one.
         pred_hidden: width of the predictor's hidden layer; ``None`` is a quarter of ``dim``.
         teacher: how it follows.
+        pred_rate: the predictor's learning rate: as all others, or that of the recipe throughout.
     """
 
     layers: int
@@ -33,7 +35,11 @@ class Published:
     temperature: float = 0.1
     pred_hidden: int | None = None
     teacher: Averaging | None = None
+    pred_rate: PredictorRate = "scheduled"
 
+
+#: Objectives with a predictor.
+PREDICTS: frozenset[ObjectiveName] = frozenset(("mocov3", "byol", "simsiam"))
 
 #: MoCo is its version 2 (Chen et al. 2020).
 PUBLISHED: dict[ObjectiveName, Published] = {
@@ -43,5 +49,5 @@ PUBLISHED: dict[ObjectiveName, Published] = {
     "moco": Published(2, None, 128, "none", "one_sided", 0.2, None, Averaging(0.999, shuffle=True)),
     "mocov3": Published(2, 4096, 256, "all", "sum", 1.0, 4096, Averaging(0.99, "cosine")),
     "byol": Published(2, 4096, 256, "hidden", "sum", pred_hidden=4096, teacher=Averaging(0.996, "cosine")),
-    "simsiam": Published(3, 2048, 2048, "all"),
+    "simsiam": Published(3, 2048, 2048, "all", pred_rate="constant"),
 }

@@ -65,13 +65,16 @@ def residual_block(
 
 
 def mlp(widths: Sequence[int], bn: str) -> list[nn.Module]:
-    """Linear layers of these widths, ReLU between; BatchNorm after "none", the "hidden" or "all" of them."""
+    """Linear layers of these widths, ReLU between; BatchNorm after "none", the "hidden" or "all" of them.
+
+    "all_plain" is "all", where the last one has no weights.
+    """
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(pairwise(widths)):
         last = i == len(widths) - 2
-        normed = bn == "all" or (bn == "hidden" and not last)
+        normed = bn in ("all", "all_plain") or (bn == "hidden" and not last)
         layers.append(nn.Linear(a, b, bias=not normed))
-        layers += [nn.BatchNorm1d(b)] if normed else []
+        layers += [nn.BatchNorm1d(b, affine=not (last and bn == "all_plain"))] if normed else []
         layers += [] if last else [nn.ReLU(inplace=True)]
     return layers
 

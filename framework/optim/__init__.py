@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
@@ -67,8 +68,10 @@ def build_optimizer(
     weight_decay: float = 1e-6,
     trust: float = 0.001,
     decay: Decay = "weights",
+    constant: Collection[nn.Parameter] = (),
+    constant_lr: float = 0.0,
 ) -> LARS | SGD | AdamW:
-    """An optimizer over ``parameter_groups(net)``. Its learning rate is 0 until someone sets one.
+    """An optimizer over ``parameter_groups(net)``. The rate of scheduled groups is 0 until someone sets one.
 
     Args:
         net: the network, already sharded if FSDP2 is to shard it.
@@ -78,11 +81,15 @@ def build_optimizer(
         weight_decay: of weights.
         trust: lars only.
         decay: whether norm parameters and biases get weight decay too ("all"); see ``parameter_groups``.
+        constant: parameters whose rate no schedule changes.
+        constant_lr: their rate.
 
     Raises:
         UserError: another name, or ``nesterov`` with an optimizer that has none.
     """
-    groups = parameter_groups(net, weight_decay, decay)
+    groups = parameter_groups(net, weight_decay, decay, constant)
+    for group in groups:
+        group["lr"] = 0.0 if group["scheduled"] else constant_lr
     if nesterov and name != "sgd":
         raise UserError(f"optim.nesterov=true: only sgd has it, and optim.name={name}")
     if name == "lars":

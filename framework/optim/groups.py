@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from torch import nn
@@ -10,22 +10,35 @@ from torch import nn
 Decay = Literal["weights", "all"]
 
 
-def parameter_groups(net: nn.Module, weight_decay: float, decay: Decay = "weights") -> list[dict[str, Any]]:
+def parameter_groups(
+    net: nn.Module,
+    weight_decay: float,
+    decay: Decay = "weights",
+    constant: Collection[nn.Parameter] = (),
+) -> list[dict[str, Any]]:
     """Two groups: weights; and parameters of at most one dimension or in ``exempt_parameters``.
 
     The second holds norm parameters, biases, position embeddings and the like. It gets neither weight decay nor
     LARS's adaptation (SimCLR's code), unless ``decay`` is "all" (MLAAN's code); ``group["adapt"]`` says
-    so. Order inside a group is that of ``net.parameters()``. A group without parameters is left out.
+    so. Of each, the parameters in ``constant`` are a group of their own, whose rate no schedule changes:
+    ``group["scheduled"]`` is false. Order inside a group is that of ``net.parameters()``. A group without parameters
+    is left out.
     """
-    exempt = exempt_parameters(net)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    weights = [p for p in trained if p.ndim > 1 and p not in exempt]
-    others = [p for p in trained if p.ndim <= 1 or p in exempt]
+    exempt, constant = exempt_parameters(net), set(constant)
     everything = decay == "all"
-    groups = [
-        {"params": weights, "weight_decay": weight_decay, "adapt": True},
-        {"params": others, "weight_decay": weight_decay if everything else 0.0, "adapt": everything},
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [],
+            "weight_decay": weight_decay if weights or everything else 0.0,
+            "adapt": weights or everything,
+            "scheduled": scheduled,
+        }
+        for scheduled in (True, False)
+        for weights in (True, False)
     ]
+    for p in net.parameters():
+        if p.requires_grad:
+            groups[2 * (p in constant) + (p.ndim <= 1 or p in exempt)]["params"].append(p)
     return [group for group in groups if group["params"]]
 
 

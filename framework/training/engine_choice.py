@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from torch import nn
 
 from framework import engines
 from framework.config.recipe import Recipe
 from framework.engines.base import Engine, EngineSettings, prepare
 from framework.execution import LocalNetwork
-from framework.optim import build_optimizer
+from framework.optim import SkippableOptimizer, build_optimizer
 from framework.pipeline.scheduling.balance import place
 
 
@@ -24,15 +24,20 @@ def build_engine(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Engine:
         UserError: settings that the engine refuses, a batch size that can't be divided, stages that can't be placed.
     """
     optim = recipe.optim
-    make_optimizer = partial(
-        build_optimizer,
-        name=optim.name,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov,
-        weight_decay=optim.weight_decay,
-        decay=optim.decay,
-        trust=optim.trust,
-    )
+
+    def make_optimizer(module: nn.Module) -> SkippableOptimizer:
+        return build_optimizer(
+            module,
+            name=optim.name,
+            momentum=optim.momentum,
+            nesterov=optim.nesterov,
+            weight_decay=optim.weight_decay,
+            decay=optim.decay,
+            trust=optim.trust,
+            constant=net.constant_rate(),
+            constant_lr=optim.lr,
+        )
+
     settings = EngineSettings(
         batch_size=recipe.train.batch_size,
         micro_batches=recipe.micro_batches,

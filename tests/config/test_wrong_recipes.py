@@ -90,6 +90,11 @@ WRONG = {
     "method.head=null": "method.head=null: must be a section with the keys conv_blocks, dec_block, ",
     "network.cut=[layer1,2]": "network.cut=['layer1', 2]: must be one of stage, block or a whole number",
     "method.head.momentum=1.5": "method.head.momentum=1.5: must be at least 0 and at most 1",
+    "method.head.momentum=-0.1": "method.head.momentum=-0.1: must be at least 0 and at most 1",
+    "method.head.queue=0": "method.head.queue=0: must be at least 1",
+    "method.head.temperature=-1": "method.head.temperature=-1: must be greater than 0",
+    "method.head.momentum_schedule=cosin": "method.head.momentum_schedule=cosin: must be one of constant, cos",
+    "method.head.pred_rate=fixed": "method.head.pred_rate=fixed: must be one of scheduled, constant",
     "views.blur=[1,2]": "views.blur=[1, 2]: must be a finite number (at least 0 and at most 1) or a list",
     "method.lam_blocks.layer1=x": "method.lam_blocks: unknown key for the method chosen",
 }

@@ -8,11 +8,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from framework.config import loading
 from framework.cost import readable
 from framework.cost.activations import LiveActivations
 from framework.cost.counting import PlanCost, plan_cost
+from framework.cost.flops import Flops
 from framework.model import recipe_network
 from framework.runtime.exit_status import EXIT_USAGE
 from tests.support import networks
@@ -87,6 +89,24 @@ def test_a_teacher_costs_one_forward_pass(objective: str) -> None:
 
 
 QUICK = "cifar10/dgl_r32_k16_cifar10"
+
+
+@pytest.mark.parametrize("method", ["dfa", "fa", "scpl"])
+def test_what_is_fed_back_otherwise_costs_the_same_forward(method: str) -> None:
+    """The error of dfa's head on top is a gradient in the middle of a forward pass."""
+    counted, plain = (
+        cost("cifar10/bp_r32_cifar10", 2, f"method.name={method}"),
+        cost("cifar10/bp_r32_cifar10"),
+    )
+    assert [s.flops for s in counted.segments] == [s.flops for s in plain.segments]
+    assert counted.units[-1].flops == 2 * 2 * 64 * 10  # two images
+
+
+def test_gradients_count_as_operations_too() -> None:
+    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
+    with Flops() as counted:
+        torch.autograd.grad(torch.nn.functional.linear(x, weight).sum(), [x, weight])
+    assert counted.total == 3 * 2 * 5 * 7 * 3
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,35 @@ def test_local_networks_under_zero_equal_ddp(pool: PoolOf, case: Case) -> None:
     assert differences(pool(2).run(train, case)[0], ddp) == {}
 
 
+LATER: dict[str, tuple[str, dict[str, Any]]] = {
+    "blockwise": ("stage", {"noise": 0.0, "head": networks.barlow(32)}),
+    "scpl": ("stage", {"proj_hidden": 16, "dim": 8}),
+    "fa": ("block", {}),
+    "sign": ("block", {"window": 2}),
+    "dfa": ("block", {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "engine", "ranks"),
+    slow(pairwise_cover(list(LATER), ("ddp", "fsdp"), RANKS)),
+)
+def test_later_methods_equal_one_process(pool: PoolOf, method: str, engine: str, ranks: int) -> None:
+    """Without noise, which differs from rank to rank."""
+    cut, options = LATER[method]
+    case = Case(method, cut, "sgd", engine, accumulation=2, dtype="float64", options=options)
+    reference = plain(case)
+    errors, tensors = differences(pool(ranks).run(train, case)[0], reference), training.flat(reference)
+    assert max((e for name, e in errors.items() if tensors[name].abs().max() > 1e-12), default=0) < 1e-9
+
+
+@pytest.mark.parametrize("case", slow([ENGINES[1], ENGINES[3], ENGINES[6]]), ids=str)
+def test_noise_is_the_same_under_every_engine(pool: PoolOf, case: Case) -> None:
+    ddp = Case("blockwise", "stage", "sgd", "ddp", options={"head": networks.barlow(32)})
+    run = pool(2).run(train, replace(ddp, engine=case.engine, zero_stage=case.zero_stage))[0]
+    assert differences(run, pool(2).run(train, ddp)[0]) == {}
+
+
 def overflow_in_the_middle(case: Case) -> tuple[list[bool], training.Run]:
     """Step 0, a step that overflows in one micro-batch of the last rank, then steps 1 and 2."""
     engine = training.build(case)

@@ -28,6 +28,11 @@ def taught(objective: Any) -> Projection:
     return Projection(objective=objective, conv_blocks=1, **small)
 
 
+def barlow(expand: int) -> Projection:
+    """A small projection behind an expansion, under Barlow Twins."""
+    return Projection(expand=expand, objective="barlow", proj_hidden=32, dim=16)
+
+
 #: label -> method, options, cut: every method, with its own heads, on windows of several lengths
 CASES: dict[str, tuple[str, Any, str]] = {
     "bp": ("bp", None, "block"),
@@ -56,7 +61,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "loco-simsiam": ("loco", loco.Options(head=taught("simsiam")), "stage"),
     "blockwise": (
         "blockwise",
-        blockwise.Options(head=Projection(expand=32, objective="barlow", proj_hidden=32, dim=16)),
+        blockwise.Options(head=barlow(32)),
         "stage",
     ),
     "dgl": ("dgl", None, "block"),

@@ -51,7 +51,7 @@ class Case:
 
     @property
     def views(self) -> int:
-        return 2 if self.method in ("loco", "simclr", "gim") else 1
+        return 2 if self.method in ("loco", "simclr", "gim", "blockwise") else 1
 
 
 class Run(NamedTuple):

@@ -61,7 +61,11 @@ def settings(**changed: Any) -> argparse.Namespace:
     [
         ("dgl,mlaan", "3c4f", "--head 3c4f: for --method mlaan must be paper"),
         ("bp", "gap", "--head gap: for --method bp must be paper"),
-        ("gim", "mlp", "--head mlp: for --method gim must be paper or gap"),
+        (
+            "gim",
+            "mlp",
+            "--head mlp: for --method gim must be paper or gap or moco or mocov3 or byol or simsiam",
+        ),
         ("mlam", "paper", "--method mlam: must be among simclr, gim, .*mlaan"),
     ],
 )
@@ -78,9 +82,11 @@ def test_heads_on_offer_are_those_that_change_the_method(tool: Any) -> None:
     benched = tool("benched_steps")
     for method, offered in benched.HEADS.items():
         own = benched.options(method, "paper", 2)
-        changing = {head for head in ("gap", *TRUNKS) if benched.options(method, head, 2) != own}
+        objectives = benched.OBJECTIVES if method in benched.CONTRASTIVE else ()
+        heads = ("gap", *TRUNKS, *objectives)
+        changing = {head for head in heads if benched.options(method, head, 2) != own}
         if method in benched.CONTRASTIVE:
-            assert set(offered) == {"paper", "gap"} and "gap" in changing
+            assert set(offered) == {"paper", "gap", *objectives} and changing >= {"gap", *objectives}
         else:
             assert changing <= set(offered) and len(offered) - len(changing) in (1, 2), method
 
@@ -96,6 +102,15 @@ def test_end_to_end_is_one_segment_that_is_compiled_whole(tool: Any, monkeypatch
     whole, cut = (tool("benched_steps").build("bp", settings(), 16, at) for at in (1, "block"))
     batch = Batch(torch.randn(4, 3, 16, 16), torch.randint(10, (4,)))
     assert peak(whole, batch) == peak(cut, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["byol", "moco"])
+def test_a_teacher_costs_a_forward_pass_of_what_it_sees(tool: Any, objective: str) -> None:
+    """Where projections weigh little; MoCo's students and teacher see one view each, half of the images."""
+    row = tool("bench_step").row("gim", settings(head=objective, network="resnet50", image_size=128))
+    expected = 1.0 if objective == "byol" else 0.5
+    assert row["ratio_flops_infonce"] == pytest.approx(expected, rel=0.05) and row["ratio_time_infonce"] > 0
 
 
 def test_the_table_has_the_peak_and_how_much_less_it_is(

@@ -2,7 +2,8 @@
 
 Windows: ``[i..i]`` for every segment i, in which ordinary backpropagation takes the error down. Head: a classifier on
 the last segment; the others learn from B_i e with e = softmax(logits) - labels. All segments run forward before the
-first learns, so nothing is freed earlier than in backpropagation.
+first learns, so nothing is freed earlier than in backpropagation. With ResNet-20 on CIFAR-10, and feedback to every
+layer, Sanfiz and Akrout (2021) have an error of 39.35, backpropagation 9.42 (``recipes/cifar10/dfa_r20_cifar10.yaml``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Feedback alignment (Lillicrap et al. 2016): fixed random weights carry errors down, end to end or in local windows.
 
 Windows: ``[0..N-1]``, or sliding ones. Head: a linear classifier. Weights learn as usual from the errors that reach
-them. LoCo's authors promised their reviewers the comparison; its numbers are not published.
+them. LoCo's authors promised their reviewers the comparison and have not published it. With ResNet-20 on CIFAR-10
+Sanfiz and Akrout (2021) have an error of 36.38, backpropagation 9.42 (``recipes/cifar10/fa_r20_cifar10.yaml``).
 """
 
 from __future__ import annotations
