@@ -177,6 +177,6 @@ def update(optimizer: SkippableOptimizer, net: nn.Module, result: StepResult, lr
 
 
 def set_learning_rate(optimizer: SkippableOptimizer, lr: float) -> None:
-    """The same rate for every group."""
+    """The rate of every group: ``lr``, times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -21,6 +21,22 @@ from framework.network import create, cut
 
 CLASSES = 10
 
+#: label -> timm's name, arguments besides the side of the images
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit_tiny_patch16_224", {"patch_size": 4, "depth": 4, "embed_dim": 24, "num_heads": 2}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"window_size": 2, "depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16},
+    ),
+}
+
+
+def transformer(label: str, image_size: int, **arguments: Any) -> nn.Module:
+    """A small transformer, always with the same weights."""
+    name, small = TRANSFORMERS[label]
+    torch.manual_seed(0)
+    return create(name, img_size=image_size, **small, **arguments)
+
 
 def taught(objective: Any) -> Projection:
     """A small projection under an objective with a teacher or predictor; a fast teacher, a queue that goes round."""

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from framework import engines
 from framework.data.batch import Batch
-from framework.engines.base import EngineSettings, marked
+from framework.engines.base import EngineSettings, marked, set_learning_rate
 from framework.execution import StepOutput
 from framework.local import methods
 from framework.model import local_network
 from framework.optim import build_optimizer
 from framework.runtime.distributed import is_main, rank, world_size
+from tests.support import networks
 
 BASE_LR = {"lars": 0.5, "sgd": 0.002, "adamw": 0.0005}
 IMAGES, SIZE, CLASSES = 16, 16, 4
@@ -29,15 +30,19 @@ WEIGHT_DECAY = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and with what. ``method`` is a local method with ``options``, or "dyadic"."""
+    """What is trained, and with what. ``method`` is a local method with ``options``, or "dyadic"; ``network`` is one of
+    ``networks.TRANSFORMERS`` or timm's.
+    """
 
     method: str = "dyadic"
     cut: str = "stage"
+    network: str = "resnet8"
     optimizer: str = "lars"
     engine: str = "deepspeed"
     zero_stage: int = 1
     accumulation: int = 1
     clip: float = 0.0
+    layer_decay: float = 1.0
     steps: int = 3
     dtype: str = "float32"
     precision: str = "fp32"
@@ -91,9 +96,14 @@ class Dyadic(nn.Module):
 def network(case: Case) -> Any:
     if case.method == "dyadic":
         return Dyadic()
+    backbone: str | nn.Module = case.network
+    if (
+        case.network in networks.TRANSFORMERS
+    ):  # the bias of keys has no gradient, and AdamW would follow its rounding
+        backbone = networks.transformer(case.network, SIZE, qkv_bias=False, drop_path_rate=0.0)
     torch.manual_seed(0)
     net = local_network(
-        "resnet8",
+        backbone,
         case.method,
         methods.load(case.method).Options(**case.options),
         image_size=SIZE,
@@ -124,7 +134,9 @@ def micro_batches(case: Case, step: int, part: int = 0, parts: int = 1) -> list[
 
 
 def optimizer_factory(case: Case) -> partial[Any]:
-    return partial(build_optimizer, name=case.optimizer, weight_decay=WEIGHT_DECAY)
+    return partial(
+        build_optimizer, name=case.optimizer, weight_decay=WEIGHT_DECAY, layer_decay=case.layer_decay
+    )
 
 
 def learning_rate(case: Case, step: int) -> float:
@@ -144,8 +156,7 @@ def plain(case: Case, steps: range | None = None) -> Run:
             outputs.append(output.unit_losses)
         if case.clip:
             nn.utils.clip_grad_norm_(net.parameters(), case.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(case, step)
+        set_learning_rate(optimizer, learning_rate(case, step))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(torch.stack(outputs).mean(0))
