@@ -14,7 +14,7 @@ from framework.execution import LocalNetwork
 from framework.local import NetworkInfo
 from framework.local.head import Head
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import blockwise, dgl, gim, infopro, loco, mlaan, scpl, sign, simclr
+from framework.local.methods import blockwise, dgl, gim, infopro, loco, mim, mlaan, scpl, sign, simclr
 from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
 from framework.network import create, cut
@@ -108,6 +108,7 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "sign-2": ("sign", sign.Options(window=2), "block"),
     "dfa": ("dfa", None, "block"),
     "scpl": ("scpl", scpl.Options(proj_hidden=16, dim=8), "stage"),
+    "mim": ("mim", mim.Options(decoder_depth=1, decoder_dim=16, decoder_heads=2), "block"),  # on the small ViT
     "auglocal": ("auglocal", None, "block"),
     "hpff": ("hpff", None, "block"),
     "man": ("man", None, "block"),
@@ -136,6 +137,7 @@ GOLDEN = (
     "sign-2",
     "dfa",
     "scpl",
+    "mim",
     "auglocal",
     "hpff",
     "man",
@@ -147,6 +149,8 @@ def network(
 ) -> LocalNetwork:
     """The network of a case in training mode."""
     method, options, cut = CASES[case]
+    if method == "mim":
+        name, arguments = transformer("vit", image_size), {"stem_as_module": True, **arguments}
     torch.manual_seed(seed)
     return local_network(
         name, method, options, image_size=image_size, num_classes=CLASSES, cut=cut, **arguments
