@@ -108,7 +108,11 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "sign-2": ("sign", sign.Options(window=2), "block"),
     "dfa": ("dfa", None, "block"),
     "scpl": ("scpl", scpl.Options(proj_hidden=16, dim=8), "stage"),
-    "mim": ("mim", mim.Options(decoder_depth=1, decoder_dim=16, decoder_heads=2), "block"),  # on the small ViT
+    "mim": (
+        "mim",
+        mim.Options(decoder_depth=1, decoder_dim=16, decoder_heads=2),
+        "block",
+    ),  # on the small ViT
     "auglocal": ("auglocal", None, "block"),
     "hpff": ("hpff", None, "block"),
     "man": ("man", None, "block"),
