@@ -18,6 +18,13 @@ HEAD = {"head": Projection(pool="both", proj_hidden=16, dim=8, proj_bn="none")}
 CASES = {
     "vit, layers": Case("gim", "block", "vit", "adamw", layer_decay=0.5, options=HEAD),
     "vit, lars": Case("gim", "block", "vit", "lars", options=HEAD),
+    "mim": Case(
+        "mim",
+        "block",
+        "vit",
+        "sgd",
+        options={"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2},
+    ),
     "swin, layers": Case(
         "dgl", "block", "swin", "adamw", layer_decay=0.5, options={"head": Classifier("linear")}
     ),
@@ -28,6 +35,8 @@ CASES = {
     ("name", "engine", "ranks"),
     [
         ("vit, layers", "fsdp", 2),
+        ("mim", "ddp", 2),
+        *slow([("mim", "ddp", 4), ("mim", "fsdp", 2)]),
         *slow([("vit, layers", "ddp", 4), ("vit, lars", "ddp", 2), ("vit, lars", "fsdp", 4)]),
         *slow([("swin, layers", "ddp", 2), ("swin, layers", "fsdp", 2)]),
     ],
@@ -42,7 +51,17 @@ def test_transformers_equal_one_process(pool: PoolOf, name: str, engine: str, ra
     ("name", "zero_stage"),
     [
         ("vit, layers", 2),
-        *slow([("vit, layers", 1), ("vit, lars", 1), ("vit, lars", 2), ("swin, layers", 1)]),
+        *slow(
+            [
+                ("mim", 0),
+                ("mim", 1),
+                ("mim", 2),
+                ("vit, layers", 1),
+                ("vit, lars", 1),
+                ("vit, lars", 2),
+                ("swin, layers", 1),
+            ]
+        ),
     ],
 )
 def test_transformers_under_zero_equal_ddp(pool: PoolOf, name: str, zero_stage: int) -> None:

@@ -42,6 +42,7 @@ QUICK = [
     Run("bp", 4, 4),
     Run("lam", 4, 1, steps=5),
     Run("loco-moco", 2, 2),
+    Run("mim", 2, 2),
 ]
 SPLIT = [
     case for case in networks.CASES if case not in ("loco-soft", "mlaan-pulled", "dfa")
@@ -57,6 +58,8 @@ GRIDS = [
     Run("loco-moco", 3, 2, replicas=2),
     Run("gim-byol", 2, 2, replicas=2),
     Run("simclr-mocov3", 2, 2, replicas=2),
+    Run("mim", 2, 2, replicas=2),
+    Run("mim", 2, 1, replicas=2, bounds=(0, 1, 5)),  # the stem alone
 ]
 
 

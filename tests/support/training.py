@@ -109,6 +109,7 @@ def network(case: Case) -> Any:
         image_size=SIZE,
         num_classes=CLASSES,
         cut=case.cut,
+        stem_as_module=case.method == "mim",
         precision=case.precision,
         sync_bn=True,
     )
@@ -149,6 +150,7 @@ def plain(case: Case, steps: range | None = None) -> Run:
     optimizer = optimizer_factory(case)(net)
     losses = []
     for step in steps or range(case.steps):
+        torch.manual_seed(step)  # of masks, as runs set it
         outputs = []
         for batch in marked(micro_batches(case, step)):
             output = net(batch)
@@ -181,6 +183,7 @@ def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:
     """Run steps; their unit losses (steps, U)."""
     results = []
     for step in steps:
+        torch.manual_seed(step)
         batches = micro_batches(case, step, rank(), world_size())
         results.append(engine.step(batches, learning_rate(case, step)).unit_losses)
     return torch.stack(results) if results else torch.empty(0)
