@@ -82,8 +82,10 @@ def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         UserError: as ``local_network``.
     """
     torch.manual_seed(recipe.seed)
+    backbone = networks.create(recipe.network.name, **recipe.network.args)
+    networks.freeze(backbone, recipe.network.freeze)
     net = local_network(
-        networks.create(recipe.network.name, **recipe.network.args),
+        backbone,
         recipe.method.name,
         recipe.method.options,
         image_size=recipe.data.image_size,
@@ -97,6 +99,9 @@ def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         channels_last=recipe.network.channels_last,
         skip_nonfinite=recipe.faults.nonfinite == "skip",
     ).train()
+    for segment in net.segments:
+        if not any(True for _ in segment.parameters()):
+            raise UserError(f"network.freeze: nothing in segment {segment.name} would be trained")
     if recipe.execution.compile:
         net.compile_segments()
     return net

@@ -99,7 +99,7 @@ def measure(recipe: Recipe, num_classes: int, images: int) -> Memory:
     method, end_to_end = counting.peak_bytes(recipe, num_classes, images)
     if not torch.cuda.is_available():
         return Memory((end_to_end, method), None)
-    whole = counting.end_to_end(recipe, recipe_network(recipe, num_classes).plan.supervised)
+    whole = counting.end_to_end(recipe, recipe_network(recipe, num_classes).plan)
     allocated = _allocated(whole, num_classes, images), _allocated(recipe, num_classes, images)
     return Memory((end_to_end, method), allocated)
 

@@ -36,6 +36,7 @@ class Network:
         stem_as_module: the stem is a segment of its own (InfoPro and DGL at K=16 and 55).
         sync_bn: BatchNorm statistics over the whole micro-batch of all ranks.
         channels_last: memory format of images and activations; quicker on most GPUs.
+        freeze: modules and parameters, by their names in the network, that stay as they are initialized.
         args: passed to ``timm.create_model`` as they are, such as ``zero_init_last``.
     """
 
@@ -44,6 +45,7 @@ class Network:
     stem_as_module: bool = False
     sync_bn: bool = True
     channels_last: bool = False
+    freeze: list[str] = field(default_factory=list)
     args: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -118,6 +120,9 @@ class Optim:
             epoch, half a cosine over all of them, in the warm-up blended with a ramp from 0.01, as in MLAAN's code.
         warmup_epochs: length of the warm-up; may be a fraction.
         clip: largest norm of the whole gradient; 0 clips nothing.
+        betas: adamw only: decay of the averages of gradients and of their squares.
+        layer_decay: the learning rate of a layer is this times that of the layer above; layers are the stem, each block
+            and what follows, counted over the whole network, and heads have the whole rate (timm's).
     """
 
     name: Literal["lars", "sgd", "adamw"] = "lars"
@@ -130,6 +135,8 @@ class Optim:
     schedule: Literal["cosine", "cosine_of_epochs"] = "cosine"
     warmup_epochs: NonNegative = 10.0
     clip: NonNegative = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    layer_decay: Portion = 1.0
 
 
 @dataclass(frozen=True)

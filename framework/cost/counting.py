@@ -19,8 +19,10 @@ from framework.cost.activations import LiveActivations
 from framework.cost.flops import Flops
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
+from framework.execution.masks import visible_tokens
 from framework.local import methods
 from framework.local.head import Head
+from framework.local.units import Plan
 from framework.model import recipe_network
 
 
@@ -119,7 +121,7 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
     net, whole_net = _networks(recipe, num_classes)
     with FakeTensorMode() as mode:
         peak, whole = _peaks(net, whole_net, mode, images, recipe.data.image_size)
-        batch = _batch(net, images, recipe.data.image_size)
+        batch = net.masked(_batch(net, images, recipe.data.image_size))
         return PlanCost(
             tuple(_segment_costs(net, batch)),
             tuple(_unit_costs(net, batch)),
@@ -143,9 +145,11 @@ def peak_bytes(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]
         return _peaks(net, whole_net, mode, images, recipe.data.image_size)
 
 
-def end_to_end(recipe: Recipe, supervised: bool) -> Recipe:
-    """The recipe with one loss on top of the network: BP's, or SimCLR's."""
-    name = "bp" if supervised else "simclr"
+def end_to_end(recipe: Recipe, plan: Plan) -> Recipe:
+    """The recipe of this plan with one loss on top of the network: BP's, SimCLR's, or MAE's where tokens are masked."""
+    if plan.masking is not None:
+        return replace(recipe, network=replace(recipe.network, cut=2))  # stem, and all blocks
+    name = "bp" if plan.supervised else "simclr"
     return replace(recipe, method=Method(name, methods.load(name).Options()))
 
 
@@ -162,7 +166,7 @@ def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetw
         ),
     )
     net = recipe_network(recipe, num_classes)
-    return net, recipe_network(end_to_end(recipe, net.plan.supervised), num_classes)
+    return net, recipe_network(end_to_end(recipe, net.plan), num_classes)
 
 
 def _peaks(
@@ -195,8 +199,9 @@ def _peak(net: LocalNetwork, batch: Batch) -> int:
 
 def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
     x = net.first_input(batch)
-    for segment in net.segments:
+    for s, segment in enumerate(net.segments):
         flops, saved, x = _forward(segment, x, net)
+        x = visible_tokens(x, batch, net.plan.masking) if s == 0 else x
         yield SegmentCost(segment.name, sum(p.numel() for p in segment.parameters()), flops, saved)
 
 
@@ -221,12 +226,14 @@ def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
     for unit in net.plan.units:
         x = net.first_input(batch)
         with torch.no_grad():
-            for segment in net.segments[: unit.first]:
-                x = segment(x)
+            for s in range(unit.first):
+                x = net.segments[s](x)
+                x = visible_tokens(x, batch, net.plan.masking) if s == 0 else x
         with LiveActivations([*net.parameters(), *net.buffers(), batch.images]) as live:
             x = x.detach().requires_grad_(unit.first > 0)
-            for segment in net.segments[unit.first : unit.last + 1]:
-                x = segment(x)
+            for s in range(unit.first, unit.last + 1):
+                x = net.segments[s](x)
+                x = visible_tokens(x, batch, net.plan.masking) if s == 0 else x
             with Flops() as counter:
                 seen = batch._replace(teacher=keys[unit.last].get(unit.head) if keys else None)
                 unit.head(unit.head.seen(net.segments[unit.last], x), seen)

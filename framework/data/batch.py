@@ -16,6 +16,7 @@ class Batch(NamedTuple):
         views: V.
         last: whether an optimizer step follows; with accumulation only after the last micro-batch.
         teacher: (V*B, D) or (B, D), what the teacher embeds for the head that is called; without a graph.
+        visible: (V*B, K) int64, numbers of the patches that the segments see, ascending; ``None`` for all.
     """
 
     images: Tensor
@@ -23,3 +24,4 @@ class Batch(NamedTuple):
     views: int = 1
     last: bool = True
     teacher: Tensor | None = None
+    visible: Tensor | None = None

@@ -180,7 +180,7 @@ def update(optimizer: SkippableOptimizer, net: nn.Module, result: StepResult, lr
 
 
 def set_learning_rate(optimizer: SkippableOptimizer, lr: float) -> None:
-    """The same rate for every group but those that say they follow no schedule."""
+    """The rate of every group: ``lr`` times the group's own factor, but for those that follow no schedule."""
     for group in optimizer.param_groups:
         if group.get("scheduled", True):
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)

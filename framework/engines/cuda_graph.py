@@ -31,12 +31,11 @@ def build(
         record: what records a step.
 
     Raises:
-        UserError: a plan with noise, whose seeds are drawn on the host.
+        UserError: a plan with noise or masks, whose seeds are drawn on the host.
     """
-    if net.plan.noise:
-        raise UserError(
-            "execution.cuda_graph=true: would repeat the noise of one step (method.noise) for ever"
-        )
+    if net.plan.noise or net.plan.masking:
+        what = "noise of one step (method.noise)" if net.plan.noise else "masks of one step"
+        raise UserError(f"execution.cuda_graph=true: would repeat the {what} for ever")
     return PlainEngine(net, make_optimizer(net), settings.clip, _Replayed(net, record), lag=1)
 
 

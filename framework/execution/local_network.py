@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution.compilation import compiled
+from framework.execution.masks import Masks
 from framework.execution.noise import Noise
 from framework.execution.precision import LossScales
 from framework.execution.program import HeadCall, Program
@@ -74,6 +75,7 @@ class LocalNetwork(nn.Module):
         program: what a step does.
         teacher: its moving average, of plans that want one.
         noise: of the micro-batch at hand, of plans that want some.
+        masks: likewise.
         scales: loss scales, of float16.
         taken: 1, or 0 where the optimizer step before was skipped, as heads are told; a run that goes on from a
             checkpoint sets it.
@@ -114,6 +116,7 @@ class LocalNetwork(nn.Module):
         self._between_steps = True
         self.taken: Tensor | float = 1.0
         self.noise: Noise | None = None
+        self.masks: Masks | None = None
 
     @property
     def plan(self) -> Plan:
@@ -159,8 +162,10 @@ class LocalNetwork(nn.Module):
     def start_micro_batch(self) -> None:
         """Call the heads' ``after_step`` if this is the first micro-batch after an optimizer step, or of all."""
         self.noise = self.noise.of(self.noise.micro_batch + 1) if self.noise is not None else None
+        self.masks = self.masks.of(self.masks.micro_batch + 1) if self.masks is not None else None
         if self._between_steps:
             self.noise = Noise.next(self.plan.noise, self.noise)
+            self.masks = Masks.next(self.plan.masking, self.masks)
             if self.teacher is not None:
                 self.teacher.after_step(self.segments)
             for head in self.plan.heads:
@@ -236,12 +241,17 @@ class LocalNetwork(nn.Module):
         one_of_several = self.plan.student_views < batch.views
         return self.run_frozen(batch.images.chunk(batch.views)[0] if one_of_several else batch.images)
 
+    def masked(self, batch: Batch) -> Batch:
+        """The batch with the micro-batch's masks, of plans that want some; collective."""
+        return batch if self.masks is None else self.masks.on(batch)
+
     def teacher_pass(self, batch: Batch) -> TeacherPass | None:
         """The teacher's forward pass over a batch, where there is a teacher."""
         return self.teacher.start(batch) if self.teacher is not None else None
 
     def routed_step(self, batch: Batch) -> tuple[RoutedStep, Tensor | None]:
         """A batch's losses and finished gradients, and the penalty, whose gradient is added to them."""
+        batch = self.masked(batch)
         step = RoutedStep(
             self.program,
             batch,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution.local_network import LocalNetwork
+from framework.execution.masks import visible_tokens
 from framework.local.head import Head
 from framework.network.norm import frozen_statistics
 
@@ -33,6 +34,7 @@ def naive_gradients(
             "all": its repetitions do so too, as in MLAAN's code.
     """
     network.start_micro_batch()
+    batch = network.masked(batch)
     segments, units = network.segments, network.plan.units
     losses: dict[int, Tensor] = {}
     gradients: dict[nn.Parameter, Tensor] = {}
@@ -43,12 +45,12 @@ def naive_gradients(
         unit = units[u]
         for s in range(max(boundary), unit.first):
             with torch.no_grad(), network.autocast(boundary[s]):
-                boundary[s + 1] = _run(network, s, boundary[s])
+                boundary[s + 1] = _run(network, s, boundary[s], batch)
         x = boundary[unit.first].detach()
         for s in range(unit.first, unit.last + 1):
             seen = s + 1 in boundary and bn_update == "once"
             with frozen_statistics(network) if seen else nullcontext(), network.autocast(x):
-                x = _run(network, s, x)
+                x = _run(network, s, x, batch)
             boundary.setdefault(s + 1, x.detach())
         with network.autocast(x):
             for_head = batch._replace(teacher=keys[unit.last].get(unit.head))
@@ -64,8 +66,9 @@ def naive_gradients(
     return [losses[u] for u in range(len(units))], gradients
 
 
-def _run(network: LocalNetwork, s: int, x: Tensor) -> Tensor:
+def _run(network: LocalNetwork, s: int, x: Tensor, batch: Batch) -> Tensor:
     output = network.segments[s](x)
+    output = visible_tokens(output, batch, network.plan.masking) if s == 0 else output
     return output if network.noise is None else network.noise.on(output, s)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
+from framework.execution.masks import visible_tokens
 from framework.execution.noise import Noise
 from framework.execution.precision import unscale_
 from framework.execution.program import GradientRoute, HeadCall, InputGradient, Program, WeightGradient
@@ -36,7 +37,7 @@ class RoutedStep:
 
     Args:
         program: what to do.
-        batch: the micro-batch; heads see its labels and images.
+        batch: the micro-batch; heads see its labels and images. What its masks hide is dropped behind segment 0.
         span: segments of this process. Cotangents for the segment below it end up in ``outgoing``, those from the
             segment above it are handed to ``receive``.
         scales: the loss scale of every head call (float16 only).
@@ -78,6 +79,7 @@ class RoutedStep:
         self.inputs[s] = x.detach().requires_grad_(s in self._crossed)
         with self.program.autocast(x):
             output = self.program.runners[s](self.inputs[s])
+            output = visible_tokens(output, self.batch, self.plan.masking) if s == 0 else output
             self.outputs[s] = output if self.noise is None else self.noise.on(output, s)
             if self.teacher is not None:
                 self._keys = self.teacher.forward(s)

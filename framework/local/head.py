@@ -212,7 +212,7 @@ class WrappingHead(Head):
         name: attribute under which the module is registered; part of its parameters' names.
         module: the copies, which work in the layout of the network.
         head: the inner head.
-        to_map: turns their output into the map that the inner head gets.
+        to_map: turns their output into the map that the inner head gets, unless that is native.
     """
 
     head: Head
@@ -230,7 +230,8 @@ class WrappingHead(Head):
 
     def transform(self, x: Tensor) -> Tensor:
         """The inner head's input."""
-        return self._to_map(self.get_submodule(self._name)(x))
+        x = self.get_submodule(self._name)(x)
+        return x if self.head.native else self._to_map(x)
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
         return self.head(self.transform(x), batch)

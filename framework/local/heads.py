@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from framework.local.head import TrunkHead
     from framework.local.objectives import Objective
     from framework.network import Shape
+    from framework.network.pooling import TokenPooling
 
 EMBEDDING = 128
+Pool = Literal["auto", "token", "avg", "both"]
 Kind = Literal["linear", "mlp_sr", "mlp_sr_auglocal", "mlp", "cnn", "0c2f", "1c2f", "2c1f", "3c4f", "4c1f"]
 
 
@@ -36,10 +38,12 @@ class Classifier:
             ``0c2f``, ``1c2f`` and (for ImageNet) ``4c1f`` InfoPro's, named by their convolutions and linear
             layers; ``2c1f`` and ``3c4f`` MLAAN's on ResNet-34 and for DGL*.
         task: cross entropy of logits, or the supervised contrast of 128-d embeddings (InfoPro).
+        pool: what ``linear`` and ``0c2f`` see; see ``Projection``.
     """
 
     kind: Kind = "linear"
     task: Literal["cross_entropy", "contrast"] = "cross_entropy"
+    pool: Pool = "auto"
 
     def build(self, network: NetworkInfo, segment: int, shape: Shape | None = None) -> TrunkHead:
         """The head on a segment.
@@ -50,19 +54,29 @@ class Classifier:
             shape: of the head's input; ``None`` means the segment's output.
 
         Raises:
-            UserError: there is no such kind.
+            UserError: there is no such kind, or no class token, or this kind sees none.
         """
         from torch import nn
 
         from framework.local.head import PooledHead, TrunkHead
         from framework.local.objectives import CrossEntropy, SupCon
         from framework.local.trunks import TRUNKS
+        from framework.network import Shape
 
         if self.kind not in TRUNKS:  # a recipe's was checked before
             raise UserError(f"Classifier({self.kind!r}): its kind must be one of {', '.join(TRUNKS)}")
         contrast = self.task == "contrast"
         objective, out = (SupCon(), EMBEDDING) if contrast else (CrossEntropy(), network.num_classes)
-        if self.kind == "linear" and shape is None and (pooled := network.pooling(segment)) is not None:
+        if self.pool in ("token", "both"):
+            if self.kind not in ("linear", "0c2f"):
+                raise UserError(
+                    f"method.head.pool={self.pool}: kind={self.kind} sees the map; set kind=linear"
+                )
+            tokens, width = _tokens(self.pool, network, segment, shape)
+            trunk = nn.Sequential(tokens, TRUNKS[self.kind](Shape(width, 1, 1), out))
+            return TrunkHead(trunk, objective, self.kind, native=True)
+        own = self.kind == "linear" and self.pool == "auto"
+        if own and shape is None and (pooled := network.pooling(segment)) is not None:
             channels, names = pooled
             return PooledHead(
                 network.segments[segment], [nn.Linear(channels, out)], objective, names, self.kind
@@ -87,6 +101,8 @@ class Projection:
             the pooling; on the last segment, which none follows, there are none.
         dec_on_top: whether the last segment's head has the blocks too; LoCo doesn't say.
         expand: channels of a 1x1 convolution, with BatchNorm and ReLU, before the pooling.
+        pool: what of tokens the MLP sees: the class token ("token"), the mean of the patches ("avg"), or both; "auto":
+            what the network itself pools on the last segment (``network.args.global_pool``), on others the mean.
         layers: linear layers of the MLP; ``None`` takes what is published with the objective (``published.py``), as
             it does wherever it may stand.
         proj_hidden: width of the hidden layers; for InfoNCE and MoCo the channels that enter the pooling.
@@ -116,6 +132,7 @@ class Projection:
     dec_trunk: Literal["none", "next_stage", "full_network"] = "none"
     dec_on_top: bool = True
     expand: PositiveInt | None = None
+    pool: Pool = "auto"
     layers: PositiveInt | None = None
     proj_hidden: PositiveInt | None = None
     dim: PositiveInt | None = None
@@ -143,7 +160,7 @@ class Projection:
             shape: of the head's input; ``None`` means the segment's output.
 
         Raises:
-            UserError: a decoder block that these channels can't have.
+            UserError: a decoder block that these channels can't have; no class token, or convolutions before it.
         """
         from torch import nn
 
@@ -151,10 +168,20 @@ class Projection:
         from framework.local.trunks import mlp
         from framework.network.layers import GlobalAveragePool
         from framework.network.layouts import Mapped
+        from framework.network.pooling import TokenPooling
 
         blocks, channels = self._blocks(network, segment, shape or network.shapes[segment])
-        pooled = network.pooling(segment) if shape is None and not blocks else None
+        own = self.pool == "auto" and shape is None and not blocks
+        pooled = network.pooling(segment) if own else None
         channels = pooled[0] if pooled else channels
+        pooling: nn.Module = GlobalAveragePool()
+        if self.pool in ("token", "both"):
+            if blocks:
+                raise UserError(
+                    f"method.head.pool={self.pool}: a class token passes through no convolution; set "
+                    "method.head.conv_blocks=0 (and no dec_trunk or expand)"
+                )
+            pooling, channels = _tokens(self.pool, network, segment, shape)
         published = PUBLISHED[self.objective]
         hidden = self.proj_hidden or published.hidden or channels
         dim = self.dim or published.dim
@@ -175,8 +202,8 @@ class Projection:
                 predictor=predictor,
                 unscheduled=unscheduled,
             )
-        trunk = nn.Sequential(*blocks, GlobalAveragePool(), *layers)
-        native = any(isinstance(block, Mapped) for block in blocks)
+        trunk = nn.Sequential(*blocks, pooling, *layers)
+        native = any(isinstance(layer, Mapped | TokenPooling) for layer in trunk)
         return TrunkHead(trunk, objective, native=native, predictor=predictor, unscheduled=unscheduled)
 
     @property
@@ -243,3 +270,14 @@ class Projection:
 
         hidden = self.pred_hidden or published.pred_hidden or -(-dim // 4)
         return nn.Sequential(*mlp((dim, hidden, dim), self.pred_bn))
+
+
+def _tokens(pool: Pool, network: NetworkInfo, segment: int, shape: Shape | None) -> tuple[TokenPooling, int]:
+    """Pooling with the class token, and the width of what it gives."""
+    from framework.network.pooling import TokenPooling
+
+    found, channels = network.segments[segment], network.shapes[segment].channels
+    if shape is not None or not found.has_class_token:
+        where = "behind copies of later blocks" if shape is not None else f"in segment {found.name}"
+        raise UserError(f"method.head.pool={pool}: there is no class token {where}; must be auto or avg")
+    return TokenPooling(found.to_map, mean=pool == "both"), channels * (2 if pool == "both" else 1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from framework.config.method_options import SYNCHRONOUS, Execution
 from framework.local.averaging import Averaging
+from framework.local.masking import Masking
 from framework.local.needs import NOT_PROVIDED, Need
 from framework.runtime.errors import UserError
 
@@ -127,6 +128,7 @@ class Plan:
         feedback: what carries errors down through the layers of segments and heads: their own weights ("exact"), fixed
             random ones, or the signs of their own.
         noise: on the outputs of all segments in training, as a fraction of their standard deviation.
+        masking: patches that are dropped behind the first segment, in training.
 
     Raises:
         UserError: a window outside the network, a weight that is not positive, a unit that trains a segment
@@ -141,6 +143,7 @@ class Plan:
     execution: Execution = SYNCHRONOUS
     teacher: Averaging | None = None
     noise: float = 0.0
+    masking: Masking | None = None
     feedback: Literal["exact", "random", "sign"] = "exact"
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from framework.network import own
 from framework.network.segments import Cut, Segment, Shape, cut, output_shapes, outputs
 from framework.runtime.errors import UserError
 
-__all__ = ["Cut", "Segment", "Shape", "create", "cut", "output_shapes", "outputs"]
+__all__ = ["Cut", "Segment", "Shape", "create", "cut", "freeze", "output_shapes", "outputs"]
 
 
 def create(name: str, **arguments: Any) -> nn.Module:
@@ -53,6 +54,24 @@ def create(name: str, **arguments: Any) -> nn.Module:
         return make(**arguments)
     except Exception as error:  # whatever timm, its network or the user's file does with the arguments
         raise UserError(_refusal(name, arguments, error)) from error
+
+
+def freeze(network: nn.Module, names: Sequence[str]) -> None:
+    """Keep parameters from being trained.
+
+    Args:
+        network: of which.
+        names: dotted, of modules and parameters.
+
+    Raises:
+        UserError: there is none of a name.
+    """
+    for name in names:
+        below = [p for own, p in network.named_parameters() if own == name or own.startswith(f"{name}.")]
+        if not below:
+            raise UserError(f"network.freeze: {type(network).__name__} has no parameters under {name}")
+        for parameter in below:
+            parameter.requires_grad_(False)
 
 
 def _refusal(name: str, arguments: dict[str, Any], error: Exception) -> str:

@@ -73,6 +73,11 @@ def prefix_tokens(network: nn.Module) -> int:
     return found if isinstance(found, int) else 0
 
 
+def has_class_token(network: nn.Module) -> bool:
+    """Whether the first of its prefix tokens is a class token, and no register."""
+    return getattr(network, "cls_token", None) is not None
+
+
 def stage_ends(
     network: nn.Module, items: Sequence[str], blocks: Sequence[int]
 ) -> list[tuple[str, int]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from math import isqrt
 
 from torch import Tensor, nn
@@ -33,10 +33,19 @@ def from_channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def from_tokens(x: Tensor, prefix: int) -> Tensor:
-    """(N, prefix + side * side, C) -> (N, C, side, side), without the class and register tokens; a view."""
-    side = isqrt(x.shape[1] - prefix)
-    return x[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+@dataclass(frozen=True)
+class FromTokens:
+    """(N, prefix + side * side, C) -> (N, C, side, side), without the class and register tokens; a view.
+
+    Attributes:
+        prefix: number of those.
+    """
+
+    prefix: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        side = isqrt(x.shape[1] - self.prefix)
+        return x[:, self.prefix :].transpose(1, 2).unflatten(2, (side, side))
 
 
 def from_channels_first_tokens(x: Tensor) -> Tensor:
@@ -92,7 +101,7 @@ def _of_three(
                 length > count and isqrt(length - count) ** 2 == length - count for length in squares
             )
             if square and (large is not None or b in channels or a not in channels):
-                return partial(from_tokens, prefix=count)
+                return FromTokens(count)
     if grows in (None, [False, True]) and isqrt(b) ** 2 == b and (large is not None or a in channels):
         return from_channels_first_tokens
     return None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from framework.network.layouts import ToMap
 from framework.network.segments import Segment
 
 
@@ -36,6 +37,24 @@ class NetworkPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The segment's output in the network's layout -> (N, D)."""
         return features(self._segment[0], x)
+
+
+class TokenPooling(nn.Module):
+    """Class token, or that and the mean of the patches one behind the other.
+
+    Args:
+        to_map: takes the patches out of the network's layout.
+        mean: whether the mean is there.
+    """
+
+    def __init__(self, to_map: ToMap, mean: bool) -> None:
+        super().__init__()
+        self._to_map, self._mean = to_map, mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (N, prefix + L, C) -> (N, C), or (N, 2 C) with the mean."""
+        token = x[:, 0]
+        return torch.cat([token, self._to_map(x).mean((2, 3))], 1) if self._mean else token
 
 
 def own_pooling(segment: Segment, shape: tuple[int, ...]) -> tuple[int, tuple[str, ...]] | None:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from framework.network.anatomy import reported
+from framework.network.anatomy import has_class_token, reported
 from framework.network.glue import Calls, Glue
-from framework.network.layouts import ToMap, is_map
+from framework.network.layouts import FromTokens, ToMap, is_map
 from framework.network.partitions import PUBLISHED
 from framework.network.structure import Block, Stage, Steps, Structure, evenly, structure
 from framework.runtime.errors import UserError
@@ -90,6 +90,16 @@ class Segment:
         """Whether any of its children is in training mode."""
         modules = self.modules()
         return any(module.training for module in modules) if modules else self.backbone.training
+
+    @property
+    def prefix(self) -> int | None:
+        """Class and register tokens before the patches in its output; ``None`` where that is no sequence of tokens."""
+        return self.to_map.prefix if isinstance(self.to_map, FromTokens) else None
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token of its output is a class token."""
+        return bool(self.prefix) and has_class_token(self.backbone)
 
     def runs(self, training: bool) -> list[nn.Module]:
         """What it runs in order, in this mode."""

@@ -70,12 +70,14 @@ def build_optimizer(
     decay: Decay = "weights",
     constant: Collection[nn.Parameter] = (),
     constant_lr: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    layer_decay: float = 1.0,
 ) -> LARS | SGD | AdamW:
     """An optimizer over ``parameter_groups(net)``. The rate of scheduled groups is 0 until someone sets one.
 
     Args:
         net: the network, already sharded if FSDP2 is to shard it.
-        name: ``"lars"``, ``"sgd"`` or ``"adamw"`` (with PyTorch's betas, and decoupled decay).
+        name: ``"lars"``, ``"sgd"`` or ``"adamw"`` (with decoupled decay).
         momentum: lars and sgd.
         nesterov: sgd only.
         weight_decay: of weights.
@@ -83,11 +85,13 @@ def build_optimizer(
         decay: whether norm parameters and biases get weight decay too ("all"); see ``parameter_groups``.
         constant: parameters whose rate no schedule changes.
         constant_lr: their rate.
+        betas: adamw only.
+        layer_decay: factor of the learning rate from one layer to the one below; see ``rate_scales``.
 
     Raises:
-        UserError: another name, or ``nesterov`` with an optimizer that has none.
+        UserError: another name, ``nesterov`` with an optimizer that has none, or layers that can't be told.
     """
-    groups = parameter_groups(net, weight_decay, decay, constant)
+    groups = parameter_groups(net, weight_decay, decay, layer_decay, constant)
     for group in groups:
         group["lr"] = 0.0 if group["scheduled"] else constant_lr
     if nesterov and name != "sgd":
@@ -97,5 +101,5 @@ def build_optimizer(
     if name == "sgd":
         return SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
     if name == "adamw":
-        return AdamW(groups, lr=0.0)
+        return AdamW(groups, lr=0.0, betas=betas)
     raise UserError(f"optim.name={name}: must be one of lars, sgd, adamw")

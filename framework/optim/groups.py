@@ -1,11 +1,14 @@
-"""Which parameters weight decay and layer adaptation apply to."""
+"""Which parameters weight decay, layer adaptation and which part of the learning rate apply to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
+from timm.models._manipulate import group_with_matcher
 from torch import nn
+
+from framework.runtime.errors import UserError
 
 Decay = Literal["weights", "all"]
 
@@ -14,32 +17,70 @@ def parameter_groups(
     net: nn.Module,
     weight_decay: float,
     decay: Decay = "weights",
+    layer_decay: float = 1.0,
     constant: Collection[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """Two groups: weights; and parameters of at most one dimension or in ``exempt_parameters``.
 
     The second holds norm parameters, biases, position embeddings and the like. It gets neither weight decay nor
     LARS's adaptation (SimCLR's code), unless ``decay`` is "all" (MLAAN's code); ``group["adapt"]`` says
-    so. Of each, the parameters in ``constant`` are a group of their own, whose rate no schedule changes:
-    ``group["scheduled"]`` is false. Order inside a group is that of ``net.parameters()``. A group without parameters
-    is left out.
+    so. With ``layer_decay`` below 1 there are two for every layer, and ``group["lr_scale"]`` is the power of it that
+    multiplies the learning rate (``rate_scales``). Parameters in ``constant`` are in groups of their own, whose rate no
+    schedule changes: ``group["scheduled"]`` is false. Order inside a group is that of ``net.parameters()``. A group
+    without parameters is left out.
+
+    Raises:
+        UserError: the network doesn't say which layers it has.
     """
     exempt, constant = exempt_parameters(net), set(constant)
-    everything = decay == "all"
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [],
-            "weight_decay": weight_decay if weights or everything else 0.0,
-            "adapt": weights or everything,
-            "scheduled": scheduled,
-        }
-        for scheduled in (True, False)
-        for weights in (True, False)
-    ]
-    for p in net.parameters():
-        if p.requires_grad:
-            groups[2 * (p in constant) + (p.ndim <= 1 or p in exempt)]["params"].append(p)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    scales = rate_scales(net, layer_decay) if layer_decay < 1 else {}
+    kinds = {(p in constant, scales.get(p, 1.0)) for p in trained}
+    groups: list[dict[str, Any]] = []
+    for kind in sorted(kinds):
+        own = [p for p in trained if (p in constant, scales.get(p, 1.0)) == kind]
+        for weights in (True, False):
+            full = weights or decay == "all"
+            groups.append(
+                {
+                    "params": [p for p in own if (p.ndim > 1 and p not in exempt) == weights],
+                    "weight_decay": weight_decay if full else 0.0,
+                    "adapt": full,
+                    "scheduled": not kind[0],
+                    "lr_scale": kind[1],
+                }
+            )
     return [group for group in groups if group["params"]]
+
+
+def rate_scales(net: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
+    """Powers of ``layer_decay`` by parameter, as timm's ``param_groups_layer_decay`` has them (Clark et al. 2020).
+
+    Layers are those that timm's ``group_matcher`` names: stem, every block, what follows. Heads, wherever they are, are
+    in the last layer, as a classifier is, and their power is 0.
+
+    Args:
+        net: a ``LocalNetwork``, or a part of it that has ``rate_scales`` itself, because layers are counted over the
+            whole network.
+        layer_decay: above 0 and below 1.
+
+    Raises:
+        UserError: nothing in the network has a ``group_matcher``.
+    """
+    part: Callable[[float], dict[nn.Parameter, float]] | None = getattr(net, "rate_scales", None)
+    if part is not None:
+        return part(layer_decay)
+    backbones = (module for module in net.modules() if hasattr(module, "group_matcher"))
+    backbone = next((module for module in backbones if any(True for _ in module.parameters())), None)
+    if backbone is None:
+        raise UserError(
+            f"optim.layer_decay={layer_decay}: the network must say which layers it has, as timm's do (group_matcher)"
+        )
+    matcher: Any = backbone.group_matcher
+    head = ""  # which no pattern matches, so that it is in the last layer
+    named = [*backbone.named_parameters(), (head, None)]
+    layers: dict[str, int] = group_with_matcher(iter(named), matcher(), reverse=True)
+    return {p: layer_decay ** (layers[head] - layers[name]) for name, p in backbone.named_parameters()}
 
 
 def exempt_parameters(net: nn.Module) -> set[nn.Parameter]:

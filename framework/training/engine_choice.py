@@ -34,6 +34,8 @@ def build_engine(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Engine:
             weight_decay=optim.weight_decay,
             decay=optim.decay,
             trust=optim.trust,
+            betas=optim.betas,
+            layer_decay=optim.layer_decay,
             constant=net.constant_rate(),
             constant_lr=optim.lr,
         )

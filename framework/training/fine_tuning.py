@@ -49,7 +49,7 @@ def _protocol(run: Run, labels: float, from_scratch: bool) -> Recipe:
         resume="auto",
         data=replace(run.recipe.data, fraction=labels),
         method=Method("bp", bp.Options()),
-        network=replace(run.recipe.network, args=_arguments(run, from_scratch)),
+        network=replace(run.recipe.network, args=_arguments(run, from_scratch), freeze=[]),
         optim=Optim("sgd", nesterov=True, weight_decay=0.0, warmup_epochs=0.0),
         train=replace(run.recipe.train, epochs=epochs, accumulation=1, max_steps=None),
         pipeline=Pipeline(),

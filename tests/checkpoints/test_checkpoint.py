@@ -78,6 +78,7 @@ def load_error(case: Case, folder: Path) -> str:
         Case(method="loco", zero_stage=2),
         *slow([Case(method="loco", engine="fsdp", optimizer="adamw")]),
         *slow([Case(method="mlaan", precision="fp16", zero_stage=1, optimizer="sgd")]),
+        *slow([Case("mim", "block", "vit", "adamw", "ddp", options={"decoder_dim": 16, "decoder_heads": 2})]),
     ],
     ids=str,
 )

@@ -56,7 +56,14 @@ def load(tree: Tree) -> Recipe:
 def make_steps(recipe: Recipe) -> None:
     net = recipe_network(recipe, CLASSES)
     optim = recipe.optim
-    optimizer = build_optimizer(net, name=optim.name, nesterov=optim.nesterov, trust=optim.trust)
+    optimizer = build_optimizer(
+        net,
+        name=optim.name,
+        nesterov=optim.nesterov,
+        trust=optim.trust,
+        betas=optim.betas,
+        layer_decay=optim.layer_decay,
+    )
     images, size = recipe.train.batch_size, recipe.data.image_size
     for _ in range(2):
         x = torch.randn(images * net.plan.views, 3, size, size)

@@ -71,13 +71,33 @@ def test_k_is_the_papers(name: str) -> None:
 
 def test_the_contrastive_recipes_follow_the_papers_protocol() -> None:
     for name in NAMES:
-        if not re.search(r"^(loco|gim|simclr)_.*_\d+ep$", name):
+        if not re.search(r"^(loco|gim|simclr)_(r50|pr50|sh50)_\d+ep$", name):
             continue
         recipe = load(name)
         assert (recipe.optim.name, recipe.optim.lr, recipe.optim.warmup_epochs) == ("lars", 4.8, 10)
         assert (recipe.train.batch_size, recipe.network.sync_bn, recipe.views.kind) == (4096, True, "simclr")
         assert recipe.train.epochs == int(re.findall(r"_(\d+)ep$", name)[0])
         assert recipe.method.options.head.conv_blocks == (1 if recipe.method.name == "loco" else 0)
+
+
+def test_the_transformers_recipes_have_the_published_settings() -> None:
+    """MoCo v3's (its CONFIG.md) and MAE's (its PRETRAIN.md) for ViT; rates are for batches of 4096."""
+    found = {name: load(name) for name in ("loco_vits16_300ep", "mim_vitb16_800ep")}
+    optimizers = {
+        name: (o.name, o.lr, o.warmup_epochs, o.weight_decay, o.betas, o.decay)
+        for name, o in ((name, recipe.optim) for name, recipe in found.items())
+    }
+    assert optimizers == {
+        "loco_vits16_300ep": ("adamw", 1.5e-4 * 16, 40, 0.1, (0.9, 0.999), "weights"),
+        "mim_vitb16_800ep": ("adamw", 1.5e-4 * 16, 40, 0.05, (0.9, 0.95), "weights"),
+    }
+    assert {recipe.train.batch_size for recipe in found.values()} == {4096}
+    loco, mim = found.values()
+    head = loco.method.options.head
+    assert (head.objective, head.layers, head.temperature, head.pool) == ("mocov3", 3, 0.2, "token")
+    assert loco.network.freeze == ["patch_embed"] and loco.network.args["num_heads"] == 12
+    assert loco.views.area == (0.08, 1.0) and (loco.train.epochs, mim.train.epochs) == (300, 800)
+    assert mim.method.options.masked == 0.75 and mim.views.area == (0.2, 1.0)
 
 
 EXPECTED = {
@@ -146,7 +166,11 @@ STATED = {
     "svhn/infoprostar_r32_k8_svhn": {"schedule", "updates", "copies", "contrast"},
     "mlaan_r34": {"precision", "resizing", "gradients", "copies", "heads", "start"},
     "mlaan_r101": {"precision", "resizing", "gradients", "copies"},
+    "loco_vits16_300ep": {"decay", "positions", "last norms", "precision"},
+    "mim_vitb16_800ep": {"positions", "start"},
 }
+#: without an override that follows it
+NOT_FOLLOWED = ("resizing", "gradients", "positions", "last norms", "start")
 
 
 @pytest.mark.parametrize("name", STATED)
@@ -155,7 +179,7 @@ def test_a_recipe_states_where_the_authors_code_differs(name: str) -> None:
     found = deviations(name)
     assert set(found) == STATED[name]
     for topic, overrides in found.items():
-        assert topic in ("resizing", "gradients") or load(name, *overrides) != load(name), topic
+        assert topic in NOT_FOLLOWED or load(name, *overrides) != load(name), topic
 
 
 def test_padding_is_the_codes() -> None:

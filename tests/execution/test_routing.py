@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from framework.cost.activations import LiveActivations
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
+from framework.execution.masks import visible_tokens
 from framework.execution.naive import naive_gradients
 from framework.execution.precision import GROWTH_INTERVAL, START, LossScales
 from framework.local import Classifier, LocalUnit, NetworkInfo, Plan
@@ -118,20 +119,22 @@ def test_peak_activations_equal_the_widest_windows(case: str) -> None:
     with LiveActivations([*net.parameters(), *net.buffers(), data.images]) as routed:
         net(data).loss.backward()
     assert routed.now == 0
-    seen = networks.taught_by(net, data)
+    seen = networks.taught_by(net, net.masked(data))
     assert routed.peak == max(_alone(net, unit, seen[unit.head]) for unit in net.plan.units)
 
 
 def _alone(net: LocalNetwork, unit: LocalUnit, data: Batch) -> int:
     x = net.first_input(data)
     with torch.no_grad():
-        for segment in net.segments[: unit.first]:
+        for s, segment in enumerate(net.segments[: unit.first]):
             x = segment(x)
+            x = visible_tokens(x, data, net.plan.masking) if s == 0 else x
     ignored = [data.images] if unit.first == 0 else []
     with LiveActivations([*net.parameters(), *net.buffers(), *ignored]) as live:
         for s in range(unit.first, unit.last + 1):
             x = net.segments[s](x)
             x = x if net.noise is None else net.noise.on(x, s)
+            x = visible_tokens(x, data, net.plan.masking) if s == 0 else x
         torch.autograd.grad(unit.head(x, data), list(unit.head.parameters()))
     return live.peak
 

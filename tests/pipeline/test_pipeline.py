@@ -42,6 +42,7 @@ QUICK = [
     Run("bp", 4, 4),
     Run("lam", 4, 1, steps=5),
     Run("loco-moco", 2, 2),
+    Run("mim", 2, 2),
 ]
 SPLIT = [
     case for case in networks.CASES if case not in ("loco-soft", "mlaan-after", "dfa")
@@ -57,6 +58,8 @@ GRIDS = [
     Run("loco-moco", 3, 2, replicas=2),
     Run("gim-byol", 2, 2, replicas=2),
     Run("simclr-mocov3", 2, 2, replicas=2),
+    Run("mim", 2, 2, replicas=2),
+    Run("mim", 2, 1, replicas=2, bounds=(0, 1, 5)),  # the stem alone
 ]
 
 
@@ -80,11 +83,25 @@ def test_grids_of_stages_and_replicas_equal_one_process(pool: PoolOf, run: Run) 
     assert worst(pool, run) < 1e-10
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_what_takes_no_decay_takes_none_in_stages(pool: PoolOf, name: str, optimizer: str) -> None:
-    """Class tokens, position embeddings and tables of relative positions; nor LARS's adaptation."""
-    run = Run("dgl", 2, 2, network=name, optimizer=optimizer)
+@pytest.mark.parametrize(
+    ("name", "optimizer", "layer_decay"),
+    [
+        ("vit", "sgd", 1.0),
+        ("vit", "lars", 1.0),
+        ("vit", "adamw", 0.5),
+        ("swin", "sgd", 1.0),
+        ("swin", "lars", 0.5),
+        *slow([("vit", "lars", 0.5), ("swin", "adamw", 0.5), ("vit", "adamw", 1.0)]),
+    ],
+)
+def test_what_takes_no_decay_takes_none_in_stages(
+    pool: PoolOf, name: str, optimizer: str, layer_decay: float
+) -> None:
+    """Class tokens, position embeddings and tables of relative positions; nor LARS's adaptation.
+
+    Layers are counted over the whole network, whatever a stage has of it.
+    """
+    run = Run("dgl", 2, 2, network=name, optimizer=optimizer, layer_decay=layer_decay)
     net = network(run)
     assert exempt_parameters(net) and all(p.ndim > 1 for p in exempt_parameters(net))
     assert worst(pool, run) < 1e-10

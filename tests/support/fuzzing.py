@@ -118,16 +118,23 @@ LAM_BLOCKS: list[Tree] = [
 CONTRASTIVE: dict[str, Tree] = {
     name: {"proj_hidden": 16, "dim": 8} for name in ("simclr", "gim", "loco", "blockwise")
 }
+#: MAE's decoder is 512 wide.
+SMALL_DECODER: Tree = {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}
 DICTIONARIES = {"network.args": NETWORK_ARGS, "deepspeed": DEEPSPEED}
 CUTS = ["stage", "block", 1, 2, 3, 4, 5, 8, 16, 99, [], ["layer2"], ["layer1.0", "layer2.0"], ["nonsense"]]
 SIZES = (1, 4, 8, 16, 20, 28, 32, 33, 36, 64)
 CHOSEN: dict[str, list[Any]] = {
     "network.cut": CUTS,
+    "network.freeze": [[], ["patch_embed"], ["conv1"], ["blocks.0"], ["layer1"], ["nonsense"]],
     "method.lam_blocks": LAM_BLOCKS,
     "data.image_size": list(SIZES),
     "method.unit_loss_weights": [[], [1.0], [1.0, 0.5, 2.0], [1, 1, 1, 1]],
     "method.window": [0, 1, 2, 3, 9],
     "method.share_blocks": [None, 0, 1, 2, 3],
+    "method.decoder_depth": [0, 1, 2],
+    "method.decoder_dim": [8, 16, 18, 0],
+    "method.decoder_heads": [1, 2, 3],
+    "method.masked": [0.0, 0.5, 0.75, 0.99, 1.0],
     "method.head.proj_hidden": [1, 8, 16],
     "method.head.dim": [1, 8],
     "train.batch_size": [1, 2, 3, 4, 6],
@@ -249,6 +256,9 @@ def recipes(draw: st.DrawFn, large: bool = False, most_keys: int = 6) -> Tree:
         tree["network"]["args"]["img_size"] = tree["data"]["image_size"]
     if method in CONTRASTIVE:
         tree["method"]["head"] = dict(CONTRASTIVE[method])
+    if method == "mim":
+        tree["method"] |= SMALL_DECODER
+        tree["network"]["stem_as_module"] = True
     kinds = fields(Recipe) | fields(methods.load(method).Options, "method.")
     own = [key for key in kinds if key.startswith(("method.", "network."))]
     names = st.sampled_from(own) | st.sampled_from(sorted(kinds))
@@ -278,6 +288,9 @@ def run_recipes(draw: st.DrawFn, most_keys: int = 6) -> Tree:
         tree["network"]["args"] |= {"img_size": size, "patch_size": 4}
     if method in CONTRASTIVE:
         tree["method"]["head"] = dict(CONTRASTIVE[method])
+    if method == "mim":
+        tree["method"] |= SMALL_DECODER
+        tree["network"]["stem_as_module"] = True
     kinds = {key: kind for key, kind in fields(Recipe).items() if not key.startswith("network.args")}
     kinds |= fields(methods.load(method).Options, "method.")
     for key in draw(st.lists(st.sampled_from(sorted(kinds)), max_size=most_keys, unique=True)):

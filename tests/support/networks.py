@@ -14,12 +14,28 @@ from framework.execution import LocalNetwork
 from framework.local import NetworkInfo
 from framework.local.head import Head
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import blockwise, dgl, gim, infopro, loco, mlaan, scpl, sign, simclr
+from framework.local.methods import blockwise, dgl, gim, infopro, loco, mim, mlaan, scpl, sign, simclr
 from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
 from framework.network import create, cut
 
 CLASSES = 10
+
+#: label -> timm's name, arguments besides the side of the images
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit_tiny_patch16_224", {"patch_size": 4, "depth": 4, "embed_dim": 24, "num_heads": 2}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"window_size": 2, "depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16},
+    ),
+}
+
+
+def transformer(label: str, image_size: int, **arguments: Any) -> nn.Module:
+    """A small transformer, always with the same weights."""
+    name, small = TRANSFORMERS[label]
+    torch.manual_seed(0)
+    return create(name, img_size=image_size, **small, **arguments)
 
 
 def taught(objective: Any) -> Projection:
@@ -97,6 +113,11 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "sign-2": ("sign", sign.Options(window=2), "block"),
     "dfa": ("dfa", None, "block"),
     "scpl": ("scpl", scpl.Options(proj_hidden=16, dim=8), "stage"),
+    "mim": (
+        "mim",
+        mim.Options(decoder_depth=1, decoder_dim=16, decoder_heads=2),
+        "block",
+    ),  # on the small ViT
     "auglocal": ("auglocal", None, "block"),
     "hpff": ("hpff", None, "block"),
     "man": ("man", None, "block"),
@@ -126,6 +147,7 @@ GOLDEN = (
     "sign-2",
     "dfa",
     "scpl",
+    "mim",
     "auglocal",
     "hpff",
     "man",
@@ -137,6 +159,8 @@ def network(
 ) -> LocalNetwork:
     """The network of a case in training mode."""
     method, options, cut = CASES[case]
+    if method == "mim":
+        name, arguments = transformer("vit", image_size), {"stem_as_module": True, **arguments}
     torch.manual_seed(seed)
     return local_network(
         name, method, options, image_size=image_size, num_classes=CLASSES, cut=cut, **arguments

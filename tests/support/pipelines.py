@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from framework.config.recipe import Pipeline
 from framework.data.batch import Batch
-from framework.engines.base import EngineSettings, marked
+from framework.engines.base import EngineSettings, marked, set_learning_rate
 from framework.execution import LocalNetwork
-from framework.network import create
 from framework.optim import build_optimizer
 from framework.pipeline.engine import PipelinedEngine
 from framework.pipeline.scheduling.placement import Placement, balanced
@@ -24,22 +23,13 @@ from tests.support import networks
 RATES = (0.02, 0.01, 0.03)
 IMAGES, SIZE = 8, 16
 
-#: label -> timm's name, arguments
-TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit": (
-        "vit_tiny_patch16_224",
-        {"img_size": SIZE, "patch_size": 4, "depth": 4, "embed_dim": 24, "num_heads": 2},
-    ),
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        {"img_size": SIZE, "window_size": 2, "depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16},
-    ),
-}
-
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained: a case of ``networks``, and in which pieces. ``network`` is ResNet-14 or of ``TRANSFORMERS``."""
+    """What is trained: a case of ``networks``, and in which pieces.
+
+    ``network`` is ResNet-14 or one of ``networks.TRANSFORMERS``.
+    """
 
     case: str
     stages: int = 2
@@ -49,6 +39,7 @@ class Run:
     zero_stage: int = 0
     optimizer: str = "sgd"
     clip: float = 0.0
+    layer_decay: float = 1.0
     dtype: str = "float64"
     precision: str = "fp32"
     bounds: tuple[int, ...] | None = None
@@ -77,10 +68,8 @@ class Outcome(NamedTuple):
 
 def network(run: Run) -> LocalNetwork:
     backbone: str | nn.Module = run.network
-    if run.network in TRANSFORMERS:
-        torch.manual_seed(0)
-        name, arguments = TRANSFORMERS[run.network]
-        backbone = create(name, **arguments)
+    if run.network in networks.TRANSFORMERS:
+        backbone = networks.transformer(run.network, SIZE)
     net = networks.network(run.case, backbone, image_size=SIZE, precision=run.precision, sync_bn=True)
     if net.scales is not None:
         net.scales.scale.mul_(2.0**-8)  # as after some steps: at first they may overflow
@@ -106,7 +95,9 @@ def micro_batches(run: Run, net: LocalNetwork, step: int, part: int = 0, parts: 
 
 def factory(run: Run) -> partial[Any]:
     trust = {"trust": 0.02} if run.optimizer == "lars" else {}
-    return partial(build_optimizer, name=run.optimizer, weight_decay=1e-3, **trust)
+    return partial(
+        build_optimizer, name=run.optimizer, weight_decay=1e-3, layer_decay=run.layer_decay, **trust
+    )
 
 
 def rate(run: Run, step: int) -> float:
@@ -127,8 +118,7 @@ def alone(run: Run) -> Outcome:
             outputs.append(output.unit_losses)
         if run.clip:
             nn.utils.clip_grad_norm_(net.parameters(), run.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(run, step)
+        set_learning_rate(optimizer, rate(run, step))
         optimizer.step()
         optimizer.zero_grad()
         history.append(torch.stack(outputs).mean(0))

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from framework import engines
 from framework.data.batch import Batch
-from framework.engines.base import EngineSettings, marked
+from framework.engines.base import EngineSettings, marked, set_learning_rate
 from framework.execution import StepOutput
 from framework.local import methods
 from framework.model import local_network
 from framework.optim import build_optimizer
 from framework.runtime.distributed import is_main, rank, world_size
+from tests.support import networks
 
 BASE_LR = {"lars": 0.5, "sgd": 0.002, "adamw": 0.0005}
 IMAGES, SIZE, CLASSES = 16, 16, 4
@@ -30,15 +31,19 @@ SHORT = {"mlaan": {"window": 2}}  # ResNet-8 has three segments
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and with what. ``method`` is a local method with ``options``, or "dyadic"."""
+    """What is trained, and with what. ``method`` is a local method with ``options``, or "dyadic"; ``network`` is one of
+    ``networks.TRANSFORMERS`` or timm's.
+    """
 
     method: str = "dyadic"
     cut: str = "stage"
+    network: str = "resnet8"
     optimizer: str = "lars"
     engine: str = "deepspeed"
     zero_stage: int = 1
     accumulation: int = 1
     clip: float = 0.0
+    layer_decay: float = 1.0
     steps: int = 3
     dtype: str = "float32"
     precision: str = "fp32"
@@ -92,14 +97,20 @@ class Dyadic(nn.Module):
 def network(case: Case) -> Any:
     if case.method == "dyadic":
         return Dyadic()
+    backbone: str | nn.Module = case.network
+    if (
+        case.network in networks.TRANSFORMERS
+    ):  # the bias of keys has no gradient, and AdamW would follow its rounding
+        backbone = networks.transformer(case.network, SIZE, qkv_bias=False, drop_path_rate=0.0)
     torch.manual_seed(0)
     net = local_network(
-        "resnet8",
+        backbone,
         case.method,
         methods.load(case.method).Options(**SHORT.get(case.method, {}) | case.options),
         image_size=SIZE,
         num_classes=CLASSES,
         cut=case.cut,
+        stem_as_module=case.method == "mim",
         precision=case.precision,
         sync_bn=True,
     )
@@ -125,7 +136,9 @@ def micro_batches(case: Case, step: int, part: int = 0, parts: int = 1) -> list[
 
 
 def optimizer_factory(case: Case) -> partial[Any]:
-    return partial(build_optimizer, name=case.optimizer, weight_decay=WEIGHT_DECAY)
+    return partial(
+        build_optimizer, name=case.optimizer, weight_decay=WEIGHT_DECAY, layer_decay=case.layer_decay
+    )
 
 
 def learning_rate(case: Case, step: int) -> float:
@@ -138,6 +151,7 @@ def plain(case: Case, steps: range | None = None) -> Run:
     optimizer = optimizer_factory(case)(net)
     losses = []
     for step in steps or range(case.steps):
+        torch.manual_seed(step)  # of masks, as runs set it
         outputs = []
         for batch in marked(micro_batches(case, step)):
             output = net(batch)
@@ -145,8 +159,7 @@ def plain(case: Case, steps: range | None = None) -> Run:
             outputs.append(output.unit_losses)
         if case.clip:
             nn.utils.clip_grad_norm_(net.parameters(), case.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(case, step)
+        set_learning_rate(optimizer, learning_rate(case, step))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(torch.stack(outputs).mean(0))
@@ -171,6 +184,7 @@ def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:
     """Run steps; their unit losses (steps, U)."""
     results = []
     for step in steps:
+        torch.manual_seed(step)
         batches = micro_batches(case, step, rank(), world_size())
         results.append(engine.step(batches, learning_rate(case, step)).unit_losses)
     return torch.stack(results) if results else torch.empty(0)

@@ -13,7 +13,7 @@ from torch import nn
 from framework.execution import LocalNetwork
 from framework.local.units import LocalUnit
 from framework.network import Segment
-from framework.optim.groups import exempt_parameters
+from framework.optim.groups import exempt_parameters, rate_scales
 from framework.pipeline.scheduling.placement import Placement
 
 
@@ -45,6 +45,7 @@ class Stage(PipelineModule):
     def __init__(self, net: LocalNetwork, placement: Placement, replicas: int) -> None:
         self.bounds = placement.bounds
         self._exempt = exempt_parameters(net)
+        self._net = (net,)  # a tuple is not registered
         layers = [
             _Layer(segment, [unit for unit in net.plan.units if unit.last == s])
             for s, segment in enumerate(net.segments)
@@ -60,6 +61,10 @@ class Stage(PipelineModule):
     def no_weight_decay(self) -> set[str]:
         """Names, in this module, of parameters that the network exempts; its backbone is no part of this module."""
         return {name for name, parameter in self.named_parameters() if parameter in self._exempt}
+
+    def rate_scales(self, layer_decay: float) -> dict[nn.Parameter, float]:
+        """Those of the whole network's layers."""
+        return rate_scales(self._net[0], layer_decay)
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         """Process groups of this rank that DeepSpeed made for the grid."""

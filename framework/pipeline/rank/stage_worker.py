@@ -14,6 +14,7 @@ from framework.data.batch import Batch
 from framework.engines.base import numbers_of
 from framework.execution import LocalNetwork
 from framework.execution.local_network import add_gradients
+from framework.execution.masks import Masks
 from framework.execution.noise import Noise
 from framework.execution.step import RoutedStep
 from framework.execution.teacher import TeacherPass
@@ -61,6 +62,7 @@ class StageWorker:
         self._x = torch.empty(0)  # output of the segment run last
         self.hopeless: tuple[int, ...] = ()
         self._noise: Noise | None = None
+        self._masks: Masks | None = None
         self._connect()
         self._reset([])
 
@@ -71,6 +73,7 @@ class StageWorker:
         for head in self.readers.local[self.stage]:
             head.after_step(self.net.segments, self.net.taken)
         self._noise = Noise.next(self.net.plan.noise, self._noise)
+        self._masks = Masks.next(self.net.plan.masking, self._masks)
         self._reset(micro_batches)
 
     def _reset(self, micro_batches: list[Batch]) -> None:
@@ -232,6 +235,9 @@ class StageWorker:
 
     def _begin(self, micro_batch: int, batch: Batch, x: Tensor, teacher: TeacherPass | None) -> None:
         noise = self._noise.of(micro_batch) if self._noise is not None else None
+        if self._masks is not None:
+            with distributed.replicas(self.replicas):
+                batch = self._masks.of(micro_batch).on(batch)
         self._live[micro_batch] = RoutedStep(self.net.program, batch, self.span, self._scales, teacher, noise)
         self._x = x
 
