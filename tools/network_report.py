@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
-import subprocess
+import multiprocessing
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
 COLUMNS = (
-    *("network", "parameters_millions", "image_size", "cut_seconds", "stages", "blocks"),
+    *("network", "parameters_millions", "image_size", "cut_seconds", "stages", "blocks", "memory_size"),
     *("saving_gim", "saving_loco", "saving_dgl", "saving_mlaan", "faults", "reason"),
 )
 
@@ -46,13 +46,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", metavar="NAME", help="timm's names")
     parser.add_argument("--csv", type=Path, default=Path("runs/networks/networks.csv"), help="where rows go")
     parser.add_argument("--seconds", type=float, default=600.0, help="limit for one network; default: 600")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        from framework.analysis.network_checks import check
-
-        print(json.dumps(check(arguments.one)))
-        return
     rows = _read(arguments.csv)
     names = arguments.networks or list(REPRESENTATIVES)
     for name in track([name for name in names if name not in rows], "networks"):
@@ -66,16 +60,33 @@ def main() -> None:
 
 
 def _in_a_process(name: str, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", name]
+    """The row, or what is known of a process that has died or took too long."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["framework.analysis.network_checks"])  # imported once for all
+    ours, theirs = processes.Pipe(duplex=False)
+    process = processes.Process(target=_send, args=(name, theirs))
+    process.start()
+    theirs.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"network": name, "faults": f"did not end within {seconds:g} s"}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        return {"network": name, "faults": lines[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+        if not ours.poll(seconds):
+            return {"network": name, "reason": "", "faults": f"did not end within {seconds:g} s"}
+        found: dict[str, Any] = ours.recv()
+        return found
+    except EOFError:
+        process.join()
+        return {"network": name, "reason": "", "faults": f"its process died with status {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(name: str, to: Connection) -> None:
+    from framework.analysis.network_checks import check
+
+    try:
+        to.send(check(name))
+    except Exception as error:  # whatever a network does
+        to.send({"network": name, "reason": "", "faults": f"{type(error).__name__}: {error}"})
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -120,19 +120,23 @@ def _found(network: nn.Module, image_size: int | None, counts: Counts, opened: O
 
 
 def image_side(network: nn.Module, sides: Sequence[int]) -> int:
-    """The first of these sides of images that the network takes.
+    """The first of these sides of images with which the network can be cut.
 
     Raises:
-        UserError: none.
+        UserError: there is none; says why.
     """
+    failed = UserError(f"{type(network).__name__} takes no images with a side of {sides[0]} to {sides[-1]}")
     for side in sides:
         try:
+            _record(network, side, True, anatomy.is_sequence)
             structure(network, side)
+        except Untraceable:
+            continue
         except UserError as error:
-            last = error
+            failed = error
         else:
             return side
-    raise last
+    raise failed
 
 
 def run_features(network: nn.Module, images: Tensor) -> Any:
