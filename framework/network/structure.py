@@ -3,7 +3,7 @@
 Blocks are the numbered children of its lists and stages (``layer2.0``, ``blocks.3``); what stands before a block, such
 as a downsampling, belongs to it. One segment may end where another begins only if one tensor passes between them, which
 nothing changes in place afterwards, whose layout is known, and no parameter serves on both sides. Training and
-evaluation are recorded apart, and may differ.
+evaluation are recorded apart, and may differ. Where two tensors pass between all blocks, they are packed into one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from framework.network import anatomy
 from framework.network.chain import Step
 from framework.network.layouts import ToMap, is_map
-from framework.network.pieces import Counts, Pieces, chain_of, steps
+from framework.network.pieces import Opened, Pieces, Rule, chain_of, steps
 from framework.network.tracing import Trace, Untraceable, trace
 from framework.runtime.errors import UserError
-
-Opened = Callable[[nn.Module], bool]
 
 #: sides of images that are tried where nobody says which the network takes
 SIDES = (224, 256, 64, 32, 384, 448, 128, 96, 192, 288, 320, 512)
@@ -93,7 +91,7 @@ def structure(network: nn.Module, image_size: int | None = None) -> Structure:
     if any(isinstance(module, PatchDropout) and module.prob > 0 for module in network.modules()):
         raise UserError("network.args.patch_drop_rate: heads read the whole map, so no patch may be dropped")
     try:
-        return _found(network, image_size, anatomy.is_block, anatomy.is_sequence)
+        return _found(network, image_size)
     except Untraceable as error:
         if image_size is not None:
             structure(network)  # fails if it is not for the size
@@ -108,15 +106,30 @@ def structure(network: nn.Module, image_size: int | None = None) -> Structure:
         raise UserError(f"{type(network).__name__} can't be cut into segments: {error}") from error
 
 
-def _found(network: nn.Module, image_size: int | None, counts: Counts, opened: Opened) -> Structure:
-    """The structure by the blocks that ``counts`` finds; if there are none, by single layers."""
-    training, side = _recorded(network, image_size, opened)
-    evaluation = _record(network, side, False, opened)
-    larger = _larger(network, side, evaluation, opened)
-    modes = [Pieces(chain_of(network, found, counts), larger) for found in (training, evaluation)]
-    if counts is anatomy.is_block and any(len(mode.cuts) < 2 for mode in modes):
-        return _found(network, image_size, anatomy.is_layer, anatomy.is_composite)
-    return _structure(modes[0], modes[1])
+def _found(network: nn.Module, image_size: int | None) -> Structure:
+    """The structure by numbered blocks; else by single layers; else by blocks between which two tensors pass."""
+    modes, side = _modes(network, image_size, Rule(anatomy.is_block, anatomy.is_sequence))
+    if all(len(mode.cuts) >= 2 for mode in modes):
+        return _structure(*modes)
+    try:
+        return _structure(*_modes(network, side, Rule(anatomy.is_layer, anatomy.is_composite))[0])
+    except Untraceable as error:
+        # Inside these it shows what depends on the images; positions don't.
+        several = {network.get_submodule(path) for mode in modes for path in mode.chain.trace.several()}
+        rule = Rule(anatomy.is_block, lambda m: anatomy.is_sequence(m) or m in several, tensors=2)
+        try:
+            return _structure(*_modes(network, side, rule)[0])
+        except Untraceable:
+            raise error from None
+
+
+def _modes(network: nn.Module, image_size: int | None, rule: Rule) -> tuple[tuple[Pieces, Pieces], int]:
+    """The network in training and in evaluation, and the side of the images that were recorded."""
+    training, side = _recorded(network, image_size, rule.opened)
+    evaluation = _record(network, side, False, rule.opened)
+    larger = _larger(network, side, evaluation, rule.opened)
+    pieces = [Pieces(chain_of(network, found, rule), larger) for found in (training, evaluation)]
+    return (pieces[0], pieces[1]), side
 
 
 def image_side(network: nn.Module, sides: Sequence[int]) -> int:
@@ -181,7 +194,7 @@ def _structure(training: Pieces, evaluation: Pieces) -> Structure:
     names = [name for name in training.cuts if name in evaluation.cuts]
     if not names or (len(names) == 1 and anatomy.has_blocks(training.network)):
         raise Untraceable(
-            "more than one tensor passes between its blocks, or one of unknown layout, or they share parameters"
+            "more than two tensors pass between its blocks, or one of unknown layout, or they share parameters"
         )
     both = []
     for mode in (training, evaluation):

@@ -76,6 +76,15 @@ class Trace:
     changed: frozenset[int]
     dependent: frozenset[int]
 
+    def several(self) -> Iterator[str]:
+        """Names of the modules that return several tensors."""
+        nodes = list(self.nodes)
+        while nodes:
+            node = nodes.pop()
+            nodes += node.inner
+            if node.kind == "module" and len(node.defines) > 1:
+                yield node.target
+
 
 class Untraceable(Exception):
     """Says why the network can't be recorded."""
