@@ -9,7 +9,7 @@ from torch import nn
 
 from framework.network import glue
 from framework.network.glue import Calls
-from framework.network.tracing import Node, Trace
+from framework.network.records import Node, Trace
 from framework.network.values import Own, Value, leaves
 
 #: a step of a segment: a child of the network by its dotted name, or what stands between children

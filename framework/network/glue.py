@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from framework.network.packing import columns, of_one_image, pack, unpack
-from framework.network.tracing import Node, Trace
+from framework.network.records import Node, Trace
 from framework.network.values import BATCH, Computed, Given, Like, Own, Size, TracedInt, Value, leaves, mapped
 from framework.runtime.errors import UserError
 

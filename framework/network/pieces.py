@@ -14,7 +14,7 @@ from framework.network import anatomy
 from framework.network.chain import Alive, Chain, Step, alive
 from framework.network.layouts import ToMap, from_unordered_tokens, layout
 from framework.network.packing import columns, from_packed, of_one_image
-from framework.network.tracing import Node, Trace
+from framework.network.records import Node, Trace
 from framework.network.values import BATCH, Value, leaves
 
 Opened = Callable[[nn.Module], bool]

@@ -19,7 +19,8 @@ from framework.network import anatomy
 from framework.network.chain import Step
 from framework.network.layouts import ToMap, is_map
 from framework.network.pieces import Opened, Pieces, Rule, chain_of, steps
-from framework.network.tracing import Trace, Untraceable, trace
+from framework.network.records import Trace
+from framework.network.tracing import Untraceable, trace
 from framework.runtime.errors import UserError
 
 #: sides of images that are tried where nobody says which the network takes
@@ -97,7 +98,7 @@ def structure(network: nn.Module, image_size: int | None = None) -> Structure:
             structure(network)  # fails if it is not for the size
             hint = (
                 f" Set network.args.img_size={image_size}."
-                if isinstance(error.__cause__, AssertionError)
+                if isinstance(error.__cause__, AssertionError) and "divisible" not in str(error)
                 else ""
             )
             raise UserError(
