@@ -41,7 +41,8 @@ def check(name: str) -> dict[str, Any]:
         name: timm's.
 
     Returns:
-        A row of the table; ``reason`` says why a network can't be cut, ``faults`` what is wrong with one that is.
+        A row of the table; ``reason`` says why it can't be cut, or which methods have no heads for it by default,
+        ``faults`` what is wrong with what was cut.
     """
     row: dict[str, Any] = {"network": name, "reason": "", "faults": ""}
     torch.manual_seed(0)
@@ -58,8 +59,36 @@ def check(name: str) -> dict[str, Any]:
     faults = _unequal(network, parts, side)
     info = NetworkInfo.of(parts["stage"], side, CLASSES)
     faults += _features(_planned(info, "bp"), side)
-    faults += [f"{method}: {fault}" for method in METHODS for fault in _training(info, method, side)]
-    return {**row, **_savings(usual, side), "faults": "; ".join(faults)}
+    refused = {}
+    for method in METHODS:
+        try:
+            faults += [f"{method}: {fault}" for fault in _training(_planned(info, method), side)]
+        except UserError as error:
+            refused[method] = f"{method}: {error}"
+    row |= {"reason": "; ".join(refused.values()), "faults": "; ".join(faults)}
+    return row | _savings(usual, side, [method for method in METHODS if method not in refused])
+
+
+def cut_only(name: str) -> dict[str, Any]:
+    """Whether a timm network can be cut at block, for images of its usual size: nothing is computed, nothing compared.
+
+    Args:
+        name: timm's.
+
+    Returns:
+        A row of the table without what needs computing.
+    """
+    row: dict[str, Any] = {"network": name, "reason": "", "faults": ""}
+    with torch.device("meta"):
+        network = create(name)
+    row["parameters_millions"] = round(sum(p.numel() for p in network.parameters()) / 1e6, 2)
+    start = time.process_time()
+    try:
+        segments = cut(network, "block")
+    except UserError as error:
+        return {**row, "reason": str(error)}
+    row["cut_seconds"] = round(time.process_time() - start, 2)
+    return {**row, "stages": len(segments[-1].stages), "blocks": len(segments)}
 
 
 def _for_small_images(name: str, usual: nn.Module) -> tuple[nn.Module, int]:
@@ -74,15 +103,14 @@ def _for_small_images(name: str, usual: nn.Module) -> tuple[nn.Module, int]:
     return usual, side
 
 
-def _savings(network: nn.Module, side: int) -> dict[str, Any]:
+def _savings(network: nn.Module, side: int, names: list[str]) -> dict[str, Any]:
     """How many times less memory activations take than with one loss on top, for images as the network was made for."""
     usual = (getattr(network, "pretrained_cfg", None) or {}).get("input_size", (3, side, side))[-1]
     side = image_side(network, (usual, side))
     info = NetworkInfo.of(cut(network, "stage", image_size=side), side, CLASSES)
-    peaks = {
-        name: peak_of(_planned(info, name).train(), IMAGES, side) for name in {*METHODS, *METHODS.values()}
-    }
-    savings = {f"saving_{name}": round(peaks[whole] / peaks[name], 2) for name, whole in METHODS.items()}
+    wanted = {*names, *(METHODS[name] for name in names)}
+    peaks = {name: peak_of(_planned(info, name).train(), IMAGES, side) for name in wanted}
+    savings = {f"saving_{name}": round(peaks[METHODS[name]] / peaks[name], 2) for name in names}
     return {"memory_size": side, **savings}
 
 
@@ -130,12 +158,8 @@ def _features(net: LocalNetwork, side: int) -> list[str]:
     return [] if _error(found, expected) < 1e-5 else [f"features differ by {_error(found, expected):.1e}"]
 
 
-def _training(info: NetworkInfo, method: str, side: int) -> list[str]:
+def _training(net: LocalNetwork, side: int) -> list[str]:
     """A step: finite, every weight gets a gradient, and in float64 it is the definition's."""
-    try:
-        net = _planned(info, method)
-    except UserError as error:
-        return [str(error)]
     small = sum(p.numel() for p in net.backbone.parameters()) <= LARGE
     net = (net.double() if small else net).train()
     batch = _batch(net, side)

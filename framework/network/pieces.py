@@ -17,7 +17,7 @@ from framework.network.packing import columns, from_packed, of_one_image
 from framework.network.records import Node, Trace
 from framework.network.values import BATCH, Value, leaves
 
-Opened = Callable[[nn.Module], bool]
+Opened = Callable[[str, nn.Module], bool]
 
 
 class Rule(NamedTuple):
@@ -25,7 +25,7 @@ class Rule(NamedTuple):
 
     Attributes:
         counts: whether a module of this name is a block.
-        opened: whether the calls inside a module are recorded.
+        opened: whether the calls inside a module of this name are recorded.
         tensors: how many may pass between blocks.
     """
 
@@ -171,14 +171,16 @@ def _opened(
     if not node.dependent:
         makers.update(dict.fromkeys(node.defines, node))
         return []
-    given, wanted = _images(node.args, found), _images(node.output, found)
-    if not node.inner or not 0 < len(given) <= rule.tensors or not 0 < len(wanted) <= rule.tensors:
+    if not node.inner:
         return [node]
-    module, own = network.get_submodule(node.target), dict[int, Node]()
+    module = network.get_submodule(node.target)
     level += anatomy.is_block(node.target, module)
     if level > 1 and rule.counts is anatomy.is_block:
         return [node]
-    inner = [item for child in node.inner for item in _opened(network, child, found, own, rule, level)]
+    inner = [item for child in node.inner for item in _opened(network, child, found, makers, rule, level)]
+    given, wanted = _images(node.args, found), _images(node.output, found)
+    if not 0 < len(given) <= rule.tensors or not 0 < len(wanted) <= rule.tensors:
+        return [node]
     between = alive(inner, given, wanted, found.dependent, rule.tensors)
     for i, item in enumerate(inner):
         if between[i] is None or between[i + 1] is None or item.kind != "module":
@@ -188,7 +190,6 @@ def _opened(
             anatomy.is_composite(child) or not anatomy.is_composite(module) or rule.counts is anatomy.is_layer
         )
         if wide and rule.counts(item.target, child):
-            makers.update(own)
             return inner
     return [node]
 

@@ -23,6 +23,9 @@ from framework.network.records import Trace
 from framework.network.tracing import Untraceable, trace
 from framework.runtime.errors import UserError
 
+BLOCKS = Rule(anatomy.is_block, lambda name, module: anatomy.is_sequence(module))
+LAYERS = Rule(anatomy.is_layer, lambda name, module: anatomy.is_composite(module))
+
 #: sides of images that are tried where nobody says which the network takes
 SIDES = (224, 256, 64, 32, 384, 448, 128, 96, 192, 288, 320, 512)
 
@@ -109,17 +112,17 @@ def structure(network: nn.Module, image_size: int | None = None) -> Structure:
 
 def _found(network: nn.Module, image_size: int | None) -> Structure:
     """The structure by numbered blocks; else by single layers; else by blocks between which two tensors pass."""
-    modes, side = _modes(network, image_size, Rule(anatomy.is_block, anatomy.is_sequence))
+    modes, side = _modes(network, image_size, BLOCKS)
     if all(len(mode.cuts) >= 2 for mode in modes):
         return _structure(*modes)
     try:
-        return _structure(*_modes(network, side, Rule(anatomy.is_layer, anatomy.is_composite))[0])
+        return _structure(*_modes(network, side, LAYERS)[0])
     except Untraceable as error:
         # Inside these it shows what depends on the images; positions don't.
-        several = {network.get_submodule(path) for mode in modes for path in mode.chain.trace.several()}
-        rule = Rule(anatomy.is_block, lambda m: anatomy.is_sequence(m) or m in several, tensors=2)
+        several = {name for mode in modes for name in mode.chain.trace.several()}
+        opened = lambda name, module: anatomy.is_sequence(module) or name in several  # noqa: E731
         try:
-            return _structure(*_modes(network, side, rule)[0])
+            return _structure(*_modes(network, side, Rule(anatomy.is_block, opened, tensors=2))[0])
         except Untraceable:
             raise error from None
 
@@ -142,7 +145,7 @@ def image_side(network: nn.Module, sides: Sequence[int]) -> int:
     failed = UserError(f"{type(network).__name__} takes no images with a side of {sides[0]} to {sides[-1]}")
     for side in sides:
         try:
-            _record(network, side, True, anatomy.is_sequence)
+            _record(network, side, True, BLOCKS.opened)
             structure(network, side)
         except Untraceable:
             continue

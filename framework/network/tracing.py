@@ -32,7 +32,7 @@ def trace(
     run: Callable[[nn.Module, Tensor], Any],
     shape: tuple[int, ...],
     training: bool,
-    opened: Callable[[nn.Module], bool],
+    opened: Callable[[str, nn.Module], bool],
 ) -> Trace:
     """Record what ``run(network, images)`` computes; the network stays as it is.
 
@@ -41,7 +41,7 @@ def trace(
         run: calls the network, or a method of it.
         shape: of one image (C, H, W).
         training: training mode, or evaluation mode.
-        opened: whether the calls inside a module are recorded, too.
+        opened: whether the calls inside a module of this name are recorded, too.
 
     Raises:
         Untraceable: the result is not one tensor, or the code looks at the tensors' values.
@@ -82,7 +82,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 class _Recorder(TorchFunctionMode):
     """Writes down the calls of modules and functions while it is active."""
 
-    def __init__(self, network: nn.Module, opened: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, network: nn.Module, opened: Callable[[str, nn.Module], bool]) -> None:
         super().__init__()
         self.opened = opened
         self.paths = {module: path for path, module in reversed(list(network.named_modules()))}
@@ -179,7 +179,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         node, before = Node("module", self.paths[module]), self._template((args, kwargs))
         first = len(self.tensors)
-        if self.opened(module):
+        if self.opened(node.target, module):
             outer, self.nodes = self.nodes, []
             result = usual(*args, **kwargs)
             node.inner, self.nodes = self.nodes, outer
@@ -205,10 +205,11 @@ class _Recorder(TorchFunctionMode):
             return self.number(leaf)
 
         result = mapped(lambda x: TracedInt.of(x, Given(x)) if type(x) is int else x, result)
+        made = len(self.tensors)
         node.output = mapped(output, result)
         node.dependent = any(number in self.dependent for number in node.uses)
-        if node.dependent:
-            self.dependent.update(node.defines)
+        if node.dependent:  # of what the calls inside it made, these have told
+            self.dependent.update(number for number in node.defines if number >= made)
         self.nodes.append(node)
         return result
 
