@@ -16,7 +16,6 @@ import csv
 import io
 import multiprocessing
 import sys
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +70,12 @@ def _every() -> list[str]:
 
 def _in_a_process(name: str, seconds: float, cut_only: bool) -> dict[str, Any]:
     """The row, or what is known of a process that has died or took too long."""
+    from framework.analysis.network_checks import send_row
+
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["framework.analysis.network_checks"])  # imported once for all
     ours, theirs = processes.Pipe(duplex=False)
-    process = processes.Process(target=_send, args=(name, cut_only, theirs))
+    process = processes.Process(target=send_row, args=(name, cut_only, theirs))
     process.start()
     theirs.close()
     try:
@@ -88,15 +89,6 @@ def _in_a_process(name: str, seconds: float, cut_only: bool) -> dict[str, Any]:
     finally:
         process.kill()
         process.join()
-
-
-def _send(name: str, cut_only: bool, to: Connection) -> None:
-    from framework.analysis import network_checks
-
-    try:
-        to.send(network_checks.cut_only(name) if cut_only else network_checks.check(name))
-    except Exception as error:  # whatever a network does
-        to.send({"network": name, "reason": "", "faults": f"{type(error).__name__}: {error}"})
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

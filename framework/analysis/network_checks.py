@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -89,6 +90,14 @@ def cut_only(name: str) -> dict[str, Any]:
         return {**row, "reason": str(error)}
     row["cut_seconds"] = round(time.process_time() - start, 2)
     return {**row, "stages": len(segments[-1].stages), "blocks": len(segments)}
+
+
+def send_row(name: str, only_cut: bool, to: Connection) -> None:
+    """For a process of its own: ``check`` or ``cut_only``, and whatever goes wrong as a fault."""
+    try:
+        to.send(cut_only(name) if only_cut else check(name))
+    except Exception as error:
+        to.send({"network": name, "reason": "", "faults": f"{type(error).__name__}: {error}"})
 
 
 def _for_small_images(name: str, usual: nn.Module) -> tuple[nn.Module, int]:
