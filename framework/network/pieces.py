@@ -112,7 +112,7 @@ class Pieces:
             return None
         if len(values) == 1:
             return self._layout(values[0], place)
-        shapes = self._shapes(values)
+        shapes = self.shapes(place)
         if any(shape[0] % BATCH for shape in shapes):
             return None
         # Heads read the latest map, or else the latest tokens.
@@ -136,13 +136,12 @@ class Pieces:
 
     def shape(self, place: int) -> tuple[int, ...]:
         """Of what passes before the item ``place``, with the batch."""
-        values = self.chain.between[place]
-        assert values is not None
-        shapes = self._shapes(values)
+        shapes = self.shapes(place)
         return shapes[0] if len(shapes) == 1 else (BATCH, columns(shapes)[-1])
 
-    def _shapes(self, values: Alive) -> list[tuple[int, ...]]:
-        return [self.chain.trace.shapes[value.number] for value in values]
+    def shapes(self, place: int) -> list[tuple[int, ...]]:
+        """The same for each of the tensors."""
+        return [self.chain.trace.shapes[value.number] for value in self.chain.between[place] or ()]
 
     def _lone(self, item: int) -> bool:
         return self.chain.between[item] is not None and self.chain.between[item + 1] is not None

@@ -115,16 +115,16 @@ def _found(network: nn.Module, image_size: int | None) -> Structure:
     modes, side = _modes(network, image_size, BLOCKS)
     if all(len(mode.cuts) >= 2 for mode in modes):
         return _structure(*modes)
-    try:
-        return _structure(*_modes(network, side, LAYERS)[0])
-    except Untraceable as error:
-        # Inside these it shows what depends on the images; positions don't.
-        several = {name for mode in modes for name in mode.chain.trace.several()}
-        opened = lambda name, module: anatomy.is_sequence(module) or name in several  # noqa: E731
+    # Positions don't depend on the images, which shows inside the modules that return them beside tokens.
+    several = {name for mode in modes for name in mode.chain.trace.several()}
+    pairs = Rule(anatomy.is_block, lambda n, module: anatomy.is_sequence(module) or n in several, tensors=2)
+    failed: list[Untraceable] = []
+    for rule in (LAYERS, pairs):
         try:
-            return _structure(*_modes(network, side, Rule(anatomy.is_block, opened, tensors=2))[0])
-        except Untraceable:
-            raise error from None
+            return _structure(*_modes(network, side, rule)[0])
+        except Untraceable as error:
+            failed.append(error)
+    raise failed[0]
 
 
 def _modes(network: nn.Module, image_size: int | None, rule: Rule) -> tuple[tuple[Pieces, Pieces], int]:
@@ -195,7 +195,10 @@ def _larger(network: nn.Module, side: int, small: Trace, opened: Opened) -> Trac
 
 
 def _structure(training: Pieces, evaluation: Pieces) -> Structure:
-    names = [name for name in training.cuts if name in evaluation.cuts]
+    both_modes = [name for name in training.cuts if name in evaluation.cuts]
+    names = [
+        n for n in both_modes if training.shapes(training.cuts[n]) == evaluation.shapes(evaluation.cuts[n])
+    ]
     if not names or (len(names) == 1 and anatomy.has_blocks(training.network)):
         raise Untraceable(
             "more than two tensors pass between its blocks, or one of unknown layout, or they share parameters"
