@@ -2,89 +2,163 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from framework.config.recipe import Data, Method, Network, Recipe
-from framework.cost.counting import peak_bytes
+from framework.cost.counting import peak_of
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.execution.naive import naive_gradients
-from framework.local import methods
-from framework.model import local_network
+from framework.local import NetworkInfo, methods
 from framework.network import Segment, create, cut
 from framework.network.structure import image_side
 from framework.runtime.errors import UserError
 
-METHODS = ("gim", "loco", "dgl", "mlaan")
+#: method -> the one on top of the whole network that it is compared with
+METHODS = {"gim": "simclr", "loco": "simclr", "dgl": "bp", "mlaan": "bp"}
 CLASSES = 10
 #: networks with more parameters train in float32, and are not compared with the definition
 LARGE = 30_000_000
+#: images of which the memory is counted
+IMAGES = 8
 #: sides of images, of which the first that a network takes is used
 SIDES = (64, 96, 128, 192, 224, 240, 256, 288, 320, 384, 448, 512)
+#: tried at the creation of networks that take none of the smaller ones otherwise
+SMALL = (96, 112, 128)
 
 
 def check(name: str) -> dict[str, Any]:
     """Cut a timm network at stage and block, compare with the whole, train it, count the memory.
 
+    All but the memory is done with small images, since equality does not hang on their size.
+
     Args:
         name: timm's.
 
     Returns:
-        A row of the table; ``reason`` says why a network can't be cut, ``faults`` what is wrong with one that is.
+        A row of the table; ``reason`` says why it can't be cut, or which methods have no heads for it by default,
+        ``faults`` what is wrong with what was cut.
     """
     row: dict[str, Any] = {"network": name, "reason": "", "faults": ""}
     torch.manual_seed(0)
-    network = create(name)
-    row["parameters_millions"] = round(sum(p.numel() for p in network.parameters()) / 1e6, 2)
-    start = time.process_time()
+    usual = create(name)
+    row["parameters_millions"] = round(sum(p.numel() for p in usual.parameters()) / 1e6, 2)
     try:
-        side = image_side(network, SIDES)
+        network, side = _for_small_images(name, usual)
         start = time.process_time()
         parts = {at: cut(network, at, image_size=side) for at in ("stage", "block")}
     except UserError as error:
         return {**row, "reason": str(error)}
     row |= {"image_size": side, "cut_seconds": round((time.process_time() - start) / 2, 2)}
     row |= {f"{at}s": len(segments) for at, segments in parts.items()}
-    faults = [fault for at, segments in parts.items() for fault in _unequal(network, at, segments, side)]
-    faults += _features(name, side)
+    faults = _unequal(network, parts, side)
+    info = NetworkInfo.of(parts["stage"], side, CLASSES)
+    faults += _features(_planned(info, "bp"), side)
+    refused = {}
     for method in METHODS:
-        faults += _training(name, method, side)
-        row[f"saving_{method}"] = _saving(name, method, side)
-    return {**row, "faults": "; ".join(faults)}
+        try:
+            faults += [f"{method}: {fault}" for fault in _training(_planned(info, method), side)]
+        except UserError as error:
+            refused[method] = f"{method}: {error}"
+    row |= {"reason": "; ".join(refused.values()), "faults": "; ".join(faults)}
+    return row | _savings(usual, side, [method for method in METHODS if method not in refused])
+
+
+def cut_only(name: str) -> dict[str, Any]:
+    """Whether a timm network can be cut at block, for images of its usual size: nothing is computed, nothing compared.
+
+    Args:
+        name: timm's.
+
+    Returns:
+        A row of the table without what needs computing.
+    """
+    row: dict[str, Any] = {"network": name, "reason": "", "faults": ""}
+    with torch.device("meta"):
+        network = create(name)
+    row["parameters_millions"] = round(sum(p.numel() for p in network.parameters()) / 1e6, 2)
+    start = time.process_time()
+    try:
+        segments = cut(network, "block")
+    except UserError as error:
+        return {**row, "reason": str(error)}
+    row["cut_seconds"] = round(time.process_time() - start, 2)
+    return {**row, "stages": len(segments[-1].stages), "blocks": len(segments)}
+
+
+def send_row(name: str, only_cut: bool, to: Connection) -> None:
+    """For a process of its own: ``check`` or ``cut_only``, and whatever goes wrong as a fault."""
+    try:
+        to.send(cut_only(name) if only_cut else check(name))
+    except Exception as error:
+        to.send({"network": name, "reason": "", "faults": f"{type(error).__name__}: {error}"})
+
+
+def _for_small_images(name: str, usual: nn.Module) -> tuple[nn.Module, int]:
+    """The network, and a side of images; one for small images, where it says at its creation how large they are."""
+    side = image_side(usual, SIDES)
+    for smaller in SMALL if side > SMALL[-1] else ():
+        try:
+            network = create(name, img_size=smaller)
+            return network, image_side(network, (smaller,))
+        except UserError:
+            continue
+    return usual, side
+
+
+def _savings(network: nn.Module, side: int, names: list[str]) -> dict[str, Any]:
+    """How many times less memory activations take than with one loss on top, for images as the network was made for."""
+    usual = (getattr(network, "pretrained_cfg", None) or {}).get("input_size", (3, side, side))[-1]
+    side = image_side(network, (usual, side))
+    info = NetworkInfo.of(cut(network, "stage", image_size=side), side, CLASSES)
+    wanted = {*names, *(METHODS[name] for name in names)}
+    peaks = {name: peak_of(_planned(info, name).train(), IMAGES, side) for name in wanted}
+    savings = {f"saving_{name}": round(peaks[METHODS[name]] / peaks[name], 2) for name in names}
+    return {"memory_size": side, **savings}
+
+
+def _planned(info: NetworkInfo, method: str) -> LocalNetwork:
+    """A copy of the segments and their network, trained by a method."""
+    torch.manual_seed(0)
+    info = replace(info, segments=copy.deepcopy(info.segments))
+    chosen = methods.load(method)
+    plan = chosen.plan(info, chosen.Options())
+    return LocalNetwork(info.segments[0].backbone, info.segments, plan)
 
 
 @torch.no_grad()
-def _unequal(network: torch.nn.Module, at: str, segments: list[Segment], side: int) -> list[str]:
-    """Modes in which the segments compute something else than the network, with the same random numbers."""
+def _unequal(network: nn.Module, parts: dict[str, list[Segment]], side: int) -> list[str]:
+    """Cuts and modes in which the segments compute something else than the network, with the same random numbers."""
     found = []
     images = _images(side, 2)
+    state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     for training in (True, False):
         network.train(training)
-        state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
         torch.manual_seed(1)
         whole = network.forward_features(images)  # type: ignore[operator]
+        for at, segments in parts.items():
+            network.load_state_dict(state)
+            torch.manual_seed(1)
+            x = images
+            for segment in segments:
+                x = segment(x)
+            if not torch.equal(x, whole):
+                mode = "training" if training else "evaluation"
+                found.append(f"{at}, {mode}: differs by {_error(x, whole):.1e}")
         network.load_state_dict(state)
-        torch.manual_seed(1)
-        x = images
-        for segment in segments:
-            x = segment(x)
-        network.load_state_dict(state)
-        if not torch.equal(x, whole):
-            found.append(
-                f"{at}, {'training' if training else 'evaluation'}: differs by {_error(x, whole):.1e}"
-            )
     return found
 
 
 @torch.no_grad()
-def _features(name: str, side: int) -> list[str]:
+def _features(net: LocalNetwork, side: int) -> list[str]:
     """Whether the features are those that timm's network gives."""
-    torch.manual_seed(0)
-    net = local_network(create(name), "bp", image_size=side, num_classes=CLASSES).eval()
+    net.eval()
     images = _images(side, 2)
     expected = net.backbone(images)
     found = net.features(images)
@@ -93,24 +167,19 @@ def _features(name: str, side: int) -> list[str]:
     return [] if _error(found, expected) < 1e-5 else [f"features differ by {_error(found, expected):.1e}"]
 
 
-def _training(name: str, method: str, side: int) -> list[str]:
+def _training(net: LocalNetwork, side: int) -> list[str]:
     """A step: finite, every weight gets a gradient, and in float64 it is the definition's."""
-    torch.manual_seed(0)
-    try:
-        net = local_network(create(name), method, image_size=side, num_classes=CLASSES).train()
-    except UserError as error:
-        return [f"{method}: {error}"]
     small = sum(p.numel() for p in net.backbone.parameters()) <= LARGE
-    net = net.double() if small else net
+    net = (net.double() if small else net).train()
     batch = _batch(net, side)
     state = torch.get_rng_state()
     loss = net(batch).loss
     loss.backward()
     gradients = {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
     if not torch.isfinite(loss):
-        return [f"{method}: loss {float(loss)}"]
+        return [f"loss {float(loss)}"]
     if missing := [n for n, gradient in gradients.items() if gradient is None]:
-        return [f"{method}: {missing[0]} gets no gradient"]
+        return [f"{missing[0]} gets no gradient"]
     if not small or not torch.equal(state, torch.get_rng_state()):
         return []  # random numbers are drawn in another order there
     _, expected = naive_gradients(net, batch)
@@ -120,26 +189,8 @@ def _training(name: str, method: str, side: int) -> list[str]:
         assert own is not None
         scale = max(float(gradient.abs().max()), 1e-9)
         if float((own - gradient).abs().max()) > 1e-8 * max(1.0, scale):
-            return [f"{method}: gradient of {names[parameter]} differs by {_error(own, gradient):.1e}"]
+            return [f"gradient of {names[parameter]} differs by {_error(own, gradient):.1e}"]
     return []
-
-
-def _saving(name: str, method: str, side: int) -> float | str:
-    """How many times less memory activations take than with one loss on top."""
-    try:
-        own, whole = peak_bytes(_recipe(name, method, side), CLASSES, 8)
-    except UserError:
-        return ""
-    return round(whole / own, 2)
-
-
-def _recipe(name: str, method: str, side: int) -> Recipe:
-    return Recipe(
-        name=name,
-        network=Network(name=name),
-        method=Method(method, methods.load(method).Options()),
-        data=Data(path="unused", image_size=side),
-    )
 
 
 def _images(side: int, count: int) -> Tensor:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 #: in the order of timm's modules
 REPRESENTATIVES = (
-    *("beit_base_patch16_224", "halonet26t", "mobileone_s0", "cait_xxs24_224", "coat_tiny", "convit_tiny"),
-    *("convmixer_768_32", "convnext_atto", "cpubone_nano", "crossvit_tiny_240", "csatv2", "cspresnet50"),
+    *("beit_base_patch16_224", "halonet26t", "mobileone_s0", "cait_xxs24_224", "coat_tiny", "coat_lite_tiny"),
+    *(
+        "convit_tiny",
+        "convmixer_768_32",
+        "convnext_atto",
+        "cpubone_nano",
+        "crossvit_tiny_240",
+        "csatv2",
+        "cspresnet50",
+    ),
     *("cspnext_tiny", "davit_tiny", "deepseek_vit_412m", "deit_tiny_distilled_patch16_224", "densenet121"),
     *("dla34", "dpn48b", "edgenext_xx_small", "efficientformer_l1", "efficientformerv2_s0"),
     *("efficientnet_b0", "efficientvim_m1", "efficientvit_b0", "efficientvit_m0", "eva02_tiny_patch14_224"),

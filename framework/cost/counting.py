@@ -145,6 +145,13 @@ def peak_bytes(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]
         return _peaks(net, whole_net, mode, images, recipe.data.image_size)
 
 
+def peak_of(net: LocalNetwork, images: int, image_size: int) -> int:
+    """Most bytes that autograd holds at once in a training step; afterwards the network has no values."""
+    with FakeTensorMode() as mode:
+        _drop_values(net, mode)
+        return _peak(net, _batch(net, images, image_size))
+
+
 def end_to_end(recipe: Recipe, plan: Plan) -> Recipe:
     """The recipe of this plan with one loss on top of the network: BP's, SimCLR's, or MAE's where tokens are masked."""
     if plan.masking is not None:

@@ -21,7 +21,16 @@ from framework.runtime.errors import UserError
 __all__ = ["Cut", "Segment", "Shape", "create", "cut", "freeze", "output_shapes", "outputs"]
 
 
-def create(name: str, **arguments: Any) -> nn.Module:
+#: arguments of timm's that other keys decide
+DECIDED = {
+    "num_classes": "networks have no classifier here; heads classify",
+    "features_only": "the network itself is cut; network.cut says where",
+    "device": "the engine places the network",
+    "dtype": "train.precision decides",
+}
+
+
+def create(name: str, /, **arguments: Any) -> nn.Module:
     """A timm network without its classifier, or one of ``framework/network/own``.
 
     Args:
@@ -33,6 +42,10 @@ def create(name: str, **arguments: Any) -> nn.Module:
     """
     if arguments.get("in_chans", 3) != 3:
         raise UserError(f"network.args.in_chans={arguments['in_chans']}: images have 3 channels")
+    for key in DECIDED.keys() & arguments.keys():
+        raise UserError(f"network.args.{key}={arguments[key]}: not here: {DECIDED[key]}")
+    if not isinstance(arguments.get("pretrained", False), bool):
+        raise UserError(f"network.args.pretrained={arguments['pretrained']}: must be true or false")
     checkpoint = arguments.get("checkpoint_path")
     if checkpoint and not Path(checkpoint).is_file():
         raise UserError(f"network.args.checkpoint_path={checkpoint}: no such file")
@@ -47,8 +60,8 @@ def create(name: str, **arguments: Any) -> nn.Module:
         )
     for key, value in arguments.items():
         # timm takes any number, and the first step of training fails.
-        rate = key.endswith(("drop_rate", "drop_path_rate")) and isinstance(value, int | float)
-        if rate and not 0 <= value < 1:
+        rate = key.endswith(("drop_rate", "drop_path_rate")) and value is not None
+        if rate and not (isinstance(value, int | float) and 0 <= value < 1):
             raise UserError(f"network.args.{key}={value}: must be at least 0 and below 1")
     try:
         return make(**arguments)

@@ -62,9 +62,10 @@ def widths(network: nn.Module) -> set[int]:
     return {value for value in channels if isinstance(value, int)}
 
 
-def in_order(network: nn.Module) -> bool:
-    """Whether its tokens lie as in the picture, row by row; one that can put them back (``reroll``) has others."""
-    return not hasattr(network, "reroll")
+def reordering(network: nn.Module) -> nn.Module | None:
+    """What lays tokens row by row, given them and the number of their block; ``None`` where they lie so anyway."""
+    found = getattr(network, "reroll", None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def prefix_tokens(network: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""A recorded network as a chain of items, with one tensor alive between some of them."""
+"""A recorded network as a chain of items, with one tensor alive between some of them, or two."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import nn
 
 from framework.network import glue
 from framework.network.glue import Calls
-from framework.network.tracing import Node, Trace
+from framework.network.records import Node, Trace
 from framework.network.values import Own, Value, leaves
 
 #: a step of a segment: a child of the network by its dotted name, or what stands between children
 Step = str | Calls
+Alive = tuple[Value, ...]
 
 
 @dataclass(eq=False)
@@ -25,18 +26,21 @@ class Chain:
         trace: where they are from.
         items: the calls.
         makers: what made each tensor that does not depend on the images.
-        between: ``between[i]`` is the one tensor alive after item i - 1; ``None`` if there are more. The first is the
-            input, the last the output.
+        limit: how many tensors may pass from one segment to the next.
+        between: ``between[i]`` are the tensors alive after item i - 1; ``None`` if there are more than ``limit``. The
+            first is the input, the last the output.
     """
 
     network: nn.Module
     trace: Trace
     items: list[Node]
     makers: dict[int, Node]
-    between: list[Value | None] = field(init=False)
+    limit: int = 1
+    between: list[Alive | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.between = alive(self.items, self.trace.image, self.trace.output, self.trace.dependent)
+        ends = (self.trace.image,), (self.trace.output,)
+        self.between = alive(self.items, *ends, self.trace.dependent, self.limit)
 
     def parameters(self, item: Node) -> set[int]:
         """Identities of the parameters that an item uses, by way of tensors that don't depend on the images, too."""
@@ -52,7 +56,7 @@ class Chain:
         return found
 
     def steps(self, first: int, end: int) -> tuple[Step, ...]:
-        """Items ``first`` to ``end - 1``, in as many steps as there are places with one tensor alive."""
+        """Items ``first`` to ``end - 1``, in as many steps as there are places where a cut could be."""
         steps: list[Step] = []
         start = first
         for i in range(first, end):
@@ -66,32 +70,33 @@ class Chain:
         assert given is not None and wanted is not None
         if len(nodes) == 1 and nodes[0].kind == "module":
             node = nodes[0]
-            if node.args == (given,) and not node.kwargs and node.output == wanted:
+            if node.args == given and not node.kwargs and (node.output,) == wanted:
                 return [node.target]
         return [glue.build(self.trace, nodes, given, wanted, self.makers)]
 
 
 def alive(
-    items: Sequence[Node], given: Value, wanted: Value, dependent: frozenset[int]
-) -> list[Value | None]:
-    """The one tensor alive before each item and after the last, ``None`` where there are more.
+    items: Sequence[Node], given: Alive, wanted: Alive, dependent: frozenset[int], limit: int
+) -> list[Alive | None]:
+    """The tensors alive before each item and after the last, ``None`` where there are more than ``limit``.
 
     Args:
         items: calls in order.
-        given: the tensor that they begin with.
-        wanted: the tensor that they end with.
+        given: the tensors that they begin with.
+        wanted: the tensors that they end with.
         dependent: tensors that depend on the images.
+        limit: at least one.
     """
-    last_use = {wanted.number: len(items)}
+    last_use = {value.number: len(items) for value in wanted}
     for i, item in enumerate(items):
         for number in item.uses:
             last_use[number] = max(i, last_use.get(number, 0))
-    found: list[Value | None] = [given]
-    living = {given.number}
+    found: list[Alive | None] = [given]
+    living = {value.number for value in given}
     for i, item in enumerate(items):
         living.update(number for number in item.defines if number in dependent)
         living = {number for number in living if last_use.get(number, -1) > i}
-        found.append(Value(next(iter(living))) if len(living) == 1 else None)
+        found.append(tuple(map(Value, sorted(living))) if 1 <= len(living) <= limit else None)
     return found
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from framework.network.tracing import Node, Trace
+from framework.network.packing import columns, of_one_image, pack, unpack
+from framework.network.records import Node, Trace
 from framework.network.values import BATCH, Computed, Given, Like, Own, Size, TracedInt, Value, leaves, mapped
 from framework.runtime.errors import UserError
 
@@ -79,38 +80,54 @@ class Glue(nn.Module):
 def build(
     trace: Trace,
     nodes: Sequence[Node],
-    given: Value,
-    wanted: Value,
+    given: Sequence[Value],
+    wanted: Sequence[Value],
     makers: Mapping[int, Node],
 ) -> Calls:
-    """Calls as a module.
+    """Calls as a function of one tensor, with several packed into one.
 
     Args:
         trace: where the calls were recorded.
         nodes: the calls that depend on the images.
-        given: the tensor that goes in.
-        wanted: the tensor that comes out.
+        given: the tensors that go in.
+        wanted: the tensors that come out.
         makers: what made each tensor that does not depend on the images.
     """
     writer = _Writer(trace, given, makers)
     for node in nodes:
         writer.write(node)
-    writer.graph.output(writer.known[wanted.number])
-    size = trace.shapes[given.number][1:] if writer.fixed else None
-    return Calls(writer.graph, size)
+    writer.finish(wanted)
+    return Calls(writer.graph, writer.size)
 
 
 class _Writer:
     """Writes calls into a graph."""
 
-    def __init__(self, trace: Trace, given: Value, makers: Mapping[int, Node]) -> None:
+    def __init__(self, trace: Trace, given: Sequence[Value], makers: Mapping[int, Node]) -> None:
         self.graph = fx.Graph()
         self.trace, self.makers = trace, makers
         self.input = self.graph.placeholder("x")
-        self.batch = trace.shapes[given.number][0]
-        self.known: dict[int, fx.Node] = {given.number: self.input}
+        shapes = [trace.shapes[value.number] for value in given]
+        self.batch, *sizes = shapes[0] if len(given) == 1 else (BATCH, columns(shapes)[-1])
+        self.sizes = tuple(sizes)
+        self.known: dict[int, fx.Node] = {given[0].number: self.input}
         self.owned: dict[str, fx.Node] = {}
-        self.fixed = False
+        self.fixed = len(given) > 1
+        if len(given) > 1:
+            for value, begin, shape in zip(given, columns(shapes), shapes, strict=False):
+                arguments = (self.input, begin, of_one_image(shape))
+                self.known[value.number] = self.graph.call_function(unpack, arguments)
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """What one input must have as shape, where the calls hold for that alone."""
+        return self.sizes if self.fixed else None
+
+    def finish(self, wanted: Sequence[Value]) -> None:
+        """The graph returns these tensors."""
+        made = [self.known[value.number] for value in wanted]
+        rows = [of_one_image(self.trace.shapes[value.number])[0] for value in wanted]
+        self.graph.output(made[0] if len(made) == 1 else self.graph.call_function(pack, (made, rows)))
 
     def write(self, node: Node) -> None:
         """One call, and first what it needs besides the images."""

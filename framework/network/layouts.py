@@ -48,6 +48,11 @@ class FromTokens:
         return x[:, self.prefix :].transpose(1, 2).unflatten(2, (side, side))
 
 
+def from_unordered_tokens(x: Tensor, reroll: nn.Module, block: int) -> Tensor:
+    """(N, side * side, C), as a block leaves them -> (N, C, side, side), with the network's own reordering."""
+    return from_channels_last(reroll(x, block))
+
+
 def from_channels_first_tokens(x: Tensor) -> Tensor:
     """(N, C, side * side) -> (N, C, side, side), a view."""
     side = isqrt(x.shape[2])

@@ -3,7 +3,7 @@
 Blocks are the numbered children of its lists and stages (``layer2.0``, ``blocks.3``); what stands before a block, such
 as a downsampling, belongs to it. One segment may end where another begins only if one tensor passes between them, which
 nothing changes in place afterwards, whose layout is known, and no parameter serves on both sides. Training and
-evaluation are recorded apart, and may differ.
+evaluation are recorded apart, and may differ. Where two tensors pass between all blocks, they are packed into one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from framework.network import anatomy
 from framework.network.chain import Step
 from framework.network.layouts import ToMap, is_map
-from framework.network.pieces import Counts, Pieces, chain_of, steps
-from framework.network.tracing import Trace, Untraceable, trace
+from framework.network.pieces import Opened, Pieces, Rule, chain_of, steps
+from framework.network.records import Trace
+from framework.network.tracing import Untraceable, trace
 from framework.runtime.errors import UserError
 
-Opened = Callable[[nn.Module], bool]
+BLOCKS = Rule(anatomy.is_block, lambda name, module: anatomy.is_sequence(module))
+LAYERS = Rule(anatomy.is_layer, lambda name, module: anatomy.is_composite(module))
 
 #: sides of images that are tried where nobody says which the network takes
 SIDES = (224, 256, 64, 32, 384, 448, 128, 96, 192, 288, 320, 512)
@@ -93,13 +95,13 @@ def structure(network: nn.Module, image_size: int | None = None) -> Structure:
     if any(isinstance(module, PatchDropout) and module.prob > 0 for module in network.modules()):
         raise UserError("network.args.patch_drop_rate: heads read the whole map, so no patch may be dropped")
     try:
-        return _found(network, image_size, anatomy.is_block, anatomy.is_sequence)
+        return _found(network, image_size)
     except Untraceable as error:
         if image_size is not None:
             structure(network)  # fails if it is not for the size
             hint = (
                 f" Set network.args.img_size={image_size}."
-                if isinstance(error.__cause__, AssertionError)
+                if isinstance(error.__cause__, AssertionError) and "divisible" not in str(error)
                 else ""
             )
             raise UserError(
@@ -108,31 +110,50 @@ def structure(network: nn.Module, image_size: int | None = None) -> Structure:
         raise UserError(f"{type(network).__name__} can't be cut into segments: {error}") from error
 
 
-def _found(network: nn.Module, image_size: int | None, counts: Counts, opened: Opened) -> Structure:
-    """The structure by the blocks that ``counts`` finds; if there are none, by single layers."""
-    training, side = _recorded(network, image_size, opened)
-    evaluation = _record(network, side, False, opened)
-    larger = _larger(network, side, evaluation, opened)
-    modes = [Pieces(chain_of(network, found, counts), larger) for found in (training, evaluation)]
-    if counts is anatomy.is_block and any(len(mode.cuts) < 2 for mode in modes):
-        return _found(network, image_size, anatomy.is_layer, anatomy.is_composite)
-    return _structure(modes[0], modes[1])
+def _found(network: nn.Module, image_size: int | None) -> Structure:
+    """The structure by numbered blocks; else by single layers; else by blocks between which two tensors pass."""
+    modes, side = _modes(network, image_size, BLOCKS)
+    if all(len(mode.cuts) >= 2 for mode in modes):
+        return _structure(*modes)
+    # Positions don't depend on the images, which shows inside the modules that return them beside tokens.
+    several = {name for mode in modes for name in mode.chain.trace.several()}
+    pairs = Rule(anatomy.is_block, lambda n, module: anatomy.is_sequence(module) or n in several, tensors=2)
+    failed: list[Untraceable] = []
+    for rule in (LAYERS, pairs):
+        try:
+            return _structure(*_modes(network, side, rule)[0])
+        except Untraceable as error:
+            failed.append(error)
+    raise failed[0]
+
+
+def _modes(network: nn.Module, image_size: int | None, rule: Rule) -> tuple[tuple[Pieces, Pieces], int]:
+    """The network in training and in evaluation, and the side of the images that were recorded."""
+    training, side = _recorded(network, image_size, rule.opened)
+    evaluation = _record(network, side, False, rule.opened)
+    larger = _larger(network, side, evaluation, rule.opened)
+    pieces = [Pieces(chain_of(network, found, rule), larger) for found in (training, evaluation)]
+    return (pieces[0], pieces[1]), side
 
 
 def image_side(network: nn.Module, sides: Sequence[int]) -> int:
-    """The first of these sides of images that the network takes.
+    """The first of these sides of images with which the network can be cut.
 
     Raises:
-        UserError: none.
+        UserError: there is none; says why.
     """
+    failed = UserError(f"{type(network).__name__} takes no images with a side of {sides[0]} to {sides[-1]}")
     for side in sides:
         try:
+            _record(network, side, True, BLOCKS.opened)
             structure(network, side)
+        except Untraceable:
+            continue
         except UserError as error:
-            last = error
+            failed = error
         else:
             return side
-    raise last
+    raise failed
 
 
 def run_features(network: nn.Module, images: Tensor) -> Any:
@@ -174,10 +195,13 @@ def _larger(network: nn.Module, side: int, small: Trace, opened: Opened) -> Trac
 
 
 def _structure(training: Pieces, evaluation: Pieces) -> Structure:
-    names = [name for name in training.cuts if name in evaluation.cuts]
+    both_modes = [name for name in training.cuts if name in evaluation.cuts]
+    names = [
+        n for n in both_modes if training.shapes(training.cuts[n]) == evaluation.shapes(evaluation.cuts[n])
+    ]
     if not names or (len(names) == 1 and anatomy.has_blocks(training.network)):
         raise Untraceable(
-            "more than one tensor passes between its blocks, or one of unknown layout, or they share parameters"
+            "more than two tensors pass between its blocks, or one of unknown layout, or they share parameters"
         )
     both = []
     for mode in (training, evaluation):

@@ -9,9 +9,8 @@ Sizes that the code reads off tensors stay expressions of these tensors, so that
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -20,61 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from framework.network.records import Node, Trace
 from framework.network.values import BATCH, Given, Like, Own, Size, TracedInt, Value, leaves, mapped
-
-
-@dataclass(eq=False)
-class Node:
-    """One call.
-
-    Attributes:
-        kind: of a "module" of the network, a "function" of PyTorch's, a "method" or an "attribute" of a tensor.
-        target: the module's dotted name, the function, or the name of the method or attribute.
-        args: with ``Value``, ``Own`` and ``Like`` in place of tensors, types and devices.
-        kwargs: likewise.
-        output: likewise.
-        dependent: whether the result depends on the images.
-        inner: what a module called in turn, where that was recorded.
-    """
-
-    kind: str
-    target: Any
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
-    dependent: bool = True
-    inner: list[Node] = field(default_factory=list)
-
-    @property
-    def uses(self) -> list[int]:
-        """Numbers of the tensors that go in."""
-        return [leaf.number for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Value)]
-
-    @property
-    def defines(self) -> list[int]:
-        """Numbers of the tensors that come out."""
-        return [leaf.number for leaf in leaves(self.output) if isinstance(leaf, Value)]
-
-
-@dataclass(eq=False)
-class Trace:
-    """What a network computes.
-
-    Attributes:
-        nodes: the calls in order.
-        image: the images.
-        output: the result, one tensor.
-        shapes: of all tensors, by number; the first is that of the batch where there is one.
-        changed: tensors that a later call changed in place.
-        dependent: tensors that depend on the images.
-    """
-
-    nodes: list[Node]
-    image: Value
-    output: Value
-    shapes: Mapping[int, tuple[int, ...]]
-    changed: frozenset[int]
-    dependent: frozenset[int]
 
 
 class Untraceable(Exception):
@@ -86,7 +32,7 @@ def trace(
     run: Callable[[nn.Module, Tensor], Any],
     shape: tuple[int, ...],
     training: bool,
-    opened: Callable[[nn.Module], bool],
+    opened: Callable[[str, nn.Module], bool],
 ) -> Trace:
     """Record what ``run(network, images)`` computes; the network stays as it is.
 
@@ -95,7 +41,7 @@ def trace(
         run: calls the network, or a method of it.
         shape: of one image (C, H, W).
         training: training mode, or evaluation mode.
-        opened: whether the calls inside a module are recorded, too.
+        opened: whether the calls inside a module of this name are recorded, too.
 
     Raises:
         Untraceable: the result is not one tensor, or the code looks at the tensors' values.
@@ -136,7 +82,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 class _Recorder(TorchFunctionMode):
     """Writes down the calls of modules and functions while it is active."""
 
-    def __init__(self, network: nn.Module, opened: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, network: nn.Module, opened: Callable[[str, nn.Module], bool]) -> None:
         super().__init__()
         self.opened = opened
         self.paths = {module: path for path, module in reversed(list(network.named_modules()))}
@@ -233,7 +179,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         node, before = Node("module", self.paths[module]), self._template((args, kwargs))
         first = len(self.tensors)
-        if self.opened(module):
+        if self.opened(node.target, module):
             outer, self.nodes = self.nodes, []
             result = usual(*args, **kwargs)
             node.inner, self.nodes = self.nodes, outer
@@ -259,10 +205,11 @@ class _Recorder(TorchFunctionMode):
             return self.number(leaf)
 
         result = mapped(lambda x: TracedInt.of(x, Given(x)) if type(x) is int else x, result)
+        made = len(self.tensors)
         node.output = mapped(output, result)
         node.dependent = any(number in self.dependent for number in node.uses)
-        if node.dependent:
-            self.dependent.update(node.defines)
+        if node.dependent:  # of what the calls inside it made, these have told
+            self.dependent.update(number for number in node.defines if number >= made)
         self.nodes.append(node)
         return result
 
