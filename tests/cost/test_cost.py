@@ -40,8 +40,8 @@ def cost(recipe: str, images: int = 2, *overrides: str) -> PlanCost:
             [
                 ("gim_pr50_100ep", 4.80, 4.56),
                 ("loco_pr50_100ep", 2.54, 2.76),
-                ("cifar10/mlaan_r32_k16_cifar10", 1.82, 1 / 0.777),
-                ("cifar10/mlaan_r110_k55_cifar10", 6.20, 1 / 0.298),
+                ("cifar10/mlaan_r32_k16_cifar10", 1.78, 1 / 0.777),
+                ("cifar10/mlaan_r110_k55_cifar10", 6.08, 1 / 0.298),
             ]
         ),
     ],
@@ -50,7 +50,7 @@ def test_memory_saving(recipe: str, saving: float, paper: float) -> None:
     """End-to-end over the method. The count is exact, so neither more nor less than it was passes unseen.
 
     It is LoCo's and GIM's figure within 15 %; MLAAN's printed ratios hold the allocator's fixed share, so ours are
-    higher, at most twice.
+    higher, at most twice (at the paper's batch another 2 % higher: the weights of pulled copies don't grow with it).
     """
     counted = cost(recipe, 2, "train.precision=fp32").memory_saving
     assert counted == pytest.approx(saving, rel=0.005)
