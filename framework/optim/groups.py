@@ -67,10 +67,10 @@ def rate_scales(net: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]
         raise UserError(
             f"optim.layer_decay={layer_decay}: the network must say which layers it has, as timm's do (group_matcher)"
         )
-    matcher: Callable[[], Any] = backbone.group_matcher
+    matcher: Any = backbone.group_matcher
     head = ""  # which no pattern matches, so that it is in the last layer
     named = [*backbone.named_parameters(), (head, None)]
-    layers: dict[str, int] = group_with_matcher(iter(named), matcher(), reverse=True)  # type: ignore[assignment]
+    layers: dict[str, int] = group_with_matcher(iter(named), matcher(), reverse=True)
     return {p: layer_decay ** (layers[head] - layers[name]) for name, p in backbone.named_parameters()}
 
 
