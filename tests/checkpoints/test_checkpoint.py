@@ -33,6 +33,7 @@ from tests.support.training import Case, Run, differences, plain
 
 PoolOf = Callable[[int], Any]
 DYADIC = Case(zero_stage=1)
+DECODER = {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}
 STATE = {"position": {"epoch": 3, "samples": 4096}, "recipe": {"name": "ü"}}
 
 
@@ -78,7 +79,7 @@ def load_error(case: Case, folder: Path) -> str:
         Case(method="loco", zero_stage=2),
         *slow([Case(method="loco", engine="fsdp", optimizer="adamw")]),
         *slow([Case(method="mlaan", precision="fp16", zero_stage=1, optimizer="sgd")]),
-        *slow([Case("mim", "block", "vit", "adamw", "ddp", options={"decoder_dim": 16, "decoder_heads": 2})]),
+        *slow([Case("mim", "block", "adamw", "ddp", options=DECODER, network="vit")]),
     ],
     ids=str,
 )

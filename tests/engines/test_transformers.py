@@ -15,19 +15,13 @@ from tests.support.training import Case, differences, plain, train
 PoolOf = Callable[[int], Any]
 # Without BatchNorm, which would take biases out, whose gradient were rounding that AdamW follows.
 HEAD = {"head": Projection(pool="both", proj_hidden=16, dim=8, proj_bn="none")}
+LINEAR = {"head": Classifier("linear")}
+DECODER = {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}
 CASES = {
-    "vit, layers": Case("gim", "block", "vit", "adamw", layer_decay=0.5, options=HEAD),
-    "vit, lars": Case("gim", "block", "vit", "lars", options=HEAD),
-    "mim": Case(
-        "mim",
-        "block",
-        "vit",
-        "sgd",
-        options={"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2},
-    ),
-    "swin, layers": Case(
-        "dgl", "block", "swin", "adamw", layer_decay=0.5, options={"head": Classifier("linear")}
-    ),
+    "vit, layers": Case("gim", "block", "adamw", options=HEAD, network="vit", layer_decay=0.5),
+    "vit, lars": Case("gim", "block", "lars", options=HEAD, network="vit"),
+    "mim": Case("mim", "block", "sgd", options=DECODER, network="vit"),
+    "swin, layers": Case("dgl", "block", "adamw", options=LINEAR, network="swin", layer_decay=0.5),
 }
 
 

@@ -14,6 +14,7 @@ from framework.model import local_network
 from framework.network import create
 from framework.optim import build_optimizer, parameter_groups
 from framework.runtime.errors import UserError
+from tests.support.marks import slow
 from tests.support.networks import CLASSES
 
 VIT = {"img_size": 16, "patch_size": 4, "depth": 4, "embed_dim": 24, "num_heads": 2}
@@ -44,8 +45,15 @@ def cut(name: str, method: str, at: str) -> LocalNetwork:
     ).train()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize(("method", "at"), [("bp", "stage"), ("dgl", "block")])
+@pytest.mark.parametrize(
+    ("name", "method", "at"),
+    [
+        ("class token", "bp", "stage"),
+        ("swin", "dgl", "block"),
+        *slow([("class token", "dgl", "block"), ("swin", "bp", "stage")]),
+        *slow([(name, *how) for name in ("mean", "resnet") for how in (("bp", "stage"), ("dgl", "block"))]),
+    ],
+)
 def test_rates_and_decay_are_those_of_timms_groups_however_the_network_is_cut(
     name: str, method: str, at: str
 ) -> None:

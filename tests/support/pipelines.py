@@ -39,12 +39,12 @@ class Run:
     zero_stage: int = 0
     optimizer: str = "sgd"
     clip: float = 0.0
-    layer_decay: float = 1.0
     dtype: str = "float64"
     precision: str = "fp32"
     bounds: tuple[int, ...] | None = None
     network: str = "resnet14"
     options: dict[str, Any] = field(default_factory=dict)
+    layer_decay: float = 1.0
 
     def __str__(self) -> str:
         default = Run("")

@@ -37,18 +37,18 @@ class Case:
 
     method: str = "dyadic"
     cut: str = "stage"
-    network: str = "resnet8"
     optimizer: str = "lars"
     engine: str = "deepspeed"
     zero_stage: int = 1
     accumulation: int = 1
     clip: float = 0.0
-    layer_decay: float = 1.0
     steps: int = 3
     dtype: str = "float32"
     precision: str = "fp32"
     deepspeed: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    network: str = "resnet8"
+    layer_decay: float = 1.0
 
     def __str__(self) -> str:
         default = asdict(Case())
