@@ -70,7 +70,7 @@ class Chain:
         assert given is not None and wanted is not None
         if len(nodes) == 1 and nodes[0].kind == "module":
             node = nodes[0]
-            if node.args == given and not node.kwargs and (node.output,) == wanted:
+            if len(given) == 1 and node.args == given and not node.kwargs and (node.output,) == wanted:
                 return [node.target]
         return [glue.build(self.trace, nodes, given, wanted, self.makers)]
 

@@ -233,7 +233,8 @@ def test_the_map_of_a_boundary_lies_as_the_picture(name: str) -> None:
         changed[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] += 3
         difference = (first.to_map(first(changed)) - first.to_map(first(images))).abs().sum(1)[0]
         place, side = int(difference.argmax()), difference.shape[1]
-        assert max(abs(place // side - row * side / 14), abs(place % side - column * side / 14)) <= 1.5
+        middle = [(number + 0.5) * side / 14 - 0.5 for number in (row, column)]
+        assert max(abs(place // side - middle[0]), abs(place % side - middle[1])) <= side / 28 + 1
 
 
 def test_what_is_made_between_modules_is_made_where_the_images_are() -> None:
