@@ -232,9 +232,9 @@ def test_images_that_do_not_fit_are_refused(name: str, image_size: int, message:
     ("name", "arguments", "message"),
     [
         (
-            "pit_ti_224",
+            "vit_srelpos_small_patch16_224",
             {},
-            "PoolingVisionTransformer can't be cut into segments: more than one tensor passes betwe",
+            "VisionTransformerRelPos can't be cut into segments: more than two tensors pass between its blocks, or",
         ),
         ("coat_tiny", {}, "CoaT can't be cut into segments: its features are list, and must be one tensor"),
         ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate: heads read the whole map"),
