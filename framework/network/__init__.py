@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -64,9 +66,22 @@ def create(name: str, /, **arguments: Any) -> nn.Module:
         if rate and not (isinstance(value, int | float) and 0 <= value < 1):
             raise UserError(f"network.args.{key}={value}: must be at least 0 and below 1")
     try:
-        return make(**arguments)
+        with _hub_silent():
+            return make(**arguments)
     except Exception as error:  # whatever timm, its network or the user's file does with the arguments
         raise UserError(_refusal(name, arguments, error)) from error
+
+
+@contextmanager
+def _hub_silent() -> Iterator[None]:
+    """Without a connection the hub's library prints lines for each of its tries; the error in the end says it all."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
 
 
 def freeze(network: nn.Module, names: Sequence[str]) -> None:

@@ -112,8 +112,15 @@ def stage_ends(
 
 
 def parents(names: Sequence[str]) -> list[tuple[str, int]] | None:
-    """The same by the modules that hold the blocks; ``None`` where one holds them all."""
+    """The same by the modules that hold the blocks; ``None`` where one holds them all.
+
+    A block beside these modules, such as a downsampling between two, belongs to the one that follows.
+    """
     holders = [_holder(name, names) for name in names]
+    outer = {holder for holder in holders if any(other.startswith(f"{holder}.") for other in holders)}
+    for i in reversed(range(len(holders))):
+        if holders[i] in outer:
+            holders[i] = holders[i + 1] if i + 1 < len(holders) else names[i]
     ends = [i for i, name in enumerate(holders) if i + 1 == len(holders) or holders[i + 1] != name]
     return [(holders[i] or names[i], i) for i in ends] if len(ends) > 1 else None
 

@@ -181,7 +181,10 @@ def test_a_wrong_table_is_one_line(tmp_path: Path, text: str, message: str) -> N
         ResultsTable.read(path)
 
 
-@pytest.mark.parametrize("path", TABLES, ids=[path.stem for path in TABLES])
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[] if "n10000" in p.stem else [pytest.mark.slow]) for p in TABLES],
+)
 def test_every_table_is_sound_and_its_name_says_its_conditions(path: Path) -> None:
     """Epochs, batch and number of images as in the name; nothing but the method differs between rows."""
     found = ResultsTable.read(path)
@@ -196,6 +199,7 @@ def test_every_table_is_sound_and_its_name_says_its_conditions(path: Path) -> No
     assert f"tools/reproduce.py recipes/results/{path.name}" in path.read_text()
 
 
+@pytest.mark.slow
 def test_what_a_csv_has_is_not_trained_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """In a fresh clone, which has no run folders; unless asked for, or recorded with other settings."""
     path, runs = table(tmp_path), tmp_path / "elsewhere"

@@ -113,7 +113,7 @@ def test_gradients_count_as_operations_too() -> None:
     "override",
     [
         *slow(["execution.compile=true"]),  # compiled kernels would run on tensors that have no values
-        "execution.cuda_graph=true",
+        *slow(["execution.cuda_graph=true"]),
         "faults.nonfinite=skip",
         "network.sync_bn=true",
         "method.async_mode=buffer",
@@ -123,6 +123,7 @@ def test_what_changes_only_the_execution_changes_no_count(override: str) -> None
     assert cost(QUICK, 2, "network.sync_bn=false", override) == cost(QUICK, 2)
 
 
+@pytest.mark.slow
 def test_fp16_is_counted_as_the_other_type_of_two_bytes() -> None:
     """Its loss scales are read by the host, and these have no values."""
     assert cost(QUICK, 2, "train.precision=fp16") == cost(QUICK, 2, "train.precision=bf16")

@@ -340,7 +340,7 @@ def train_in_channels_last(case: Case) -> training.Run | None:
     return train(case, training.network(case).to(memory_format=torch.channels_last))
 
 
-@pytest.mark.parametrize("case", [*ENGINES[:2], *ENGINES[3:4], *ENGINES[5:]], ids=str)
+@pytest.mark.parametrize("case", [*ENGINES[:2], *slow(ENGINES[3:4]), *slow(ENGINES[5:])], ids=str)
 def test_weights_may_come_in_channels_last_order(pool: PoolOf, case: Case) -> None:
     case = replace(case, method="dgl", steps=1)
     contiguous = pool(2).run(train, Case(method="dgl", engine="ddp", steps=1))[0]

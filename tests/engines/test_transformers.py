@@ -29,8 +29,7 @@ CASES = {
     ("name", "engine", "ranks"),
     [
         ("vit, layers", "fsdp", 2),
-        ("mim", "ddp", 2),
-        *slow([("mim", "ddp", 4), ("mim", "fsdp", 2)]),
+        *slow([("mim", "ddp", 2), ("mim", "ddp", 4), ("mim", "fsdp", 2)]),
         *slow([("vit, layers", "ddp", 4), ("vit, lars", "ddp", 2), ("vit, lars", "fsdp", 4)]),
         *slow([("swin, layers", "ddp", 2), ("swin, layers", "fsdp", 2)]),
     ],

@@ -189,8 +189,8 @@ def test_probing_shapes_leaves_the_network_as_it_was() -> None:
     [
         ({"network": "resnet05"}, "network.name=resnet05: no such network; did you mean resnet"),
         (
-            {"network": "crossvit_tiny_240", "image_size": 240},
-            "CrossVit can't be cut into segments: its features are list, and must be one tensor",
+            {"network": "efficientvim_m1", "image_size": 224},
+            "EfficientViM can't be cut into segments: its features are list, and must be one tensor",
         ),
         ({"network": "resnet18", "cut": 99}, "network.cut=99: the network has 8 blocks"),
         (

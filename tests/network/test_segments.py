@@ -14,6 +14,7 @@ from framework.network import Segment, create, cut, output_shapes
 from framework.runtime.errors import UserError
 from tests.execution.test_routing import assert_equals_definition
 from tests.support import networks
+from tests.support.marks import slow
 from tests.support.networks import relative_error
 
 DROP = {"drop_path_rate": 0.3}
@@ -39,6 +40,9 @@ NETWORKS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "swin_tiny_patch4_window7_224": (4, 12, DROP | {"img_size": 64}),
 }
 
+#: those that take seconds
+LARGE = ["resnet101", "resnet152", "presnet50", "resnext50_32x4d", "swin_tiny_patch4_window7_224"]
+
 #: one network a family, made small where it has arguments for that
 SMALL: dict[str, dict[str, Any]] = {
     "presnet50": {},
@@ -61,7 +65,7 @@ def run(segments: list[Segment], x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*(n for n in NETWORKS if n not in LARGE), *slow(LARGE)])
 @torch.no_grad()
 def test_segments_in_order_equal_the_network_bit_for_bit(name: str) -> None:
     """In evaluation and, with the same random numbers, in training; each parameter is in one segment."""
@@ -83,7 +87,9 @@ def test_segments_in_order_equal_the_network_bit_for_bit(name: str) -> None:
             assert len(owned) == len(set(owned)) and set(owned) == set(trainable)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [*(n for n in SMALL if n not in LARGE), *slow(n for n in SMALL if n in LARGE)]
+)
 def test_local_units_on_every_family_equal_the_definition(name: str) -> None:
     """Windows of one segment, as GIM's, and of two, as LoCo's, in one plan."""
     torch.manual_seed(0)

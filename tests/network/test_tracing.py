@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from framework.local.methods import auglocal, hpff, mlaan
@@ -52,6 +53,21 @@ ODD = {
     "pnasnet5large": (96, 5, 12),
     "hiera_tiny_224": (224, 4, 12),
 }
+
+
+#: torchvision's -> stages; downsamplings between these belong to the next
+TORCHVISION = {
+    "swin_t": ["features.1", "features.3", "features.5", "features.7"],
+    "convnext_tiny": ["features.1", "features.3", "features.5", "features.7"],
+    "mobilenet_v3_small": ["features.1", "features.4", "features.7", "features.9", "features.12"],
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_stages_have_names_of_their_own(name: str) -> None:
+    with torch.device("meta"):
+        network: nn.Module = torchvision.models.get_model(name)
+    assert [segment.name for segment in cut(network)] == TORCHVISION[name]
 
 
 @pytest.mark.parametrize("name", [*SAMPLE, *slow(ODD)])

@@ -40,7 +40,7 @@ def test_rows_that_are_there_are_not_made_again(tmp_path: Path, capsys: pytest.C
     assert [row["stages"] for row in csv.DictReader(path.read_text().splitlines())] == ["4"]
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("resnet18", 8), ("crossvit_tiny_240", None)])
+@pytest.mark.parametrize(("name", "blocks"), [("resnet18", 8), *slow([("crossvit_tiny_240", None)])])
 def test_whether_a_network_can_be_cut_is_told_without_computing(name: str, blocks: int | None) -> None:
     row = cut_only(name)
     assert row.get("blocks") == blocks
