@@ -81,6 +81,7 @@ def test_a_linear_evaluation_of_something_else_is_made_again(tmp_path: Path) -> 
     assert run.results[1]["top1"] == 50.0
 
 
+@pytest.mark.slow
 def test_lines_of_rows_that_are_no_longer_in_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

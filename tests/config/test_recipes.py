@@ -287,6 +287,7 @@ def test_every_row_of_the_other_tables_has_a_recipe_that_says_so() -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_no_recipe_repeats_its_bases() -> None:
     for name in NAMES:
         own = OmegaConf.create((RECIPES / f"{name}.yaml").read_text())

@@ -34,10 +34,10 @@ def cost(recipe: str, images: int = 2, *overrides: str) -> PlanCost:
 @pytest.mark.parametrize(
     ("recipe", "saving", "paper"),
     [
-        ("gim_r50_100ep", 2.07, 1.81),
         ("loco_r50_100ep", 1.28, 1.28),
         *slow(
             [
+                ("gim_r50_100ep", 2.07, 1.81),
                 ("gim_pr50_100ep", 4.80, 4.56),
                 ("loco_pr50_100ep", 2.54, 2.76),
                 ("cifar10/mlaan_r32_k16_cifar10", 1.78, 1 / 0.777),
@@ -129,7 +129,7 @@ def test_fp16_is_counted_as_the_other_type_of_two_bytes() -> None:
     assert cost(QUICK, 2, "train.precision=fp16") == cost(QUICK, 2, "train.precision=bf16")
 
 
-@pytest.mark.parametrize("module", [0, 1, 15])
+@pytest.mark.parametrize("module", [0, *slow([1, 15])])
 def test_a_module_that_is_trained_alone_costs_what_it_costs_in_the_whole_plan(module: int) -> None:
     whole, alone = cost(QUICK), cost(QUICK, 2, "method.async_mode=sequential", f"method.module={module}")
     assert alone.segments == whole.segments[module : module + 1]

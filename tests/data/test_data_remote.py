@@ -229,6 +229,7 @@ def load_for_ever(url: str, cache: Path) -> None:
         print(step, flush=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pool")  # its server forks the process
 def test_nothing_is_left_after_a_kill(tmp_path, local):
     def shared_memory() -> set[str]:

@@ -125,6 +125,7 @@ def test_shares_of_memory(name: str, arguments: dict[str, Any], shares: list[flo
     assert [stage / sum(stages) for stage in stages] == pytest.approx(shares, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_presnet_keeps_its_ratios_at_other_sizes() -> None:
     for image_size, sides in [
         (224, (56, 36, 24, 16, 12, 8)),

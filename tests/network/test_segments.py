@@ -41,7 +41,15 @@ NETWORKS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 
 #: those that take seconds
-LARGE = ["resnet101", "resnet152", "presnet50", "resnext50_32x4d", "swin_tiny_patch4_window7_224"]
+LARGE = [
+    "resnet101",
+    "resnet152",
+    "presnet50",
+    "resnext50_32x4d",
+    "convnext_tiny",
+    "shufflenetv2_50",
+    "swin_tiny_patch4_window7_224",
+]
 
 #: one network a family, made small where it has arguments for that
 SMALL: dict[str, dict[str, Any]] = {
