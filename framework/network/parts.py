@@ -34,7 +34,11 @@ class Part(nn.Module):
             for name in step.own if isinstance(step, Calls) else ():
                 path, _, last = name.rpartition(".")
                 holder, last = self._holder(name)
-                setattr(holder, last, getattr(network.get_submodule(path), last))
+                tensor: Tensor = getattr(network.get_submodule(path), last)
+                if isinstance(tensor, nn.Parameter):
+                    holder.register_parameter(last, tensor)
+                else:  # moves to devices with the part, and is in no checkpoint, as what is made anew
+                    holder.register_buffer(last, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """In the layout of the network."""

@@ -79,11 +79,9 @@ def own_pooling(segment: Segment, shape: tuple[int, ...]) -> tuple[int, tuple[st
                 n: segment.backbone.get_parameter(n).detach().requires_grad_() for n in segment.follows
             }
             found = torch.func.functional_call(_Pooled(segment), _below("backbone", parameters), (x,))
-            grown = (
-                list(torch.autograd.grad(found.sum(), list(parameters.values()), allow_unused=True))
-                if parameters
-                else []
-            )
+            grown: list[torch.Tensor | None] = [None] * len(parameters)
+            if found.requires_grad:  # else its pooling has none of them
+                grown = list(torch.autograd.grad(found.sum(), list(parameters.values()), allow_unused=True))
     finally:
         for module, mode in modes:
             module.training = mode
