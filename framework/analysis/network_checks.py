@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from framework.cost.counting import peak_of
 from framework.data.batch import Batch
@@ -173,7 +175,8 @@ def _training(net: LocalNetwork, side: int) -> list[str]:
     net = (net.double() if small else net).train()
     batch = _batch(net, side)
     state = torch.get_rng_state()
-    loss = net(batch).loss
+    with _AllFloat64() if small else nullcontext():
+        loss = net(batch).loss
     loss.backward()
     gradients = {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
     if not torch.isfinite(loss):
@@ -182,7 +185,8 @@ def _training(net: LocalNetwork, side: int) -> list[str]:
         return [f"{missing[0]} gets no gradient"]
     if not small or not torch.equal(state, torch.get_rng_state()):
         return []  # random numbers are drawn in another order there
-    _, expected = naive_gradients(net, batch)
+    with _AllFloat64():
+        _, expected = naive_gradients(net, batch)
     names = {p: n for n, p in net.named_parameters()}
     for parameter, gradient in expected.items():
         own = gradients[names[parameter]]
@@ -191,6 +195,15 @@ def _training(net: LocalNetwork, side: int) -> list[str]:
         if float((own - gradient).abs().max()) > 1e-8 * max(1.0, scale):
             return [f"gradient of {names[parameter]} differs by {_error(own, gradient):.1e}"]
     return []
+
+
+class _AllFloat64(TorchFunctionMode):
+    """``x.float()`` gives float64: some networks compute a part in float32, whose rounding would hide errors."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **(kwargs or {})) if func is not Tensor.float else Tensor.double(*args)
 
 
 def _images(side: int, count: int) -> Tensor:

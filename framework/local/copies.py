@@ -76,6 +76,7 @@ class PulledCopy(nn.Module):
         self._ran: dict[str, Tensor] | None = None
         self.block = copy.deepcopy(block)
         self.names = tuple(name for name, _ in self.block.named_parameters())
+        self._places = _places(self.block)
         for name in self.names:
             self.register_buffer(_flat(name), torch.zeros_like(self.block.get_parameter(name)))
 
@@ -84,7 +85,9 @@ class PulledCopy(nn.Module):
         weights = self._weights()
         if self.training and self.when == "before":
             self._ran = {name: weight.detach() for name, weight in weights.items()}
-        return functional_call(self.block, weights, (x,))
+        placed = {place: weights[name] for place, name in self._places.items()}
+        # PyTorch's own tying puts a tensor without gradient back where a block holds one module under two names.
+        return functional_call(self.block, placed, (x,), tie_weights=False)
 
     @torch.no_grad()
     def follow(self, block: nn.Module, amount: Tensor | float) -> None:
@@ -93,9 +96,20 @@ class PulledCopy(nn.Module):
         steps = torch._foreach_sub([live[name] for name in self.names], list(now.values()))
         torch._foreach_mul_(steps, amount * (1.0 - self.momentum))
         torch._foreach_add_([self.get_buffer(_flat(name)) for name in self.names], steps)
+        self._ran = None  # as large as the block
 
     def _weights(self) -> dict[str, Tensor]:
         return {n: self.block.get_parameter(n) + self.get_buffer(_flat(n)) for n in self.names}
+
+
+def _places(block: nn.Module) -> dict[str, str]:
+    """Where each parameter stands, once a module, and its first name."""
+    first = {parameter: name for name, parameter in block.named_parameters()}
+    return {
+        f"{path}.{name}" if path else name: first[parameter]
+        for path, module in block.named_modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
 
 
 def _flat(name: str) -> str:

@@ -142,7 +142,7 @@ def image_side(network: nn.Module, sides: Sequence[int]) -> int:
     Raises:
         UserError: there is none; says why.
     """
-    failed = UserError(f"{type(network).__name__} takes no images with a side of {sides[0]} to {sides[-1]}")
+    failed: UserError | None = None
     for side in sides:
         try:
             _record(network, side, True, BLOCKS.opened)
@@ -153,6 +153,9 @@ def image_side(network: nn.Module, sides: Sequence[int]) -> int:
             failed = error
         else:
             return side
+    if failed is None:
+        structure(network)  # fails if it can't be cut for any size
+        failed = UserError(f"{type(network).__name__} takes no images with a side of {sides[0]} to {sides[-1]}")
     raise failed
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from framework.execution import LocalNetwork
+from framework.local.copies import PulledCopy
 from framework.runtime.distributed import is_main
 from tests.support import training
 from tests.support.marks import slow
@@ -69,3 +70,42 @@ def train_frozen(case: Case) -> dict[str, bool] | None:
 def test_frozen_weights_of_a_head_stay(pool: Callable[[int], Pool], engine: str) -> None:
     moved = pool(2).run(train_frozen, Case("dgl", "block", "sgd", engine))[0]
     assert [name for name, was_moved in moved.items() if not was_moved] == ["heads.layer1_0.trunk.1.weight"]
+
+
+class Twice(nn.Module):
+    """One layer under two names, and another that shares its weight alone: each is the same weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.again = self.first
+        self.tied = nn.Linear(3, 3, bias=False)
+        self.tied.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tied(self.again(torch.relu(self.first(x))))
+
+
+def test_a_pulled_copy_of_a_block_that_uses_a_weight_at_three_places() -> None:
+    """Both passes run with p + c everywhere, and the gradient of p is the sum over the places."""
+    torch.manual_seed(0)
+    block = Twice()
+    copied, x = PulledCopy(block, 0.9), torch.randn(5, 3)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(1.0)
+    for _ in range(2):
+        copied.follow(block, 1.0)
+        own = {
+            n: p.detach() + copied.get_buffer(n.replace(".", "_") + "_pull")
+            for n, p in copied.block.named_parameters()
+        }
+        weight, bias = (own[f"first.{n}"].requires_grad_() for n in ("weight", "bias"))
+        expected = (torch.relu(x @ weight.T + bias) @ weight.T + bias) @ weight.T
+        found = copied(x)
+        copied.zero_grad()
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(copied.block.first.weight.grad, weight.grad)
+        torch.testing.assert_close(copied.block.first.bias.grad, bias.grad)
