@@ -155,7 +155,9 @@ def image_side(network: nn.Module, sides: Sequence[int]) -> int:
             return side
     if failed is None:
         structure(network)  # fails if it can't be cut for any size
-        failed = UserError(f"{type(network).__name__} takes no images with a side of {sides[0]} to {sides[-1]}")
+        failed = UserError(
+            f"{type(network).__name__} takes no images with a side of {sides[0]} to {sides[-1]}"
+        )
     raise failed
 
 

@@ -23,6 +23,7 @@ from uuid import uuid4
 from framework.runtime import distributed, watchdog
 from framework.runtime.errors import LocalError, UserError
 from framework.runtime.files import unlocked, write_whole
+from framework.runtime.slurm_jobs import has_ended
 
 FOLDER = "lock"
 BEAT = 5.0  # seconds between two touches
@@ -76,6 +77,11 @@ class Holder:
     def comes_after(self, other: Holder) -> bool:
         """Whether Slurm started this job again after it had given ``other`` up, which may live on on a lost node."""
         return self.job != "" and self.job == other.job and self.restarts > other.restarts
+
+    def outlived(self, other: Holder) -> bool:
+        """Whether ``other`` is of another job of this cluster that is over for Slurm; it may live on on a lost node."""
+        cluster, _, number = other.job.rpartition("/")
+        return self.job.rpartition("/")[0] == cluster and self.job != other.job != "" and has_ended(number)
 
 
 class RunLock:
@@ -216,6 +222,8 @@ def _await_end(folder: Path, number: int, me: Holder, remedy: str) -> None:
                 return
             alive = holder.machine == me.machine and _born(holder.pid) == holder.born
             if alive or first not in (None, beat):
+                if me.outlived(holder):
+                    return
                 raise UserError(
                     f"{folder.parent}: is the folder of a run that is going on: {holder}; let it end, or {remedy} "
                     f"(if it is dead after all, delete {folder})"

@@ -17,9 +17,12 @@ from typing import NamedTuple
 
 import pytest
 
+from framework.runtime.errors import UserError
+from framework.runtime.run_lock import take
 from framework.tracking.metric_log import read_log
 from tests.support import slurm_cluster
 from tests.support.held import hold
+from tests.support.holder import Start
 from tests.support.pool import Pool
 from tests.support.runs import ROOT, assert_same_run, losses, run, starts, toy
 from tests.support.slurm_cluster import Cluster, until
@@ -236,6 +239,39 @@ def test_a_job_outlives_a_node(cluster: Cluster, tmp_path: Path, undisturbed: Re
         until(lambda: cluster.resume("n2"), 120, "n2 stays down")
     job.until_done()
     assert_same_run(tmp_path, *undisturbed)
+
+
+def test_the_next_job_of_a_chain_takes_the_folder_of_one_that_slurm_has_ended(
+    cluster: Cluster, tmp_path: Path, pool: Callable[[int], Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that lives on, as on a lost node, learns of it; while its job runs, the folder is refused."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    first, second = (sleeping(cluster, tmp_path) for _ in range(2))
+    with Start(tmp_path / "run", SLURM_JOB_ID=first, SLURM_CLUSTER_NAME="test") as start:
+        monkeypatch.setenv("SLURM_JOB_ID", second)
+        monkeypatch.setenv("SLURM_CLUSTER_NAME", "test")
+        with pytest.raises(UserError, match=f"is going on: .* Slurm job test/{first}, since"):
+            take(tmp_path / "run")
+        cluster.ask("scancel", first)
+        until(lambda: cluster.job(first)["JobState"] == "CANCELLED", 60, "not canceled")
+        monkeypatch.setenv("SLURM_CLUSTER_NAME", "another")
+        with pytest.raises(UserError, match="is going on"):
+            take(tmp_path / "run")
+        monkeypatch.setenv("SLURM_CLUSTER_NAME", "test")
+        lock = take(tmp_path / "run")
+        assert "start 2 of this run has taken over from this one" in start.writes()
+        start.ends()
+        lock.check()
+        lock.release()
+
+
+def sleeping(cluster: Cluster, folder: Path) -> str:
+    """A job that runs and does nothing."""
+    script = folder / "sleep.sh"
+    script.write_text("#!/bin/bash\nsleep 600\n")
+    job = cluster.submit(str(script), options=(f"--output={folder}/%j.log",))
+    until(lambda: cluster.job(job)["JobState"] == "RUNNING", 60, "not started")
+    return job
 
 
 def test_a_rank_that_hangs_is_reported_and_the_job_goes_on(
