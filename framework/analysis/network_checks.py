@@ -91,7 +91,11 @@ def cut_only(name: str) -> dict[str, Any]:
     except UserError as error:
         return {**row, "reason": str(error)}
     row["cut_seconds"] = round(time.process_time() - start, 2)
-    return {**row, "stages": len(segments[-1].stages), "blocks": len(segments)}
+    stages = [stage.name for stage in segments[-1].stages]
+    for names in (stages, [segment.name for segment in segments]):
+        if len(set(names)) < len(names):
+            row["faults"] = f"two segments have one name: {', '.join(names)}"
+    return {**row, "stages": len(stages), "blocks": len(segments)}
 
 
 def send_row(name: str, only_cut: bool, to: Connection) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from torch import nn
@@ -112,17 +114,23 @@ def stage_ends(
 
 
 def parents(names: Sequence[str]) -> list[tuple[str, int]] | None:
-    """The same by the modules that hold the blocks; ``None`` where one holds them all.
+    """The same by the modules that hold the blocks; ``None`` where one holds them all, or they can't be told apart.
 
-    A block beside these modules, such as a downsampling between two, belongs to the one that follows.
+    A block between two of a numbered holder belongs to it. One beside the holders, such as a downsampling between two
+    or one of a list that serves all of them, belongs to the holder that follows.
     """
     holders = [_holder(name, names) for name in names]
-    outer = {holder for holder in holders if any(other.startswith(f"{holder}.") for other in holders)}
+    for holder in dict.fromkeys(holders):
+        first, last = holders.index(holder), len(holders) - 1 - holders[::-1].index(holder)
+        if holder[-1:].isdigit():
+            holders[first : last + 1] = [holder] * (last + 1 - first)
+    beside = {holder for holder in holders if any(other.startswith(f"{holder}.") for other in holders)}
+    beside |= {holder for holder, count in Counter(h for h, _ in groupby(holders)).items() if count > 1}
     for i in reversed(range(len(holders))):
-        if holders[i] in outer:
+        if holders[i] in beside:
             holders[i] = holders[i + 1] if i + 1 < len(holders) else names[i]
     ends = [i for i, name in enumerate(holders) if i + 1 == len(holders) or holders[i + 1] != name]
-    return [(holders[i] or names[i], i) for i in ends] if len(ends) > 1 else None
+    return [(holders[i] or names[i], i) for i in ends] if 1 < len(ends) == len(set(holders)) else None
 
 
 def body(network: nn.Module, names: Sequence[str]) -> set[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from framework.local.methods import mlaan
 from framework.model import local_network
 from framework.network import Segment, create, cut, output_shapes
+from framework.network.anatomy import parents
 from framework.runtime.errors import UserError
 from tests.execution.test_routing import assert_equals_definition
 from tests.support import networks
@@ -259,3 +260,21 @@ def test_networks_that_can_not_be_cut_are_refused(name: str, arguments: dict[str
         network = create(name, **arguments)
     with pytest.raises(UserError, match=message):
         cut(network)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "ends"),
+    [
+        (("s0.0", "s0.1", "s1.0"), [("s0", 1), ("s1", 2)]),
+        (("s.0.0", "down.0", "s.1.0", "s.1.1"), [("s.0", 0), ("down", 1), ("s.1", 3)]),
+        (("s.0.0", "down.0", "s.1.0", "down.1", "s.2.0"), [("s.0", 0), ("s.1", 2), ("s.2", 4)]),
+        (("s.0.0", "pos.0", "s.0.1", "s.1.0", "pos.1", "s.1.1"), [("s.0", 2), ("s.1", 5)]),
+        (("a.0", "b.0", "a.1", "b.1"), None),
+        (("blocks.0", "blocks.1"), None),
+    ],
+)
+def test_groups_by_the_modules_that_hold_blocks_have_one_name_each(
+    blocks: tuple[str, ...], ends: list[tuple[str, int]] | None
+) -> None:
+    """Twins has a list of position convolutions, one in the middle of each group, and reports no module that it has."""
+    assert parents(blocks) == ends
