@@ -6,7 +6,7 @@ seconds and no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -208,7 +208,7 @@ def _segment_costs(net: LocalNetwork, batch: Batch) -> Iterator[SegmentCost]:
     x = net.first_input(batch)
     for s, segment in enumerate(net.segments):
         flops, saved, x = _forward(segment, x, net)
-        x = visible_tokens(x, batch, net.plan.masking) if s == 0 else x
+        x = visible_tokens(s, x, batch, net.plan.masking)
         yield SegmentCost(segment.name, sum(p.numel() for p in segment.parameters()), flops, saved)
 
 
@@ -233,14 +233,10 @@ def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
     for unit in net.plan.units:
         x = net.first_input(batch)
         with torch.no_grad():
-            for s in range(unit.first):
-                x = net.segments[s](x)
-                x = visible_tokens(x, batch, net.plan.masking) if s == 0 else x
+            x = _through(net, range(unit.first), x, batch)
         with LiveActivations([*net.parameters(), *net.buffers(), batch.images]) as live:
             x = x.detach().requires_grad_(unit.first > 0)
-            for s in range(unit.first, unit.last + 1):
-                x = net.segments[s](x)
-                x = visible_tokens(x, batch, net.plan.masking) if s == 0 else x
+            x = _through(net, range(unit.first, unit.last + 1), x, batch)
             with Flops() as counter:
                 seen = batch._replace(teacher=keys[unit.last].get(unit.head) if keys else None)
                 unit.head(unit.head.seen(net.segments[unit.last], x), seen)
@@ -255,6 +251,12 @@ def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
             live.peak,
             unit.weight,
         )
+
+
+def _through(net: LocalNetwork, segments: Iterable[int], x: Tensor, batch: Batch) -> Tensor:
+    for s in segments:
+        x = visible_tokens(s, net.segments[s](x), batch, net.plan.masking)
+    return x
 
 
 def _forward(run: Callable[[Tensor], Tensor], x: Tensor, net: nn.Module) -> tuple[int, int, Tensor]:

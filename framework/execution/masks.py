@@ -27,9 +27,16 @@ class Masks(Drawn[Masking]):
         return batch._replace(visible=own.argsort(1)[:, : self.rule.visible].sort(1).values)
 
 
-def visible_tokens(x: Tensor, batch: Batch, masking: Masking | None) -> Tensor:
-    """Tokens (N, prefix + L, C) -> (N, prefix + K, C), those that a batch's masks leave; without masks all."""
-    if masking is None or batch.visible is None:
+def visible_tokens(s: int, x: Tensor, batch: Batch, masking: Masking | None) -> Tensor:
+    """Of the first segment's tokens (N, prefix + L, C), those that a batch's masks leave, (N, prefix + K, C).
+
+    Args:
+        s: number of the segment whose output ``x`` is; those behind the first give what they are given.
+        x: any output, where there are no masks.
+        batch: with the masks.
+        masking: their rule; ``None`` if there are none.
+    """
+    if s > 0 or masking is None or batch.visible is None:
         return x
     patches = x[:, masking.prefix :].gather(1, batch.visible.unsqueeze(2).expand(-1, -1, x.shape[2]))
     return torch.cat([x[:, : masking.prefix], patches], 1)

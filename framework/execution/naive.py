@@ -68,7 +68,7 @@ def naive_gradients(
 
 def _run(network: LocalNetwork, s: int, x: Tensor, batch: Batch) -> Tensor:
     output = network.segments[s](x)
-    output = visible_tokens(output, batch, network.plan.masking) if s == 0 else output
+    output = visible_tokens(s, output, batch, network.plan.masking)
     return output if network.noise is None else network.noise.on(output, s)
 
 

@@ -79,7 +79,7 @@ class RoutedStep:
         self.inputs[s] = x.detach().requires_grad_(s in self._crossed)
         with self.program.autocast(x):
             output = self.program.runners[s](self.inputs[s])
-            output = visible_tokens(output, self.batch, self.plan.masking) if s == 0 else output
+            output = visible_tokens(s, output, self.batch, self.plan.masking)
             self.outputs[s] = output if self.noise is None else self.noise.on(output, s)
             if self.teacher is not None:
                 self._keys = self.teacher.forward(s)

@@ -128,13 +128,13 @@ def _alone(net: LocalNetwork, unit: LocalUnit, data: Batch) -> int:
     with torch.no_grad():
         for s, segment in enumerate(net.segments[: unit.first]):
             x = segment(x)
-            x = visible_tokens(x, data, net.plan.masking) if s == 0 else x
+            x = visible_tokens(s, x, data, net.plan.masking)
     ignored = [data.images] if unit.first == 0 else []
     with LiveActivations([*net.parameters(), *net.buffers(), *ignored]) as live:
         for s in range(unit.first, unit.last + 1):
             x = net.segments[s](x)
             x = x if net.noise is None else net.noise.on(x, s)
-            x = visible_tokens(x, data, net.plan.masking) if s == 0 else x
+            x = visible_tokens(s, x, data, net.plan.masking)
         torch.autograd.grad(unit.head(x, data), list(unit.head.parameters()))
     return live.peak
 

@@ -18,6 +18,7 @@ from framework.local.methods import infopro, mlaan
 from framework.local.objectives import CrossEntropy, InfoNCE, SupCon
 from framework.local.reconstruction import Reconstruction
 from framework.local.soft_sharing import SoftSharedHead
+from framework.local.trunks import mlp
 from framework.network import Segment, create, cut
 from framework.runtime.errors import UserError
 from tests.support import networks
@@ -215,3 +216,24 @@ def test_a_module_with_a_decoder_alone_needs_no_labels() -> None:
     options = infopro.Options(reconstruction=Reconstruction(first=(5, 0), last=(5, 1)))
     plan = infopro.plan(network_info(), options)
     assert plan.supervised and not plan.only(0).supervised and plan.only(1).needs == LABELS | IMAGES
+
+
+@pytest.mark.parametrize(("bn", "affine"), [("hidden", 2), ("all", 4), ("all_plain", 2)])
+def test_batch_norm_in_projections(bn: str, affine: int) -> None:
+    """Behind the hidden layer or behind both, where the last one may have no weights (MoCo v3, SimSiam)."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*mlp((3, 4, 2), bn)).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    first, *_, last = (layer.weight for layer in layers if isinstance(layer, nn.Linear))
+    expected = standardized(torch.relu(standardized(x @ first.T)) @ last.T)
+    found = layers(x)
+    if bn == "hidden":
+        found = standardized(found)
+    torch.testing.assert_close(found, expected)
+    norms = [layer for layer in layers if isinstance(layer, nn.BatchNorm1d)]
+    assert sum(len(list(norm.parameters())) for norm in norms) == affine
+
+
+def standardized(x: Tensor) -> Tensor:
+    """Without mean and with variance 1 over the images, but for BatchNorm's epsilon."""
+    return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
