@@ -58,7 +58,7 @@ class LamBuilder:
         lam = Lam(blocks, self.network.segments, self.copies)
         try:
             return lam, lam.output_shape(self.network.outputs[segment])
-        except RuntimeError as error:
+        except (RuntimeError, UserError) as error:
             copied = ", ".join(b.name for b in blocks)
             name = self.network.names[segment]
             raise UserError(
