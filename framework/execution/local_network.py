@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from framework.execution.precision import LossScales
 from framework.execution.program import HeadCall, Program
 from framework.execution.replay_buffer import ReplayBufferStrategy
 from framework.execution.step import RoutedStep
+from framework.execution.step_output import StepOutput, add_gradients, handed_over, step_output
 from framework.execution.teacher import Teacher, TeacherPass
 from framework.local.units import Plan
 from framework.network import pooling
@@ -34,23 +35,6 @@ from framework.runtime.distributed import any_over_ranks
 from framework.runtime.errors import UserError
 
 LOSS_SCALES = "scales."  # how names of float16's loss scales begin, in a network's state
-
-
-class StepOutput(NamedTuple):
-    """The result of a forward; a named tuple, so that FSDP2 finds the loss in it.
-
-    Attributes:
-        loss: weighted sum of the unit losses; its ``backward()`` hands over the finished gradients.
-        unit_losses: (U,) detached, unweighted, in the order of the plan's units.
-        overflow: bool scalar, the same on every rank: skip this step. ``None`` in float32 and bfloat16, unless the
-            network was made with ``skip_nonfinite``.
-        hopeless: (U,) bool, of float16: units whose gradients are infinite or NaN at the lowest loss scale, too.
-    """
-
-    loss: Tensor
-    unit_losses: Tensor
-    overflow: Tensor | None = None
-    hopeless: Tensor | None = None
 
 
 class LocalNetwork(nn.Module):
@@ -292,8 +276,8 @@ class LocalNetwork(nn.Module):
     def _train(self, batch: Batch) -> StepOutput:
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step, penalty = self.routed_step(batch)
-        result = _output(self.plan, step.losses, penalty)
-        loss = _HandOver.apply(result.loss, list(step.gradients.values()), *step.gradients)
+        result = step_output(self.plan, step.losses, penalty)
+        loss = handed_over(result.loss, step.gradients)
         if self.scales is not None:
             overflow, hopeless = self.scales.update(step.take_overflows(), batch.last)
             return StepOutput(loss, result.unit_losses, overflow, self.program.by_unit(hopeless))
@@ -320,36 +304,4 @@ class LocalNetwork(nn.Module):
                     call, features, key = waiting.pop()
                     loss = call.head(features, batch._replace(teacher=key))
                     losses.update(dict.fromkeys(call.units, loss))
-        return _output(self.plan, losses, self.penalty())
-
-
-def add_gradients(penalty: Tensor, gradients: dict[nn.Parameter, Tensor]) -> None:
-    """Add the gradient of ``penalty`` to that of every parameter it depends on."""
-    found = torch.autograd.grad(penalty, list(gradients), allow_unused=True)
-    for parameter, gradient in zip(list(gradients), found, strict=True):
-        if gradient is not None:
-            gradients[parameter] = gradients[parameter] + gradient
-
-
-class _HandOver(torch.autograd.Function):
-    """The loss as a function of all parameters, whose gradients are known already."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("the gradients of this step were handed over already: call the network again")
-        torch._foreach_mul_(gradients, factor)
-        return (None, None, *gradients)
-
-
-def _output(plan: Plan, losses: dict[int, Tensor], penalty: Tensor | None) -> StepOutput:
-    unit_losses = torch.stack([losses[i] for i in range(len(plan.units))])
-    weights = unit_losses.new_tensor([unit.weight for unit in plan.units])
-    loss = unit_losses @ weights
-    return StepOutput(loss if penalty is None else loss + penalty, unit_losses)
+        return step_output(self.plan, losses, self.penalty())

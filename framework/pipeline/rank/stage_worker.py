@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from framework.data.batch import Batch
 from framework.engines.base import numbers_of
 from framework.execution import LocalNetwork
-from framework.execution.local_network import add_gradients
 from framework.execution.masks import Masks
 from framework.execution.noise import Noise
 from framework.execution.step import RoutedStep
+from framework.execution.step_output import add_gradients
 from framework.execution.teacher import TeacherPass
 from framework.local import Need
 from framework.pipeline.rank.p2p import Peer, Receiver, Sender
