@@ -19,7 +19,7 @@ from framework.execution import LocalNetwork
 from framework.execution.naive import naive_gradients
 from framework.local import NetworkInfo, methods
 from framework.network import Segment, create, cut
-from framework.network.structure import image_side
+from framework.network.structure import image_side, run_features
 from framework.runtime.errors import UserError
 
 #: method -> the one on top of the whole network that it is compared with
@@ -30,7 +30,7 @@ LARGE = 30_000_000
 #: images of which the memory is counted
 IMAGES = 8
 #: sides of images, of which the first that a network takes is used
-SIDES = (64, 96, 128, 192, 224, 240, 256, 288, 320, 384, 448, 512)
+SIDES = (64, 96, 128, 192, 224, 240, 256, 288, 320, 384, 448, 512, 32)
 #: tried at the creation of networks that take none of the smaller ones otherwise
 SMALL = (96, 112, 128)
 
@@ -147,7 +147,7 @@ def _unequal(network: nn.Module, parts: dict[str, list[Segment]], side: int) -> 
     for training in (True, False):
         network.train(training)
         torch.manual_seed(1)
-        whole = network.forward_features(images)  # type: ignore[operator]
+        whole = run_features(network, images)
         for at, segments in parts.items():
             network.load_state_dict(state)
             torch.manual_seed(1)
@@ -163,10 +163,12 @@ def _unequal(network: nn.Module, parts: dict[str, list[Segment]], side: int) -> 
 
 @torch.no_grad()
 def _features(net: LocalNetwork, side: int) -> list[str]:
-    """Whether the features are those that timm's network gives."""
+    """Whether the features are those that the network gives, or the mean of its maps or tokens."""
     net.eval()
     images = _images(side, 2)
     expected = net.backbone(images)
+    if expected.ndim > 2:
+        expected = net.segments[-1].to_map(expected).mean((2, 3))
     found = net.features(images)
     if found.shape != expected.shape:
         return [f"features {tuple(found.shape[1:])}, timm's {tuple(expected.shape[1:])}"]

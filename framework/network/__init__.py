@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import framework.network.cifar
 import framework.network.presnet
@@ -49,6 +50,8 @@ def create(name: str, /, **arguments: Any) -> nn.Module:
     if not isinstance(arguments.get("pretrained", False), bool):
         raise UserError(f"network.args.pretrained={arguments['pretrained']}: must be true or false")
     checkpoint = arguments.get("checkpoint_path")
+    if checkpoint is not None and not isinstance(checkpoint, str):
+        raise UserError(f"network.args.checkpoint_path={checkpoint}: must be the path of a file")
     if checkpoint and not Path(checkpoint).is_file():
         raise UserError(f"network.args.checkpoint_path={checkpoint}: no such file")
     if name in own.names():
@@ -67,9 +70,18 @@ def create(name: str, /, **arguments: Any) -> nn.Module:
             raise UserError(f"network.args.{key}={value}: must be at least 0 and below 1")
     try:
         with _hub_silent():
-            return make(**arguments)
+            network = make(**arguments)
     except Exception as error:  # whatever timm, its network or the user's file does with the arguments
         raise UserError(_refusal(name, arguments, error)) from error
+    if not isinstance(network, nn.Module):
+        raise UserError(
+            f"network.name={name}: create() gives {type(network).__name__}, must be a torch.nn.Module"
+        )
+    if lazy := [key for key, p in network.named_parameters() if is_lazy(p)]:
+        raise UserError(
+            f"network.name={name}: {lazy[0]} has no shape yet; name the layer's channels, or call it once"
+        )
+    return network
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from timm.layers import PatchDropout
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from framework.network import anatomy
 from framework.network.chain import Step
@@ -94,6 +95,12 @@ def structure(network: nn.Module, image_size: int | None = None) -> Structure:
     """
     if any(isinstance(module, PatchDropout) and module.prob > 0 for module in network.modules()):
         raise UserError("network.args.patch_drop_rate: heads read the whole map, so no patch may be dropped")
+    name = type(network).__name__
+    if not any(True for _ in network.parameters()):
+        raise UserError(f"{name} can't be cut into segments: it has no parameters")
+    for path, module in network.named_modules():
+        if isinstance(module, ScriptModule):
+            raise UserError(f"{name} can't be cut into segments: {path or name} is compiled by torch.jit")
     try:
         return _found(network, image_size)
     except Untraceable as error:
@@ -105,9 +112,14 @@ def structure(network: nn.Module, image_size: int | None = None) -> Structure:
                 else ""
             )
             raise UserError(
-                f"data.image_size={image_size}: {type(network).__name__} takes no such images: {error}{hint}"
+                f"data.image_size={image_size}: {name} takes no such images: {error}{hint}"
             ) from error
-        raise UserError(f"{type(network).__name__} can't be cut into segments: {error}") from error
+        fails = (
+            ""
+            if error.__cause__ is None
+            else "its code fails on images of three channels, or can't be recorded: "
+        )
+        raise UserError(f"{name} can't be cut into segments: {fails}{error}") from error
 
 
 def _found(network: nn.Module, image_size: int | None) -> Structure:
@@ -131,8 +143,11 @@ def _modes(network: nn.Module, image_size: int | None, rule: Rule) -> tuple[tupl
     """The network in training and in evaluation, and the side of the images that were recorded."""
     training, side = _recorded(network, image_size, rule.opened)
     evaluation = _record(network, side, False, rule.opened)
-    larger = _larger(network, side, evaluation, rule.opened)
-    pieces = [Pieces(chain_of(network, found, rule), larger) for found in (training, evaluation)]
+    larger = _larger(network, side, evaluation, False, rule.opened)
+    same = _calls(training) == _calls(evaluation) and training.shapes == evaluation.shapes
+    of_training = larger if same else _larger(network, side, training, True, rule.opened)
+    both = ((training, of_training), (evaluation, larger))
+    pieces = [Pieces(chain_of(network, found, rule), large) for found, large in both]
     return (pieces[0], pieces[1]), side
 
 
@@ -186,17 +201,20 @@ def _record(network: nn.Module, side: int, training: bool, opened: Opened) -> Tr
     return trace(network, run_features, (3, side, side), training, opened)
 
 
-def _larger(network: nn.Module, side: int, small: Trace, opened: Opened) -> Trace | None:
-    """The network in evaluation for larger images; ``None`` if it takes none, or all its tensors are plain maps."""
+def _calls(found: Trace) -> list[tuple[str, object]]:
+    return [(node.kind, node.target) for node in found.nodes]
+
+
+def _larger(network: nn.Module, side: int, small: Trace, training: bool, opened: Opened) -> Trace | None:
+    """The network for larger images; ``None`` if it takes none, or all its tensors are plain maps."""
     plain = (len(shape) == 4 and shape[1] != shape[2] == shape[3] for shape in small.shapes.values())
     if all(plain):
         return None
     try:
-        large = _record(network, 2 * side, False, opened)
+        large = _record(network, 2 * side, training, opened)
     except Untraceable:
         return None
-    same = [(n.kind, n.target) for n in large.nodes] == [(n.kind, n.target) for n in small.nodes]
-    return large if same and large.shapes.keys() == small.shapes.keys() else None
+    return large if _calls(large) == _calls(small) and large.shapes.keys() == small.shapes.keys() else None
 
 
 def _structure(training: Pieces, evaluation: Pieces) -> Structure:
@@ -221,9 +239,21 @@ def _structure(training: Pieces, evaluation: Pieces) -> Structure:
         assert to_map is not None
         channels = to_map(_meta(evaluation.shape(place))).shape[1]
         blocks.append(Block(name, own, to_map, channels))
-    last = evaluation.to_map(len(evaluation.chain.items)) or blocks[-1].to_map
     stem_map = evaluation.to_map(evaluation.stem) or is_map
-    return Structure(stem, stem_map, _stages(evaluation, names, blocks), tail, last)
+    return Structure(
+        stem, stem_map, _stages(evaluation, names, blocks), tail, _features_map(evaluation, blocks[-1])
+    )
+
+
+def _features_map(pieces: Pieces, last: Block) -> ToMap:
+    """How the features become a map: as their layout tells, or as the last block's do, if they are of one rank."""
+    end = len(pieces.chain.items)
+    found, shape = pieces.to_map(end), pieces.shape(end)
+    if found is None and len(shape) != len(pieces.shape(pieces.cuts[last.name])):
+        raise Untraceable(
+            f"its features have shape {shape}, and must be maps (N, C, H, W), tokens (N, L, C) or vectors (N, D)"
+        )
+    return found or last.to_map
 
 
 def _meta(shape: tuple[int, ...]) -> Tensor:

@@ -9,12 +9,14 @@ Sizes that the code reads off tensors stay expressions of these tensors, so that
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -44,7 +46,8 @@ def trace(
         opened: whether the calls inside a module of this name are recorded, too.
 
     Raises:
-        Untraceable: the result is not one tensor, or the code looks at the tensors' values.
+        Untraceable: the result is not one tensor, or the code looks at the tensors' values, draws random numbers that
+            are not PyTorch's, or sets the network's buffers anew.
     """
     skeleton = _skeleton(network).train(training)
     recorder = _Recorder(skeleton, opened)
@@ -53,7 +56,7 @@ def trace(
         image = recorder.number(images)
         recorder.dependent.add(image.number)
         try:
-            with recorder.calls(), recorder:
+            with recorder.calls(), recorder, _nothing_drawn():
                 output = run(skeleton, images)
         except Untraceable:
             raise
@@ -79,6 +82,32 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in everything.items() if isinstance(tensor, Tensor)}
 
 
+def _states() -> tuple[Any, ...]:
+    """Of Python's and NumPy's random numbers."""
+    return random.getstate(), np.random.get_state()
+
+
+@contextmanager
+def _drawn_again() -> Iterator[None]:
+    """What is drawn within the context is drawn again after it."""
+    python, numpy = _states()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Fails where something is drawn: what it decides would be decided once for ever."""
+    before = repr(_states())
+    with _drawn_again():
+        yield
+        if repr(_states()) != before:
+            raise Untraceable("its code draws random numbers of Python or NumPy; use PyTorch's")
+
+
 class _Recorder(TorchFunctionMode):
     """Writes down the calls of modules and functions while it is active."""
 
@@ -90,6 +119,9 @@ class _Recorder(TorchFunctionMode):
         for path, module in network.named_modules():
             for name, tensor in _tensors(module).items():
                 self.own.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
+        self.recorded = {
+            network: dict(network._buffers)
+        }  # modules whose own code is, with their buffers before
         self.nodes: list[Node] = []
         self.dependent: set[int] = set()
         self.tensors: list[
@@ -130,17 +162,20 @@ class _Recorder(TorchFunctionMode):
         if name == "__get__":
             return self._attribute(func, args)
         before = self._template((args, kwargs))
+        versions = [(leaf, leaf._version) for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*_plain(args), **_plain(kwargs))
+        changed = [tensor for tensor, version in versions if tensor._version != version]
         if name in ("size", "numel") and args and isinstance(args[0], Tensor):
             return self._sizes(func, args, kwargs, result)
-        if not any(isinstance(leaf, Tensor) for leaf in leaves(result)):
+        if not changed and not any(isinstance(leaf, Tensor) for leaf in leaves(result)):
             return result
         owner = getattr(func, "__objclass__", None) or torch.Tensor
         is_method = getattr(owner, "__name__", "") in ("TensorBase", "Tensor") and (
             getattr(torch.Tensor, name, None) is func or getattr(func, "__objclass__", None) is not None
         )
         node = Node("method", name) if is_method else Node("function", func)
-        return self._record(node, before, result)
+        own_changed = any(id(tensor) in self.own for tensor in changed)
+        return self._record(node, before, result, in_order=own_changed)
 
     def _attribute(self, getter: Any, args: tuple[Any, ...]) -> Any:
         """What ``tensor.NAME`` is."""
@@ -181,19 +216,31 @@ class _Recorder(TorchFunctionMode):
         first = len(self.tensors)
         if self.opened(node.target, module):
             outer, self.nodes = self.nodes, []
+            self.recorded.setdefault(module, dict(module._buffers))
             result = usual(*args, **kwargs)
             node.inner, self.nodes = self.nodes, outer
         else:
             self.quiet = True
             try:
-                result = usual(*_plain(args), **_plain(kwargs))
+                with _drawn_again():
+                    result = usual(*_plain(args), **_plain(kwargs))
             finally:
                 self.quiet = False
             first = len(self.tensors)
         return self._record(node, before, result, first)
 
-    def _record(self, node: Node, before: Any, result: Any, first: int | None = None) -> Any:
-        """Write down a call; ``first`` is the lowest number that its own calls gave."""
+    def _record(
+        self, node: Node, before: Any, result: Any, first: int | None = None, in_order: bool = False
+    ) -> Any:
+        """Write down a call.
+
+        Args:
+            node: for it.
+            before: its arguments.
+            result: what it returned.
+            first: the lowest number that its own calls gave.
+            in_order: it must run once and in its place, like those that depend on the images.
+        """
         node.args, node.kwargs = before
 
         def output(leaf: Any) -> Any:
@@ -207,7 +254,7 @@ class _Recorder(TorchFunctionMode):
         result = mapped(lambda x: TracedInt.of(x, Given(x)) if type(x) is int else x, result)
         made = len(self.tensors)
         node.output = mapped(output, result)
-        node.dependent = any(number in self.dependent for number in node.uses)
+        node.dependent = in_order or any(number in self.dependent for number in node.uses)
         if node.dependent:  # of what the calls inside it made, these have told
             self.dependent.update(number for number in node.defines if number >= made)
         self.nodes.append(node)
@@ -224,7 +271,10 @@ class _Recorder(TorchFunctionMode):
                     raise Untraceable(
                         "its code uses a tensor that is neither an argument nor the network's own"
                     )
-                return Value(self.numbers[id(leaf)])
+                number = self.numbers[id(leaf)]
+                if number not in self.dependent and self.tensors[number][1] != leaf._version:
+                    raise Untraceable("its code changes a tensor that does not depend on the images in place")
+                return Value(number)
             if isinstance(leaf, torch.dtype | torch.device) and leaf in self.likes:
                 return self.likes[leaf]
             return leaf
@@ -233,9 +283,15 @@ class _Recorder(TorchFunctionMode):
 
     def finish(self, image: Value, output: Any) -> Trace:
         """The whole."""
+        for module, buffers in self.recorded.items():
+            if reset := [name for name, tensor in buffers.items() if module._buffers.get(name) is not tensor]:
+                path = f"{self.paths[module]}.{reset[0]}".lstrip(".")
+                raise Untraceable(f"its code sets {path} to another tensor; change it in place (copy_)")
         if not isinstance(output, Tensor) or id(output) not in self.numbers:
             kind = type(output).__name__ if not isinstance(output, Tensor) else "a tensor of its own"
             raise Untraceable(f"its features are {kind}, and must be one tensor")
+        if not output.is_floating_point():
+            raise Untraceable(f"its features are {output.dtype}, and must be real numbers")
         shapes = {
             number: tuple(int(s) for s in tensor.size()) for number, (tensor, _) in enumerate(self.tensors)
         }

@@ -69,6 +69,10 @@ MISTAKES = [
     ),
     (lambda folder: create("resnet18", checkpoint_path=f"{folder}/no.pth"), "no.pth: no such file"),
     (
+        lambda folder: create("resnet18", checkpoint_path=5),
+        "network.args.checkpoint_path=5: must be the path",
+    ),
+    (
         lambda folder: create("resnet18", checkpoint_path=broken(folder)),
         "broken.pth: can't be loaded into resnet18",
     ),
