@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,8 @@ from torch import nn
 from framework import network as networks
 from framework.config.recipe import Recipe
 from framework.execution import LocalNetwork
-from framework.local import MethodOptions, NetworkInfo, methods
+from framework.local import MethodOptions, NetworkInfo, Plan, methods
+from framework.local.methods import Method
 from framework.network import Cut, Segment
 from framework.network.norm import synchronize
 from framework.runtime.errors import UserError
@@ -60,7 +63,7 @@ def local_network(
     options = chosen.Options() if options is None else options
     backbone = networks.create(network) if isinstance(network, str) else network
     segments = networks.cut(backbone, cut, stem_as_module, image_size)
-    plan = chosen.plan(NetworkInfo.of(segments, image_size, num_classes, mean, std), options)
+    plan = _planned(chosen, NetworkInfo.of(segments, image_size, num_classes, mean, std), options)
     if plan.execution != options.execution:
         raise UserError(f"method.name={method}: its plan must be made with execution=options.execution")
     frozen: list[Segment] = []
@@ -73,6 +76,27 @@ def local_network(
     if sync_bn:
         synchronize(net)
     return net
+
+
+def _planned(method: Method, network: NetworkInfo, options: MethodOptions) -> Plan:
+    """What a method's ``plan`` gives.
+
+    Raises:
+        UserError: the method is impossible here; ``plan`` fails, or gives something else than a plan.
+    """
+    file = Path(inspect.getfile(method.plan))
+    try:
+        plan = method.plan(network, options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file does; heads may also ask for more memory than there is
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in reversed(frames) if Path(f.filename) == file), 1)
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}, line {line}: plan fails: {type(error).__name__}: {reason}") from error
+    if not isinstance(plan, Plan):
+        raise UserError(f"{file}: plan(network, options) gives {type(plan).__name__}, must return a Plan")
+    return plan
 
 
 def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:

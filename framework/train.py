@@ -18,6 +18,7 @@ from pathlib import Path
 from framework.config import loading
 from framework.data.split_paths import check_train_folder
 from framework.runtime.command import status
+from framework.runtime.files import check_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         recipe = loading.load(sys.argv[1:] if argv is None else argv)
+        check_name(recipe.run_dir, "run_dir")
         check_train_folder(recipe.data)
         from framework.model import parts
         from framework.training.run import train_all

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.runtime.errors import UserError
 
 COLUMNS = [(task, key) for task in ("bbox", "segm") for key in ("AP", "AP50", "AP75")]
@@ -27,9 +27,7 @@ LABELS = {"bbox": "box", "segm": "mask"}
 
 def main() -> None:
     """Average."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of the runs, with split1, split2 ... in it")
     run = parser.parse_args().run
 

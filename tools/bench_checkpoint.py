@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from framework.config import loading
+from framework.runtime.command import Parser, status
 from framework.runtime.launch import LAUNCH_VARIABLES
 
 EPOCH = 1_281_167 // 4096  # steps between two saves by default: an epoch of ImageNet in LoCo's batches
@@ -54,9 +55,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(ROOT / "recipes" / "loco_r50_800ep.yaml"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=64)
@@ -135,4 +134,4 @@ def resuming(argv: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status(main))

@@ -8,10 +8,12 @@ The features are made up: classes are directions with noise around them. Threads
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from typing import TYPE_CHECKING
 
 from framework.evaluation.linear_protocols import PROTOCOLS
+from framework.runtime.command import Parser, status
 
 if TYPE_CHECKING:
     from framework.evaluation.linear_classifier import Rows
@@ -19,9 +21,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Fit on all images, test on a tenth as many, print a line for every number of classes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000])
@@ -59,4 +59,4 @@ def _rows(images: int, features: int, classes: int) -> tuple[Rows, Rows]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status(main))

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -37,9 +37,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shards", type=Path, required=True, help="folder of shards, as make_shards.py packs"
     )

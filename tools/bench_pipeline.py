@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from framework.runtime.command import Parser, status
+
 if TYPE_CHECKING:
     from simulated_pipeline import Row, Stages
 
@@ -36,9 +38,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Parse, measure or simulate, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="2", help="one number, with --simulate several with commas")
     parser.add_argument("--micro-batches", default="1,2,4,8", help="per step, with commas")
     parser.add_argument("--methods", help="with commas; default gim,dgl,loco, with --simulate gim,loco,lam")
@@ -283,4 +283,4 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.runtime.files import write_whole
 
 
@@ -249,9 +249,7 @@ def append(path: Path, result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet32", help="any ResNet of timm or of depth 6n+2")
     parser.add_argument(
         "--method",

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from framework.detection.layouts import NETWORKS, SUFFIXES, layout
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,9 +87,7 @@ def _verify(match: Match, output: Path) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument(
         "weights", nargs="?", type=Path, help="run folder, checkpoint, .safetensors or .pth file"

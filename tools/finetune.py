@@ -15,15 +15,13 @@ import sys
 
 from framework.analysis.arguments import folders_and_overrides, only_run
 from framework.config.recipe import Recipe
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.runtime.errors import UserError
 
 
 def main() -> int:
     """Train by that recipe; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a finished run; after it key=value")
     parser.add_argument(
         "--labels", type=float, required=True, help="fraction of the labels, such as 0.01 or 0.1"

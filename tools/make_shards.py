@@ -14,7 +14,7 @@ import os
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,7 +23,7 @@ from framework.data.packing.place import kinds_text
 from framework.data.packing.readers import all_readers, read
 from framework.data.packing.reading import Choices, Reading, check_apart
 from framework.data.packing.rows import counted_classes
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
 
@@ -86,7 +86,7 @@ def _say(line: str) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         description=__doc__, epilog=_readers(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("src", nargs="+", help="where the images are (several: shards of one folder)")
@@ -135,13 +135,6 @@ def _readers() -> str:
             f"{reader.name:12} {text}", 100, initial_indent="  ", subsequent_indent=" " * 15
         )
     return "\n".join(lines)
-
-
-class _Parser(argparse.ArgumentParser):
-    """A mistake is one line and exit status 64, as everywhere."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the arguments")
 
 
 def _positive(text: str) -> int:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from framework.analysis.arguments import leave
 from framework.config import loading
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
@@ -47,9 +47,7 @@ COLUMNS = (
 
 def main() -> None:
     """Count, print tables, leave ``memory.json`` and ``memory.png``."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", nargs="*", metavar="RECIPE_OR_RUN", help="default: the rows of the papers")
     parser.add_argument(
         "--images", type=int, help="on one device; default: the recipe's batch on one rank, or the paper's"

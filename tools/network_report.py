@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from framework.analysis.representatives import REPRESENTATIVES
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
@@ -40,9 +40,7 @@ def main() -> None:
     Raises:
         UserError: a network is cut wrongly, or its check did not end.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NAME", help="timm's names")
     parser.add_argument("--csv", type=Path, default=Path("runs/networks/networks.csv"), help="where rows go")
     parser.add_argument("--seconds", type=float, default=600.0, help="limit for one network; default: 600")

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.table import Table as Printed
 
+from framework.runtime.command import Parser, status
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN, EXIT_USAGE, exit_status
 
@@ -161,9 +162,7 @@ def show(table: ResultsTable, lines: list[dict[str, Any]]) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="a YAML file of recipes/results")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of every row, such as data.path=DIR"
@@ -298,4 +297,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status(main))

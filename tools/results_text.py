@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,9 +22,7 @@ FILES = (ROOT / "README.md", RESULTS / "README.md")
 
 def main() -> None:
     """Write the files anew."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=FILES)
     arguments = parser.parse_args()
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.cost import readable
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ FOLDERS = ("", "cifar10", "stl10", "svhn")  # of recipes that can be trained; th
 
 def main() -> None:
     """Parse, count, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help="a file such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as method.window=3")
     parser.add_argument("--list", action="store_true", help="list all recipes")

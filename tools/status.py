@@ -16,15 +16,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.tracking.status import RunStatus, overview
 
 
 def main() -> None:
     """Print a few lines for each run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", nargs="+", type=Path, help="such as runs/loco_r50_800ep")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks")
     arguments = parser.parse_args()

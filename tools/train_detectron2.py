@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from framework.runtime.command import status
+from framework.runtime.command import Parser, status
 from framework.runtime.errors import UserError
 
 
@@ -48,9 +48,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     """Detectron2's own options under its own names, read without it, and ``--split``."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", "--config-file", dest="config_file", required=True, metavar="FILE")
     parser.add_argument("--split", type=int, help="train on this subset of COCO, into OUTPUT_DIR/splitN")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")

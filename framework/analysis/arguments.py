@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from framework.runtime.command import Parser
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 from framework.tracking.metric_log import write_result
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
     from framework.evaluation.run_folder import Run
 
 
-def run_parser(description: str | None) -> argparse.ArgumentParser:
+def run_parser(description: str | None) -> Parser:
     """A parser for run folders, overrides of their recipes, and a folder for what is found."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = "a run folder such as runs/quickstart; after them key=value over their recipes, such as data.path=/data"
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help=what)
     parser.add_argument("--out", type=Path, help="folder for the results; default: in the first run")
@@ -32,7 +31,7 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, out: str = "analysis") -> argparse.Namespace:
+def parse(parser: Parser, out: str = "analysis") -> argparse.Namespace:
     """Arguments with ``runs`` as opened ``Run``s and ``out`` as a folder, by default that one of the first run.
 
     Raises:

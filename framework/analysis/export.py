@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torchvision import models as torchvision_models
 from framework.config import loading
 from framework.evaluation.run_folder import Run
 from framework.runtime.errors import UserError
+from framework.runtime.files import read_object
 
 TOLERANCE = 1e-4  # largest difference of features, relative to the largest feature
 
@@ -112,7 +112,7 @@ def model_card(run: Run) -> str:
     """Markdown: what it is, how to load it, scores, recipe, environment."""
     scores = {k: v for k, v in run.result.items() if "top1" in k}
     for path in sorted((run.folder / "analysis").glob("linear_eval_*.json")):
-        found = json.loads(path.read_text())
+        found = read_object(path)
         scores[f"{path.stem} top1"] = found["top1"]
         scores[f"{path.stem} top1_random_encoder"] = found["top1_random_encoder"]
     return _CARD.render(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from framework.cost import readable
 from framework.cost.counting import PlanCost, likely_classes, plan_cost
 from framework.cost.plan_picture import plan_figure
 from framework.evaluation.run_folder import Run, recipe_values
+from framework.runtime.files import read_object
 from framework.tracking.metric_log import read_log
 
 _SIZE = (5.4, 3.5)  # inches: the text of a picture stays legible at the width of a phone
@@ -106,11 +106,11 @@ def scores(run: Run) -> dict[str, str]:
         if key in run.result:
             rows[name] = _per_cent(run.result[key], beside)
     for path in sorted((run.folder / "analysis").glob("linear_eval_*.json")):
-        found = json.loads(path.read_text())
+        found = read_object(path)
         name = f"linear evaluation, {found['preset']}" + (", cached" if found["cached"] else "")
         rows[name] = _per_cent(found["top1"], {"random encoder": found["top1_random_encoder"]})
     for path in sorted(run.folder.glob("finetune-*/result.json")):
-        rows[path.parent.name.replace("-", " ")] = _per_cent(json.loads(path.read_text())["test_top1"], {})
+        rows[path.parent.name.replace("-", " ")] = _per_cent(read_object(path)["test_top1"], {})
     return rows
 
 

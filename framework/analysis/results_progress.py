@@ -14,6 +14,7 @@ from framework.analysis.results_records import csv_of
 from framework.analysis.results_runs import RowRun, fits, settings_of
 from framework.config import loading
 from framework.config.renamed import dotted_up_to_date
+from framework.runtime.files import read_object
 from framework.tracking.metric_log import read_log
 
 #: what numbers depend on; the rest of a recipe says where, how often and how quickly
@@ -86,7 +87,7 @@ def measured_seconds(run: RowRun, train: Any) -> float | None:
         kept = [text for text in settings if text.split("=")[0] not in {*mine, "evaluate.every_epochs"}]
         if train([script, recipe, *kept, *(f"{key}={value}" for key, value in mine.items())]):
             return None
-        result = json.loads(Path(folder, "run", "result.json").read_text())
+        result = read_object(Path(folder, "run", "result.json"))
         return float(result["train_images"] * run.recipe.train.epochs / result["images_per_second"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from framework.config.schema import PositiveInt
 from framework.evaluation.linear_protocols import PLACES, conditions_asked, result_name
 from framework.evaluation.run_folder import recipe_values
 from framework.runtime.errors import UserError
+from framework.runtime.files import read_object
 from framework.tracking.environment import ROOT
 
 PATHS = {"data.path", "data.cache_dir"}  # not logged if the command line gives them
@@ -179,7 +179,7 @@ class RowRun:
         path = self.folder / name
         if not path.exists():
             return None
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = read_object(path)
         return found if fits(found, asked or {}) else None
 
     def _linear_evaluation(self) -> dict[str, Any] | None:
@@ -189,7 +189,7 @@ class RowRun:
         for folder in ("analysis", "evidence"):  # the second is that of older versions
             path = self.folder / folder / f"{result_name(asked)}.json"
             if path.exists():
-                found = json.loads(path.read_text())
+                found = read_object(path)
                 if fits(found, wanted):
                     return found
         return None

@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
+from yaml.reader import ReaderError
 
 from framework.config.renamed import up_to_date
 from framework.config.schema import Fault
@@ -108,12 +109,17 @@ def _hydra(path: Path) -> Iterator[None]:
         mark = error.problem_mark
         where = f"{_shown(Path(mark.name), folder)}, line {mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: broken YAML: {error.problem}") from error
+    except ReaderError as error:
+        where = _shown(Path(error.name), folder)
+        raise UserError(f"{where}, character {error.position + 1}: broken YAML: {error.reason}") from error
     except MissingConfigException as error:
         missing = Path(os.path.normpath(folder / f"{error.missing_cfg_file}.yaml"))
         there = _nearest(missing.name, missing.parent)
         raise UserError(f"{path}: defaults name {missing}, which does not exist; {there}") from error
     except RecursionError as error:
-        raise UserError(f"{path}: the defaults lead back to the recipe that names them") from error
+        raise UserError(
+            f"{path}: leads back to itself, by its defaults or an anchor, or is nested too deeply"
+        ) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         text = str(error).partition("\n    full_key")[0]
         raise UserError(f"{path}: {' '.join(text.split())}") from error

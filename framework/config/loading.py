@@ -28,6 +28,7 @@ from framework.config.recipe import Method, Network, Recipe
 from framework.config.renamed import renamed
 from framework.config.schema import Fault, build, keys
 from framework.config.tree import Tree
+from framework.runtime.command import Parser
 from framework.runtime.errors import UserError
 from framework.runtime.launch import launched_rank
 
@@ -46,7 +47,7 @@ def load(argv: Sequence[str]) -> Recipe:
     Raises:
         UserError: the file, key or value at fault, with the nearest known name or what would be right.
     """
-    parser = argparse.ArgumentParser(description="Train a network with local losses.")
+    parser = Parser(description="Train a network with local losses.")
     parser.add_argument("recipe", type=Path, help="a file such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=0.1")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher

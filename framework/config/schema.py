@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import MISSING
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -41,10 +41,22 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+def _fits(value: float) -> float:
+    """Refuse what PyTorch can't take, without a word of it in messages about other values."""
+    largest = (
+        2**31 - 1 if isinstance(value, int) else 1e30
+    )  # float32 holds it, and the result of a step with it
+    if value > largest:
+        raise ValueError(
+            f"must be at most {largest:g}" if isinstance(value, float) else f"must be at most {largest}"
+        )
+    return value
+
+
+PositiveInt = Annotated[int, Field(ge=1), AfterValidator(_fits)]
+NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_fits)]
+Positive = Annotated[float, Field(gt=0), AfterValidator(_fits)]
+NonNegative = Annotated[float, Field(ge=0), AfterValidator(_fits)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Portion = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]

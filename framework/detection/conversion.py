@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from framework import network
 from framework.checkpoints.folder import MANIFEST
@@ -221,7 +223,11 @@ def _read_folder(path: Path) -> Weights:
         return _read_checkpoint(path)
     if not (path / "recipe.yaml").exists():
         raise UserError(f"{path}: neither a run folder (no recipe.yaml) nor a checkpoint (no manifest.json)")
-    said = _said_of_network(path, OmegaConf.load(path / "recipe.yaml"))
+    try:
+        recipe = OmegaConf.load(path / "recipe.yaml")
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path / 'recipe.yaml'}: can't be read: {' '.join(str(error).split())}") from error
+    said = _said_of_network(path, recipe)
     exported = path / "backbone.safetensors"
     if exported.exists():
         return _read_safetensors(exported)._replace(**said)
@@ -241,8 +247,10 @@ def _said_of_network(path: Path, recipe: Any) -> dict[str, Any]:
     """What a recipe says of the weights, as fields of ``Weights``.
 
     Raises:
-        UserError: detectors are built with another network of that name.
+        UserError: detectors are built with another network of that name; it is no recipe.
     """
+    if not isinstance(recipe, DictConfig) or not isinstance(recipe.get("network"), DictConfig):
+        raise UserError(f"{path}: its recipe has no section network")
     changed = {key: value for key, value in recipe.network.args.items() if key not in HARMLESS}
     if changed:
         raise UserError(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from framework.runtime.command import Parser
 from framework.runtime.errors import UserError
 
 PLACES = {"run_dir", "data.path", "data.cache_dir", "data.workers"}  # may change between pieces of a run
@@ -56,7 +57,7 @@ PROTOCOLS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Those that say how the classifier learns."""
     parser.add_argument("--preset", choices=PROTOCOLS, default="loco", help="protocol; default: loco")
     parser.add_argument("--cached", action="store_true", help="fast mode on features computed once")
@@ -94,7 +95,7 @@ def conditions_asked(texts: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: an argument is wrong.
     """
-    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     add_arguments(parser)
     try:
         return conditions(*parser.parse_known_args(texts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from framework.model import recipe_network
 from framework.network import Segment
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
+from framework.runtime.files import read_object
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Run:
     def result(self) -> dict[str, Any]:
         """``result.json``; empty while the run has not come to its end."""
         path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_object(path) if path.exists() else {}
 
     @property
     def network_arguments(self) -> dict[str, Any]:

@@ -166,6 +166,14 @@ class Plan:
             )
 
     def _check_unit(self, unit: LocalUnit) -> None:
+        if not isinstance(unit, LocalUnit) or not isinstance(unit.name, str):
+            raise UserError(
+                f"a plan's units must be of class LocalUnit, with text as name, and {unit} is not"
+            )
+        from framework.local.head import Head  # takes PyTorch, which whoever has a plan has
+
+        if not isinstance(unit.head, Head):
+            raise UserError(f"unit {unit.name}: its head is a {type(unit.head).__name__}, must be a Head")
         there = f"the network has segments 0..{self.segments - 1}"
         if not 0 <= unit.first <= unit.last < self.segments:
             raise UserError(f"unit {unit.name}: window [{unit.first}..{unit.last}] does not fit: {there}")

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from framework.runtime.errors import LocalError, UserError
 from framework.runtime.exit_status import exit_status
 from framework.runtime.launch import launched_rank
 from framework.runtime.text import printable
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command's arguments. A mistake in them is one line and exit status 64, as everywhere, within ``status``."""
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of argparse's usage and exit status 2.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message}; --help lists the arguments")
 
 
 def status(work: Callable[[], int | None], stopped: str = "stopped") -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 from framework.runtime.errors import UserError
@@ -49,6 +50,43 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        UserError: it can't be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged: no JSON") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged: must hold a JSON object")
+    return found
+
+
+def check_name(path: str, key: str) -> None:
+    """Check that something could have this path.
+
+    Args:
+        path: of a file or folder that may not exist yet.
+        key: of the recipe, in which it stands.
+
+    Raises:
+        UserError: it is empty, or the file system doesn't take it.
+    """
+    if not path:
+        raise UserError(f"{key}: must be a path, and is empty")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(f"{key}={path}: {error.strerror}") from error
 
 
 def unlocked() -> None:

@@ -32,7 +32,7 @@ class MetricLog:
         check: raises a ``LocalError`` if another process has the folder, and so does every write then.
 
     Raises:
-        UserError: the file can't be opened.
+        UserError: the file can't be opened, or holds a line of something else.
     """
 
     def __init__(
@@ -88,8 +88,10 @@ def _drop_steps(path: Path, step: int) -> None:
     with path.open("r+b") as file:
         kept, cut = 0, False
         starts = []
-        for line in file:
+        for place, line in enumerate(file, start=1):
             is_start, number = b'"environment"' in line, _STEP.match(line)
+            if line.endswith(b"\n") and (number is None or not line.isascii() or line[-2:] != b"}\n"):
+                raise UserError(f"{path}, line {place}: not a line of a log; mend it or take it out")
             past = number is not None and int(number[1]) >= step and not is_start
             cut = cut or past or not line.endswith(b"\n")
             if not cut:
@@ -105,16 +107,29 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``MetricLog``; a last line that a crash cut short is left out.
 
     Raises:
-        UserError: another line is no JSON.
+        UserError: another line is none of a ``MetricLog``.
     """
-    lines = path.read_text().split("\n")
-    entries = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn or empty
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not a line of JSON") from error
-    return entries
+    lines = path.read_bytes().split(b"\n")
+    # What follows the last newline is torn or empty.
+    return [read_entry(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], start=1)]
+
+
+def read_entry(line: bytes, where: str) -> dict[str, Any]:
+    """One line of a ``MetricLog``, which stands ``where``.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not a line of JSON") from error
+    wanted = (
+        {"step", "epoch"} if isinstance(entry, dict) and entry.keys() & {"losses", "scores"} else {"step"}
+    )
+    if not isinstance(entry, dict) or wanted - entry.keys():
+        raise UserError(f"{where}: not a line of a log: must be an object with {', '.join(sorted(wanted))}")
+    return entry
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from framework.runtime.errors import UserError
+from framework.tracking.metric_log import read_entry
 
 SILENT = 120.0  # seconds without an entry, or ten times the usual pause, after which a run counts as silent
 LOSSES = 8  # units whose losses are shown
@@ -40,9 +41,11 @@ class RunStatus:
         self.run_dir = run_dir
         self._log = run_dir / "metrics.jsonl"
         try:
-            recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+            recipe = yaml.safe_load((run_dir / "recipe.yaml").read_bytes())
         except (OSError, yaml.YAMLError) as error:
             raise UserError(f"{run_dir}: not the folder of a run: recipe.yaml can't be read") from error
+        if not isinstance(recipe, dict) or not isinstance(recipe.get("train"), dict):
+            raise UserError(f"{run_dir}: not the folder of a run: recipe.yaml has no section train")
         self._train, self._every = recipe["train"], recipe.get("logging", {}).get("every_steps", 1)
         self._begin()
 
@@ -70,7 +73,7 @@ class RunStatus:
                 self.skipped_steps += b'"skipped": true' in line
                 newest = line if b'"losses"' in line else newest
         if newest:
-            self.last = json.loads(newest)
+            self.last = read_entry(newest, str(self._log))
 
     @property
     def epochs(self) -> int:

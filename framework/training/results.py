@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from framework.data.splits import Splits
 from framework.engines import Engine
 from framework.evaluation.scoring import score
 from framework.runtime import distributed
-from framework.runtime.files import write_whole
+from framework.runtime.files import read_object, write_whole
 from framework.tracking.metric_log import read_log, write_result
 
 
@@ -74,7 +73,7 @@ def _measured(run_dir: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     path = run_dir / "result.json"
     if run["images_per_second"] or not path.exists():
         return dict(run)
-    before = json.loads(path.read_text())
+    before = read_object(path)
     kept = {key: before[key] for key in ("images_per_second", "peak_memory_bytes")}
     return {**run, **kept} if before["steps"] == run["steps"] else dict(run)
 

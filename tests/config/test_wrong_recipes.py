@@ -155,7 +155,7 @@ FILES = {
     "binary.yaml": ("seed: \xff", "recipes/binary.yaml: 'utf-8' codec can't decode"),
     "missing.yaml": ("defaults: [bsae]\n", "recipes/missing.yaml: defaults name recipes/bsae.yaml, which does not"),
     "text.yaml": ("defaults: base\n", "recipes/text.yaml: Invalid defaults list"),
-    "circle.yaml": ("defaults: [circle]\n", "recipes/circle.yaml: the defaults lead back"),
+    "circle.yaml": ("defaults: [circle]\n", "recipes/circle.yaml: leads back to itself"),
     "nothing.yaml": ("defaults: [base]\noptim:\n", "recipes/nothing.yaml: optim=null: must be a section"),
     "brace.yaml": ("defaults: [base]\nname: ${x\n", "recipes/brace.yaml: "),
 }  # fmt: skip

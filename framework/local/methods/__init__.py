@@ -3,6 +3,6 @@
 A new method is a new file here; its name in a recipe is the file's. ``framework.config.methods`` finds it.
 """
 
-from framework.config.methods import load, names
+from framework.config.methods import Method, load, names
 
-__all__ = ["load", "names"]
+__all__ = ["Method", "load", "names"]
