@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -41,6 +42,46 @@ def test_a_plan_that_drops_the_execution_of_its_options_is_refused() -> None:
         UserError, match=r"^method.name=bp: its plan must be made with execution=options.exec"
     ):
         local_network("resnet8", "bp", dgl.Options(async_mode="buffer"), image_size=16, num_classes=10)
+
+
+HEADER = """
+from dataclasses import dataclass
+from framework.local import LocalUnit, Plan
+from framework.local.heads import Classifier
+from torch import nn
+
+@dataclass(frozen=True)
+class Options:
+    pass
+
+"""
+#: what a file's plan is -> what is told, after the file's name
+PLANS = {
+    "def plan(network):\n    return 1": ", line 1: plan fails: TypeError: plan() takes 1 positional",
+    "def plan(network, options):\n    pass": ": plan(network, options) gives NoneType, must return a Plan",
+    "def plan(network, options):\n    return 1 / 0": ", line 12: plan fails: ZeroDivisionError: division by zero",
+    "def plan(network, options):\n    return Plan((LocalUnit(3, 0, 2, nn.Linear(2, 2)),), 3)": (
+        "a plan's units must be of class LocalUnit, with text as name"
+    ),
+    "def plan(network, options):\n    return Plan((LocalUnit('a', 0, 2, nn.Linear(2, 2)),), 3)": (
+        "unit a: its head is a Linear, must be a Head"
+    ),
+}
+
+
+@pytest.mark.parametrize("number", range(len(PLANS)))
+def test_a_plan_that_is_none_is_told_with_its_file(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, message = list(PLANS.items())[number]
+    file = tmp_path / f"mine{number}.py"
+    file.write_text(HEADER + text + "\n")
+    monkeypatch.setattr("framework.config.methods.FOLDER", tmp_path)
+    monkeypatch.setattr(methods, "__path__", [str(tmp_path)])
+    with pytest.raises(UserError) as refused:
+        local_network("resnet8", file.stem, image_size=16, num_classes=10)
+    told = str(refused.value)
+    assert "\n" not in told and told.startswith(f"{file}{message}" if message[0] in ",:" else message)
 
 
 def test_sliding_windows_at_the_lower_edge() -> None:

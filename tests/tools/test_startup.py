@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.marks import slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "framework" / "train.py"
 RECIPE = "recipes/quickstart.yaml"
@@ -61,7 +63,14 @@ def test_mistakes_in_a_training_command(mistake: str) -> None:
     arguments, message = MISTAKES[mistake]
     status, imported, printed = run(TRAIN, *arguments)
     assert imported == [] and message in printed
-    assert status == (2 if mistake == "no recipe" else 64)  # argparse's, EXIT_USAGE
+    assert status == 64  # EXIT_USAGE
+
+
+@pytest.mark.parametrize("command", [TRAIN, *slow(COMMANDS)], ids=lambda path: path.stem)
+def test_an_unknown_argument(command: Path) -> None:
+    status, imported, printed = run(command, "--nonsense")
+    assert (status, imported) == (64, [])
+    assert printed.startswith("error: ") and printed.count("\n") == 1
 
 
 @pytest.mark.slow

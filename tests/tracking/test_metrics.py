@@ -84,6 +84,21 @@ def test_a_torn_last_line_is_forgiven_and_any_other_is_named(tmp_path: Path) -> 
         read_log(path)
 
 
+@pytest.mark.parametrize("line", [b"5\n", b"\xff\n", b"\0\0\n", b'{"epoch": 1, "losses": {}}\n', b"[1\n"])
+def test_a_damaged_line_is_named_before_a_run_goes_on(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "m.jsonl"
+    log = MetricLog(path, {})
+    write_steps(log, range(3))
+    log.close()
+    path.write_bytes(path.read_bytes() + line)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"m.jsonl, line 5: not a line of"):
+        read_log(path)
+    with pytest.raises(UserError, match=r"m.jsonl, line 5: not a line of a log; mend it or take it out"):
+        MetricLog(path, {}, step=3)
+    assert path.read_bytes() == before
+
+
 def test_numbers_that_are_not_finite_stay_readable(tmp_path: Path) -> None:
     log = MetricLog(tmp_path / "m.jsonl", {})
     log.write(0, epoch=0.0, lr=0.1, losses={"a": float("nan"), "b": float("inf"), "c": 1.0})

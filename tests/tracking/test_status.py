@@ -107,6 +107,13 @@ def test_silence_and_the_end_are_told(tmp_path: Path) -> None:
     assert "finished" in drawn(run)
 
 
+@pytest.mark.parametrize("recipe", ["a: 1", "train: 5", "- train", "\0", "[1"])
+def test_a_recipe_that_is_none_is_named(tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(UserError, match=f"{tmp_path}: not the folder of a run: recipe.yaml"):
+        RunStatus(tmp_path)
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: not the folder of a run: recipe.yaml can't be read"):
         RunStatus(tmp_path / "nowhere")
