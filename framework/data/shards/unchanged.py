@@ -1,0 +1,139 @@
+"""Whether shards still hold what their index says, without reading all of them at every start."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from framework.data.shards.scan import scan_shard
+from framework.data.shards.shard_contents import Contents, IndexFiles
+from framework.runtime import watchdog
+from framework.runtime.errors import UserError
+from framework.runtime.files import sha256_of, write_whole
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 8  # that read; a checksum lets go of Python's lock
+
+
+def check_same(folder: Path, contents: Contents, files: IndexFiles, read_only: bool) -> None:
+    """Check that the shards of a folder, whose sizes are right, hold what was indexed.
+
+    A shard is compared whole (with its checksum, or anew with the offsets and labels of the index) if it was touched
+    since, as copies were: if a time of it is later than the index, or another than the one remembered of the last
+    comparison. Where nothing can be remembered this would come at every start, and only the headers of its first
+    and its last image are compared, as of shards that nobody touched.
+
+    Args:
+        folder: of the shards.
+        contents: of the index.
+        files: the index.
+        read_only: compare every shard whole, and remember nothing.
+
+    Raises:
+        UserError: a shard holds something else.
+    """
+    try:
+        stamps = {name: _stamp(folder / name) for name in contents.shards}
+        indexed = (folder / files.head).stat().st_mtime_ns
+        version = sha256_of(folder / files.head)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    memory = folder / f".{files.head.removesuffix('.json')}.seen.json"
+    seen = {} if read_only else _remembered(memory, version)
+    new = [name for name in stamps if seen.get(name) != stamps[name]]
+    if read_only:
+        _compare(folder, contents, files, new)
+        return
+    writable = os.access(folder, os.W_OK)
+    touched = [name for name in new if name in seen or stamps[name] > indexed] if writable else []
+    for name in set(new) - set(touched):
+        if not _ends_fit(folder, contents, name):
+            raise _changed(folder, name, files)
+    if touched:
+        size = sum(contents.shards[name] for name in touched) / 1e9
+        logger.info("comparing %d shards (%.1f GB) in %s with their index, once", len(touched), size, folder)
+        _compare(folder, contents, files, touched)
+    if new and writable:
+        with suppress(UserError):  # then the next start compares again
+            write_whole(memory, json.dumps({"index": version, "shards": seen | stamps}))
+
+
+def _stamp(path: Path) -> int:
+    """When a file was last written, renamed, or made as a copy, in ns."""
+    status = path.stat()
+    return max(status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _remembered(memory: Path, version: str) -> dict[str, int]:
+    """The stamps of shards when they were compared with this version of the index."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(memory.read_bytes())
+        if found["index"] == version:
+            return dict(found["shards"])
+    return {}
+
+
+def _compare(folder: Path, contents: Contents, files: IndexFiles, names: list[str]) -> None:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for name, fits in zip(names, pool.map(partial(_fits, folder, contents), names), strict=True):
+                watchdog.sign()
+                if not fits:
+                    raise _changed(folder, name, files)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _fits(folder: Path, contents: Contents, name: str) -> bool:
+    """Whether all of a shard is as indexed; without a checksum, its headers and labels."""
+    if name in contents.sha256:
+        try:
+            return sha256_of(folder / name) == contents.sha256[name]
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from error
+    found = np.array([sample[1:] for sample in scan_shard(folder / name).samples], np.int64)
+    rows = _rows(contents, name)
+    table = contents.table
+    return np.array_equal(
+        found, np.stack([table.offset[rows], table.length[rows], table.label[rows]], axis=1)
+    )
+
+
+def _ends_fit(folder: Path, contents: Contents, name: str) -> bool:
+    """Whether the first and the last image of a shard have headers where the index says, with their lengths."""
+    rows = _rows(contents, name)
+    try:
+        with open(folder / name, "rb", buffering=0) as file:
+            for row in {rows.start, rows.stop - 1}:
+                file.seek(int(contents.table.offset[row]) - tarfile.BLOCKSIZE)
+                header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+                if header.size != contents.table.length[row]:
+                    return False
+    except tarfile.HeaderError:
+        return False
+    except OSError as error:
+        raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from error
+    return True
+
+
+def _rows(contents: Contents, name: str) -> slice:
+    """The rows of a shard in the table, which is in the order of shards."""
+    number = list(contents.shards).index(name)
+    first, end = np.searchsorted(contents.table.shard, [number, number + 1])
+    return slice(int(first), int(end))
+
+
+def _changed(folder: Path, name: str, files: IndexFiles) -> UserError:
+    return UserError(
+        f"{folder / name}: has other contents than when it was indexed, in as many bytes; copy it again, "
+        f"or {files.rebuild}"
+    )
