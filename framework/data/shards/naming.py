@@ -22,6 +22,11 @@ def is_split(name: str) -> bool:
     return _SPLIT.fullmatch(name) is not None
 
 
+def split_name(folder: str) -> str:
+    """What a split is called after its folder: ``Train`` is ``train``."""
+    return folder.lower() if is_split(folder) else folder
+
+
 def split_of(name: str) -> str:
     """The word in the name of shards that names their split, or ""."""
     return next((word for word in re.split(r"[-_.*]+", name) if is_split(word)), "")

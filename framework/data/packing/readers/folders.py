@@ -11,7 +11,7 @@ from typing import NamedTuple
 from framework.data.packing.place import Place, kind, kinds_text
 from framework.data.packing.reading import Choices, Reader, Reading
 from framework.data.packing.rows import Row, labeled_files, summary
-from framework.data.shards.naming import is_split
+from framework.data.shards.naming import is_split, split_name
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
 
@@ -34,11 +34,6 @@ class _Layout(NamedTuple):
 
     around: str
     names: tuple[str, ...]
-
-
-def split_name(folder: str) -> str:
-    """What a split is called after its folder: ``Train`` is ``train``."""
-    return folder.lower() if is_split(folder) else folder
 
 
 def _find(name: str, place: Place, choices: Choices) -> Reading | None:

@@ -13,12 +13,11 @@ import numpy as np
 
 from framework.data.packing.images import Images, ShardImages
 from framework.data.packing.place import Place
-from framework.data.packing.readers.folders import split_name
 from framework.data.packing.readers.imagenet import is_download
 from framework.data.packing.reading import Choices, Incomplete, Reader, Reading
 from framework.data.shards.index import ShardSet
 from framework.data.shards.labels import are_identifiers
-from framework.data.shards.naming import check_one_series, cut_pattern, is_compressed
+from framework.data.shards.naming import check_one_series, cut_pattern, is_compressed, split_name
 from framework.data.shards.remote import open_remote
 from framework.data.shards.scan import groups
 from framework.runtime.errors import UserError
