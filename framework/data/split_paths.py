@@ -15,10 +15,10 @@ def check_train_folder(data: Data) -> None:
     """Check that the folder of the training split is there, unless its images are packed first or behind a URL.
 
     Raises:
-        UserError: no such folder; or ``data.path`` names shards.
+        UserError: no such folder; or as ``check_path``.
     """
+    check_path(data)
     if data.prepare == "none" and not is_url(data.path):
-        check_path(data)
         check_split(data, data.train)
 
 
@@ -30,7 +30,16 @@ def split_path(data: Data, split: str) -> tuple[str, str | None]:
 
 
 def check_path(data: Data) -> None:
-    """Refuse a path that names shards rather than the folder of the splits."""
+    """Refuse a path that names shards rather than the folder of the splits, or is empty (a shell's variable, not set).
+
+    Raises:
+        UserError: it is so.
+    """
+    for key, value in {"path": data.path, "cache_dir": data.cache_dir if is_url(data.path) else "."}.items():
+        if not value.strip():
+            raise UserError(f"data.{key}: is empty, and must name a folder (. for this one)")
+        if "\0" in value:
+            raise UserError(f"data.{key}={value!r}: must name a folder, without a zero byte")
     folder, pattern = cut_pattern(data.path)
     if pattern is not None and (is_url(data.path) or not Path(data.path).is_dir()):
         raise UserError(

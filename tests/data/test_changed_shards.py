@@ -14,6 +14,7 @@ import pytest
 from framework.data.packing.readers import read
 from framework.data.packing.reading import Choices
 from framework.data.packing.writer import write_shards
+from framework.data.shards import unchanged
 from framework.data.shards.index import ShardSet
 from framework.data.shards.shard_contents import INDEX
 from framework.runtime.errors import UserError
@@ -63,10 +64,18 @@ def _wait_for_the_clock_of_files(folder: Path) -> None:
     until(later)
 
 
+def as_if_large(patch: pytest.MonkeyPatch) -> None:
+    """No set is so small that it is always compared."""
+    patch.setattr(unchanged, "_SMALL", 0)
+
+
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("change", [relabel, exchange, overwrite])
-def test_changed_shards_of_equal_size_are_named(tmp_path, change, copied, seen):
+def test_changed_shards_of_equal_size_are_named(tmp_path, monkeypatch, change, copied, seen, large):
+    if large:
+        as_if_large(monkeypatch)
     folder = packed(tmp_path / "a", seen)
     if copied:
         folder = shutil.copytree(folder, tmp_path / "b", copy_function=shutil.copy)
@@ -92,8 +101,8 @@ def test_shards_without_checksums_are_compared_with_the_index(tmp_path, change):
         ShardSet.open(folder)
 
 
-def test_a_change_before_the_copy_is_known_by_what_was_remembered(tmp_path):
-    """Though the copy of the index is younger than that of the shards."""
+def test_small_sets_are_always_compared(tmp_path):
+    """Whatever times say: here the copy of the index is younger than those of the shards."""
     folder = packed(tmp_path / "a", seen=True)
     relabel(folder)
     copy = shutil.copytree(folder, tmp_path / "b")
@@ -102,7 +111,8 @@ def test_a_change_before_the_copy_is_known_by_what_was_remembered(tmp_path):
         ShardSet.open(copy)
 
 
-def test_headers_are_compared_even_where_no_time_tells(tmp_path):
+def test_headers_are_compared_even_where_no_time_tells(tmp_path, monkeypatch):
+    as_if_large(monkeypatch)
     folder = packed(tmp_path / "a", seen=False)
     exchange(folder)
     os.utime(folder / INDEX.head, ns=(time.time_ns() + 10**9,) * 2)
@@ -111,7 +121,10 @@ def test_headers_are_compared_even_where_no_time_tells(tmp_path):
 
 
 def _copied(folder: Path) -> Path:
-    return shutil.copytree(folder, folder.with_name("copy"), copy_function=shutil.copy)
+    """Long after its index."""
+    copy = shutil.copytree(folder, folder.with_name("copy"), copy_function=shutil.copy)
+    os.utime(copy / INDEX.head, (1, 1))
+    return copy
 
 
 def _touched(folder: Path) -> Path:
@@ -125,17 +138,21 @@ def _moved(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("what", [_copied, _touched, _moved])
-def test_whole_copies_are_compared_once(tmp_path, what: Callable[[Path], Path]):
+def test_whole_copies_are_compared_once(tmp_path, monkeypatch, what: Callable[[Path], Path]):
     folder = what(packed(tmp_path / "a", seen=False))
     whole = ShardSet.open(folder)
     assert np.array_equal(whole.labels, [i % 3 for i in range(8)])
-    memory = folder / ".index.seen.json"
-    before = memory.stat().st_ino
-    ShardSet.open(folder)
-    assert memory.stat().st_ino == before
-    os.utime(folder / FIRST)
-    ShardSet.open(folder)
-    assert memory.stat().st_ino != before
+    assert not [path for path in folder.iterdir() if path.name[0] == "."]
+    as_if_large(monkeypatch)
+    memory, compared = folder / ".index.seen.json", []
+    for i in range(4):
+        if i == 2:
+            os.utime(folder / FIRST)
+        ShardSet.open(folder)
+        compared.append(memory.stat().st_ino if memory.exists() else None)
+    untouched = what is _moved
+    assert (compared[0] is None) == untouched
+    assert compared[0] == compared[1] != compared[2] == compared[3]
 
 
 def test_nothing_is_remembered_where_only_reading_is_allowed(tmp_path):

@@ -271,6 +271,16 @@ def test_an_image_in_two_splits_is_named(tmp_path):
     assert len(labels(reading(tree(tmp_path / "d", twice)))[""]) == 6
 
 
+def test_a_split_none_of_whose_images_is_there_is_named(tmp_path):
+    rows = f"file_name,label,split\n{table(',train')}x.jpg,cat,val\n"
+    source = tree(tmp_path / "a", IMAGES | {"labels.csv": rows.encode()})
+    assert "no image of split 'val' is there, so it would be missing" in refused(source)
+    files = IMAGES | {"train.csv": f"id,label\n{table()}".encode(), "val.csv": b"id,label\nx.jpg,cat\n"}
+    source = tree(tmp_path / "b", files)
+    assert "its column id names no image here, such as 'x.jpg', so the split would" in refused(source)
+    assert set(labels(reading(source, skip=["val.csv"]))) == {"train"}
+
+
 def test_splits_of_one_word_are_the_same(tmp_path):
     files = {f"{split}/{i}.jpg": image(i) for split in ("train_images", "Validation") for i in range(3)}
     files |= {f"{split}.csv": f"id,label\n{table(rows=range(3))}".encode() for split in ("train", "val")}

@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from framework.data.packing.place import Place, kind
 from framework.data.packing.reading import Incomplete
 from framework.data.shards.image_types import SUFFIXES, suffix
-from framework.data.shards.naming import SPLIT_WORDS, is_split, split_name
+from framework.data.shards.naming import are_same_split, is_split, split_name
 from framework.runtime.errors import UserError
 
 #: By suffix of a table, the separators that may be in it, the usual one first.
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|", ".txt": "\t,; ", ".jsonl": ""}
 FILE_COLUMNS = {"file_name", "filename", "file", "file_path", "filepath", "path", "id"}
 FILE_COLUMNS |= {"image", "image_name", "image_id", "imageid", "image_path", "img", "img_name"}
-
-_SAME_SPLIT = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
 
 @dataclass
@@ -95,17 +93,6 @@ def _end_alike(one: str, other: str) -> bool:
 def folder_split(image: str) -> str:
     """The outermost folder of an image that is named like a split."""
     return next((split_name(part) for part in image.split("/")[:-1] if is_split(part)), "")
-
-
-def are_same_split(one: str, other: str) -> bool:
-    """Whether two names are of one split, as ``val.csv`` and ``Validation_images/``; any other split has no name."""
-    return one == other or (is_split(one) and is_split(other) and _word(one) == _word(other))
-
-
-def _word(split: str) -> str:
-    match = re.match(SPLIT_WORDS, split, re.IGNORECASE)
-    word = match[0].lower() if match else split
-    return _SAME_SPLIT.get(word, word)
 
 
 def parse_table(place: Place, name: str, files: Files, file_column: str | None) -> Table | None:

@@ -21,16 +21,17 @@ from framework.runtime.files import sha256_of, write_whole
 
 logger = logging.getLogger(__name__)
 
+_SMALL = 1 << 26  # bytes of a set that is always compared: a tenth of a second
 _THREADS = 8  # that read; a checksum lets go of Python's lock
 
 
 def check_same(folder: Path, contents: Contents, files: IndexFiles, read_only: bool) -> None:
     """Check that the shards of a folder, whose sizes are right, hold what was indexed.
 
-    A shard is compared whole (with its checksum, or anew with the offsets and labels of the index) if it was touched
-    since, as copies were: if a time of it is later than the index, or another than the one remembered of the last
-    comparison. Where nothing can be remembered this would come at every start, and only the headers of its first
-    and its last image are compared, as of shards that nobody touched.
+    Small sets are compared by their checksums every time. In others, a shard is compared whole only once after it was
+    touched: if a time of it is later than the index, as of copies, or than the one remembered of the last comparison.
+    Without a checksum, its headers and labels are. Of the rest, and where nothing can be remembered, only the headers
+    of the first and the last image of each shard are.
 
     Args:
         folder: of the shards.
@@ -47,24 +48,26 @@ def check_same(folder: Path, contents: Contents, files: IndexFiles, read_only: b
         version = sha256_of(folder / files.head)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    memory = folder / f".{files.head.removesuffix('.json')}.seen.json"
-    seen = {} if read_only else _remembered(memory, version)
-    new = [name for name in stamps if seen.get(name) != stamps[name]]
     if read_only:
-        _compare(folder, contents, files, new)
+        _compare(folder, contents, files, list(stamps))
         return
-    writable = os.access(folder, os.W_OK)
-    touched = [name for name in new if name in seen or stamps[name] > indexed] if writable else []
-    for name in set(new) - set(touched):
+    small = sum(contents.shards.values()) <= _SMALL
+    always = [name for name in stamps if small and name in contents.sha256]
+    memory = folder / f".{files.head.removesuffix('.json')}.seen.json"
+    seen = _remembered(memory, version)
+    touched = [name for name in stamps if stamps[name] > indexed and seen.get(name) != stamps[name]]
+    once = sorted(set(touched) - set(always)) if os.access(folder, os.W_OK) else []
+    for name in stamps.keys() - {*always, *once}:
         if not _ends_fit(folder, contents, name):
             raise _changed(folder, name, files)
-    if touched:
-        size = sum(contents.shards[name] for name in touched) / 1e9
-        logger.info("comparing %d shards (%.1f GB) in %s with their index, once", len(touched), size, folder)
-        _compare(folder, contents, files, touched)
-    if new and writable:
+    if once:
+        size = sum(contents.shards[name] for name in once) / 1e9
+        logger.info("comparing %d shards (%.1f GB) in %s with their index, once", len(once), size, folder)
+    _compare(folder, contents, files, always + once)
+    if once:
         with suppress(UserError):  # then the next start compares again
-            write_whole(memory, json.dumps({"index": version, "shards": seen | stamps}))
+            known = seen | {name: stamps[name] for name in once}
+            write_whole(memory, json.dumps({"index": version, "shards": known}))
 
 
 def _stamp(path: Path) -> int:

@@ -12,7 +12,6 @@ from framework.data.packing.label_tables import (
     SEPARATORS,
     Files,
     Table,
-    are_same_split,
     folder_split,
     parse_table,
 )
@@ -27,7 +26,7 @@ from framework.data.packing.rows import (
     sorted_classes,
     summary,
 )
-from framework.data.shards.naming import SPLIT_WORDS, is_split, split_name
+from framework.data.shards.naming import SPLIT_WORDS, are_same_split, is_split, split_name
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
 
@@ -48,6 +47,10 @@ _LABEL_COLUMNS = {
 _SPLIT_COLUMNS = {"split", "set", "subset"}
 
 
+class _NoImage(Incomplete):
+    """A table of labels, none of whose images is there."""
+
+
 def _find(place: Place, choices: Choices) -> Reading | None:
     tables = [name for name in place.files if _is_table(name)]
     if not tables or not place.images:
@@ -56,18 +59,23 @@ def _find(place: Place, choices: Choices) -> Reading | None:
     rows: list[Row] = []
     missing: Counter[str] = Counter()
     problems: list[Incomplete] = []
+    lost: list[Incomplete] = []
     used: list[str] = []
     for name in tables:
         try:
             if found := _labels(place, name, files, choices, missing):
                 rows += found
                 used.append(name)
+        except _NoImage as error:
+            (lost if _table_split(name) else problems).append(error)
         except Incomplete as error:  # such as Kaggle's test.csv, without labels
             problems.append(error)
+    if rows and lost:
+        raise UserError(f"{lost[0]}, so the split would be missing; --skip the table to leave it out")
     if rows:
         return _reading(place, rows, used, missing)
-    if problems:
-        raise problems[0]
+    if problems or lost:
+        raise [*problems, *lost][0]
     return None
 
 
@@ -150,7 +158,7 @@ def _file_column(place: Place, table: Table, files: Files, choices: Choices) -> 
             f"{place.path / table.name}: none of its columns {', '.join(map(printable, table.columns[:5]))} is called "
             f"file_name, image or id; its first line must name them, or choose with --file-column"
         )
-    split = _table_split(table)
+    split = _table_split(table.name)
     found = {
         column: [
             image for line in table.lines for image in files.find(table.name, line.get(column, ""), split)
@@ -165,7 +173,7 @@ def _file_column(place: Place, table: Table, files: Files, choices: Choices) -> 
         )
     if not fitting and table.known(_LABEL_COLUMNS):
         first = table.lines[0].get(columns[0], "")
-        raise Incomplete(
+        raise _NoImage(
             f"{place.path / table.name}: its column {columns[0]} names no image here, such as {first!r}"
         )
     return fitting[0] if fitting else None
@@ -208,9 +216,9 @@ def _rows(
         UserError: a line without label, or with a name that several images have; a class none of whose images
             is there.
     """
-    own = _table_split(table)
+    own = _table_split(table.name)
     split_column = next(iter(table.known(_SPLIT_COLUMNS)), None)
-    wanted, found_labels = set[str](), set[str]()
+    wanted, there = set[tuple[str, str]](), set[tuple[str, str]]()
     for number, line in enumerate(table.lines, table.first):
         value, text = line.get(file, ""), line.get(label, "").strip()
         split = split_name(line.get(split_column, "").strip()) if split_column else own
@@ -222,16 +230,16 @@ def _rows(
             )
         if not text:
             raise UserError(f"{place.path / table.name}, line {number}: {value!r} has no {label}")
-        wanted.add(text)
+        wanted |= {("class", text), ("split", split)}
         _check_split(place, table, number, files, value, split, found, split_column is not None)
         if not found:
             missing[f"rows of {table.name} without an image"] += 1
             continue
-        found_labels.add(text)
+        there |= {("class", text), ("split", split)}
         yield Row(found[0], split if split_column else folder_split(found[0]) or own, text)
-    if lost := sorted(wanted - found_labels):
+    if lost := sorted(wanted - there):
         raise UserError(
-            f"{place.path / table.name}: no image of class {lost[0]!r} is there, so it would be missing"
+            f"{place.path / table.name}: no image of {lost[0][0]} {lost[0][1]!r} is there, so it would be missing"
         )
 
 
@@ -261,9 +269,9 @@ def _check_split(
         )
 
 
-def _table_split(table: Table) -> str:
+def _table_split(table: str) -> str:
     """The split that a table's name says: ``train.csv`` and ``train_labels.csv`` are of train."""
-    match = _NAME.fullmatch(posixpath.splitext(posixpath.basename(table.name))[0])
+    match = _NAME.fullmatch(posixpath.splitext(posixpath.basename(table))[0])
     return split_name(match["split"]) if match and match["split"] else ""
 
 
