@@ -95,3 +95,18 @@ def test_a_folder_without_a_name_is_one_line_and_nothing_is_written(
     with pytest.raises(UserError, match=f"data.{key}: is empty"):
         check_train_folder(Data(**data))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prepare", ["digits", "none"])
+@pytest.mark.parametrize(
+    "data", [{"path": "o" * 300}, {"path": "a\0b"}, {"path": ".", "train": "o" * 300}, {"path": ".", "test": "a\0"}]
+)  # fmt: skip
+def test_a_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, data, prepare):
+    monkeypatch.chdir(tmp_path)
+    for check in (
+        lambda: check_train_folder(Data(prepare=prepare, **data)),
+        lambda: opened(prepare=prepare, **data),
+    ):
+        with pytest.raises(UserError, match=r"cannot be a folder: .*(name too long|null)"):
+            check()
+    assert list(tmp_path.iterdir()) == []

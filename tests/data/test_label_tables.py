@@ -214,6 +214,13 @@ def test_a_table_that_nobody_can_read_is_not_passed_over(tmp_path, name, text, p
     assert reading(folders).reader == "split/class"
 
 
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"some words", b"0.jpg\n1.jpg\n", b""])
+def test_texts_that_are_no_tables_are_counted(tmp_path, text):
+    for files in (IMAGES, photographs()):
+        source = tree(tmp_path / str(len(files)), files | {"train.txt": text})
+        assert reading(source).unpacked == {".txt": 1}
+
+
 LABELS = ["cat", "dog"] * 3
 
 

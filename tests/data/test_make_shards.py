@@ -335,6 +335,9 @@ def test_a_destination_that_cannot_be_is_one_line(tmp_path, capsys):
     }.items():
         assert run_tool("make_shards", source, tmp_path / dest, "--workers", 0) == EXIT_USAGE, dest
         assert problem in (shown := capsys.readouterr().err) and shown.count("error: ") == 1, dest
+    for name in ("o" * 300, "a\0b"):
+        assert run_tool("make_shards", tmp_path / name, tmp_path / "out") == EXIT_USAGE
+        assert "no such file or folder" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 

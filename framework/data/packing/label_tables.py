@@ -9,6 +9,7 @@ import posixpath
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from framework.data.packing.place import Place, kind
 from framework.data.packing.reading import Incomplete
@@ -59,12 +60,13 @@ class Files:
             for key in {image, stem, f"*/{base}", f"*/{posixpath.splitext(base)[0]}"}:
                 self.paths.setdefault(key, []).append(image)
 
+    @cached_property
     def say_classes(self) -> bool:
         """Whether the folders of the images, but for those of splits, may be classes."""
-        folders = {
-            tuple(part for part in image.split("/")[:-1] if not is_split(part)) for image in self.place.images
-        }
-        return len(folders) > 1
+        folders = {posixpath.dirname(image) for image in self.place.images}
+        return (
+            len({tuple(part for part in folder.split("/") if not is_split(part)) for folder in folders}) > 1
+        )
 
     def path(self, table: str, value: str) -> str:
         """The path that a value in a table says."""
@@ -105,6 +107,8 @@ def parse_table(place: Place, name: str, files: Files, file_column: str | None) 
         Incomplete: it must have a header.
         UserError: it cannot be parsed.
     """
+    if kind(name) == ".txt" and files.say_classes:
+        return None
     try:
         text = place.read(name).decode("utf-8-sig")
         if kind(name) == ".jsonl":
@@ -116,6 +120,8 @@ def parse_table(place: Place, name: str, files: Files, file_column: str | None) 
     except UserError:
         raise
     except (ValueError, AttributeError, csv.Error, RecursionError) as error:
+        if kind(name) == ".txt":
+            return None
         raise UserError(f"{place.path / name}: cannot be read as a table of labels ({error})") from error
 
 
@@ -124,10 +130,7 @@ def _text(value: object) -> str:
 
 
 def _separated(place: Place, name: str, text: str, files: Files, wanted: set[str]) -> Table | None:
-    separators, is_text = SEPARATORS[kind(name)], kind(name) == ".txt"
-    plain = not files.say_classes()
-    if is_text and not plain:
-        return None
+    separators, plain = SEPARATORS[kind(name)], not files.say_classes
     heads = {separator: _head(text, separator) for separator in separators}
     for separator, head in heads.items():
         if wanted.intersection(head) or _known(head, wanted):
@@ -141,7 +144,7 @@ def _separated(place: Place, name: str, text: str, files: Files, wanted: set[str
             raise Incomplete(
                 f"{place.path / name}: its first line must name the columns, such as file_name{separator}label"
             )
-    return None if is_text else _with_header(place, name, text, separators[0])
+    return None if kind(name) == ".txt" else _with_header(place, name, text, separators[0])
 
 
 def _head(text: str, separator: str) -> list[str]:

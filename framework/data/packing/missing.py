@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -14,7 +13,20 @@ from framework.runtime.text import printable
 
 # Files that may say of which classes the images are.
 TEXTS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".mat", ".parquet"}
-_ARCHIVE = re.compile(r"(.+?)\.(zip|7z|rar|tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))", re.IGNORECASE)
+_ARCHIVES = (
+    ".zip",
+    ".7z",
+    ".rar",
+    ".tgz",
+    ".tbz",
+    ".tbz2",
+    ".txz",
+    ".tar.gz",
+    ".tar.bz2",
+    ".tar.xz",
+    ".tar.zst",
+    ".tar.lz4",
+)
 
 
 def check_folders(place: Place, levels: Sequence[str], around: str, parts: list[list[str]]) -> None:
@@ -94,8 +106,9 @@ def _missing(place: Place, level: str, missing: str, name: str, what: str) -> Us
 def _in_place_of_folders(place: Place) -> Iterator[tuple[str, str, str]]:
     """(path, path of the folder that it stands for, what it is and what to do) of archives and broken links."""
     for name in place.files:
-        if match := _ARCHIVE.fullmatch(name):
-            yield name, match[1], "an archive; unpack it"
+        if name.lower().endswith(_ARCHIVES):
+            ending = max((end for end in _ARCHIVES if name.lower().endswith(end)), key=len)
+            yield name, name[: -len(ending)], "an archive; unpack it"
     for name in sorted(place.lost):
         if suffix(name) not in SUFFIXES | TEXTS:
             yield name, name, "a link that leads nowhere; mend it"

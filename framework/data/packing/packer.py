@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,7 +92,9 @@ def _check_split(split: str, dest: Path) -> None:
             f"split {printable(split)!r}: is no name of a folder; call it train, test or the like"
         )
     folder = dest / split
-    check_destination(folder)
+    around = check_destination(folder)
+    if not os.access(around, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written: {around} is read-only")
     if folder.is_symlink():  # it would have to be replaced
         raise UserError(f"{folder}: is a link; name the folder {folder.resolve()} itself")
 

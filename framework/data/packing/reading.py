@@ -143,28 +143,29 @@ def check_apart(source: str, dest: Path) -> None:
         UserError: ``dest`` is the source, or lies in it; it is a file, or no possible name.
     """
     check_destination(dest)
+    if not os.path.isdir(source):
+        return
     inside, around = dest.resolve(), Path(source).resolve()
-    if around.is_dir() and (inside == around or around in inside.parents):
+    if inside == around or around in inside.parents:
         raise UserError(f"{dest}: lies in {source}, which is only read; name a folder elsewhere")
 
 
-def check_destination(folder: Path) -> None:
-    """Check that a folder can be made, before hours of packing.
+def check_destination(folder: Path) -> Path:
+    """Check that a folder may be made, before hours of packing; returns the one around it that is there.
 
     Raises:
-        UserError: a file or a link is in its way; its name is impossible here; the folder around it is read-only.
+        UserError: a file or a link is in its way; its name is impossible here.
     """
     try:
         if os.path.lexists(folder) and not folder.is_dir():
             raise UserError(
                 f"{folder}: is in the way, a file or a link that leads nowhere; name another folder"
             )
-        around = next(path for path in folder.absolute().parents if path.exists())
+        around = next((path for path in folder.absolute().parents if path.exists()), folder)
         for name in [*folder.absolute().relative_to(around).parts, f".{folder.name}.partial"]:
             with suppress(FileNotFoundError):
                 (around / name).lstat()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{printable(str(folder))}: cannot be written: {reason}") from error
-    if not os.access(around, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: cannot be written: {around} is read-only for you")
+    return around

@@ -94,7 +94,7 @@ def _labels(place: Place, name: str, files: Files, choices: Choices, missing: Co
 def _check_text(place: Place, name: str, files: Files) -> None:
     """Refuse a text that is called like labels and that nobody can read, where nothing else says the classes."""
     is_called_so = re.search("label|annotation", posixpath.basename(name), re.IGNORECASE)
-    if kind(name) == ".txt" and is_called_so and not files.say_classes():
+    if kind(name) == ".txt" and is_called_so and not files.say_classes:
         raise Incomplete(
             f"{place.path / name}: is no table of labels; lines must read FILE LABEL, or its first line name "
             f"the columns, such as file_name,label"
@@ -152,7 +152,7 @@ def _file_column(place: Place, table: Table, files: Files, choices: Choices) -> 
         )
     columns = table.known(FILE_COLUMNS)
     if not columns:
-        if files.say_classes():
+        if files.say_classes:
             return None
         raise Incomplete(
             f"{place.path / table.name}: none of its columns {', '.join(map(printable, table.columns[:5]))} is called "
@@ -257,10 +257,12 @@ def _check_split(
 
     A column split, ``chosen``, may say so of a path.
     """
+    other = folder_split(found[0]) if found else ""
+    if not other:
+        return
     path = files.path(table.name, value)
     wanted = split or folder_split(path)
-    other = folder_split(found[0]) if found else ""
-    if not (wanted and other and is_split(wanted)) or are_same_split(wanted, other):
+    if not is_split(wanted) or are_same_split(wanted, other):
         return
     if not (chosen and path in files.paths):
         raise UserError(
@@ -278,8 +280,8 @@ def _table_split(table: str) -> str:
 READERS = (
     Reader(
         "table",
-        "images and `labels.csv`, `metadata.csv`, `metadata.jsonl` or `train.csv`, with a column file_name (image, id, "
-        "path ...) and a column label (class, category, target ...)",
+        "images and `labels.csv` (`.tsv`, `.txt`), `metadata.csv`, `metadata.jsonl` or `train.csv`, with a column "
+        "file_name (image, id, path ...) and a column label (class, category, target ...), or lines `1.jpg cat`",
         "the splits that folders, tables or a column split name, else one",
         _find,
         overrules=UNLABELED,
