@@ -57,8 +57,9 @@ def check_same(folder: Path, contents: Contents, files: IndexFiles, read_only: b
     seen = _remembered(memory, version)
     touched = [name for name in stamps if stamps[name] > indexed and seen.get(name) != stamps[name]]
     once = sorted(set(touched) - set(always)) if os.access(folder, os.W_OK) else []
+    rows = _rows(contents)
     for name in stamps.keys() - {*always, *once}:
-        if not _ends_fit(folder, contents, name):
+        if not _ends_fit(folder / name, contents, rows[name]):
             raise _changed(folder, name, files)
     if once:
         size = sum(contents.shards[name] for name in once) / 1e9
@@ -104,18 +105,17 @@ def _fits(folder: Path, contents: Contents, name: str) -> bool:
         except OSError as error:
             raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from error
     found = np.array([sample[1:] for sample in scan_shard(folder / name).samples], np.int64)
-    rows = _rows(contents, name)
+    rows = _rows(contents)[name]
     table = contents.table
     return np.array_equal(
         found, np.stack([table.offset[rows], table.length[rows], table.label[rows]], axis=1)
     )
 
 
-def _ends_fit(folder: Path, contents: Contents, name: str) -> bool:
+def _ends_fit(path: Path, contents: Contents, rows: slice) -> bool:
     """Whether the first and the last image of a shard have headers where the index says, with their lengths."""
-    rows = _rows(contents, name)
     try:
-        with open(folder / name, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0) as file:
             for row in {rows.start, rows.stop - 1}:
                 file.seek(int(contents.table.offset[row]) - tarfile.BLOCKSIZE)
                 header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
@@ -124,15 +124,15 @@ def _ends_fit(folder: Path, contents: Contents, name: str) -> bool:
     except tarfile.HeaderError:
         return False
     except OSError as error:
-        raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     return True
 
 
-def _rows(contents: Contents, name: str) -> slice:
-    """The rows of a shard in the table, which is in the order of shards."""
-    number = list(contents.shards).index(name)
-    first, end = np.searchsorted(contents.table.shard, [number, number + 1])
-    return slice(int(first), int(end))
+def _rows(contents: Contents) -> dict[str, slice]:
+    """The rows of every shard in the table, which is in the order of shards."""
+    numbers = np.arange(len(contents.shards) + 1, dtype=contents.table.shard.dtype)
+    bounds = np.searchsorted(contents.table.shard, numbers).tolist()
+    return {name: slice(*bounds[number : number + 2]) for number, name in enumerate(contents.shards)}
 
 
 def _changed(folder: Path, name: str, files: IndexFiles) -> UserError:
