@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from framework.config.recipe import Data
@@ -15,10 +17,10 @@ def check_train_folder(data: Data) -> None:
     """Check that the folder of the training split is there, unless its images are packed first or behind a URL.
 
     Raises:
-        UserError: no such folder; or ``data.path`` names shards.
+        UserError: no such folder; or as ``check_path``.
     """
+    check_path(data)
     if data.prepare == "none" and not is_url(data.path):
-        check_path(data)
         check_split(data, data.train)
 
 
@@ -30,13 +32,28 @@ def split_path(data: Data, split: str) -> tuple[str, str | None]:
 
 
 def check_path(data: Data) -> None:
-    """Refuse a path that names shards rather than the folder of the splits."""
+    """Refuse a path that names shards rather than the folder of the splits, or is empty (a shell's variable, not set).
+
+    Raises:
+        UserError: it is so.
+    """
+    for key, value in {"path": data.path, "cache_dir": data.cache_dir if is_url(data.path) else "."}.items():
+        if not value.strip():
+            raise UserError(f"data.{key}: is empty, and must name a folder (. for this one)")
     folder, pattern = cut_pattern(data.path)
-    if pattern is not None and (is_url(data.path) or not Path(data.path).is_dir()):
+    if pattern is not None and (is_url(data.path) or not os.path.isdir(data.path)):
         raise UserError(
             f"data.path={data.path}: names shards, and must be a folder; set data.path={folder} "
             f"data.train='{pattern}', and data.test to those that are held out"
         )
+    for key, split in {"train": data.train, "test": data.test}.items() if not is_url(data.path) else ():
+        folder, _ = split_path(data, split)
+        try:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.stat(folder)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"data.path, data.{key}: {folder!r} cannot be a folder: {reason}") from error
 
 
 def check_split(data: Data, split: str) -> None:

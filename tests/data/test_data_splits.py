@@ -9,6 +9,7 @@ from test_data_loader import gray_png
 
 from framework.config.recipe import Data, Recipe
 from framework.data.packing.writer import write_shards
+from framework.data.split_paths import check_train_folder
 from framework.data.splits import Splits
 from framework.runtime.errors import UserError
 from tests.support.http_store import serve
@@ -77,3 +78,35 @@ def test_a_server_that_fails_is_no_missing_split(tmp_path, monkeypatch, indexed)
         with pytest.raises(UserError, match=r"/test: cannot be read, 8 times in a row .*503") as caught:
             opened(server.url, cache_dir=str(tmp_path / "cache"))
     assert caught.value.transient
+
+
+@pytest.mark.parametrize("prepare", ["digits", "none"])
+@pytest.mark.parametrize("key", ["path", "cache_dir"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_a_folder_without_a_name_is_one_line_and_nothing_is_written(
+    tmp_path, monkeypatch, key, value, prepare
+):
+    """As an unset variable of a shell gives it."""
+    monkeypatch.chdir(tmp_path)
+    data = {"path": "http://127.0.0.1:1", "prepare": prepare} | {key: value}
+    with pytest.raises(UserError, match=f"data.{key}: is empty, and must name a folder") as error:
+        opened(**data)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=f"data.{key}: is empty"):
+        check_train_folder(Data(**data))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prepare", ["digits", "none"])
+@pytest.mark.parametrize(
+    "data", [{"path": "o" * 300}, {"path": "a\0b"}, {"path": ".", "train": "o" * 300}, {"path": ".", "test": "a\0"}]
+)  # fmt: skip
+def test_a_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, data, prepare):
+    monkeypatch.chdir(tmp_path)
+    for check in (
+        lambda: check_train_folder(Data(prepare=prepare, **data)),
+        lambda: opened(prepare=prepare, **data),
+    ):
+        with pytest.raises(UserError, match=r"cannot be a folder: .*(name too long|null)"):
+            check()
+    assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from framework.data.shards.scan import scan_shard
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
-from tests.support.toy_images import image, photographs, tar, tree
+from tests.support.toy_images import image, photographs, shard, tar, tree
 
 
 def reading(source: Path, **choices: object) -> Reading:
@@ -140,6 +140,64 @@ def test_a_class_or_split_that_would_be_missing_is_an_error(tmp_path, files, pro
     skip = str(error.value).partition("--skip '")[2].partition("'")[0]
     assert names(reading(source, skip=[skip])) == {name for name in {*photographs(("train/",)), *files}
                                                    if not name.startswith(skip)}  # fmt: skip
+
+
+ARCHIVES_AND_LINKS = [
+    ("val.zip", "split val"), ("set-val.tar.gz", "split val"), ("train/fox.tar.gz", "class train/fox"),
+    ("val", "split val"), ("train/fox", "class train/fox"), ("test.7z", "split test"),
+    ("train/fox.zip", "class train/fox"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize(("name", "missing"), ARCHIVES_AND_LINKS)
+def test_an_archive_or_a_broken_link_in_place_of_a_class_or_split(tmp_path, name, missing, archived):
+    source = tree(tmp_path / "src", photographs(("train/",)))
+    if "." in name:
+        (source / name).write_bytes(b"x")
+        what = f"{name} is an archive; unpack it"
+    else:
+        (source / name).symlink_to("/nowhere")
+        what = f"{name} is a link that leads nowhere; mend it"
+    if archived:
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            archive.add(source, ".")
+        source = tmp_path / "a.tar"
+    with pytest.raises(UserError, match=f"the {missing} would be missing: {what}.*--skip '{name}'"):
+        reading(source)
+    assert names(reading(source, skip=[name])) == {*photographs(("train/",))}
+
+
+@pytest.mark.parametrize("name", ["fox.tgz", "fox"])
+def test_a_class_alone_in_place_of_a_folder(tmp_path, name):
+    source = tree(tmp_path / "src", photographs(("",)))
+    (source / name).symlink_to("/nowhere") if "." not in name else (source / name).write_bytes(b"x")
+    with pytest.raises(UserError, match="the class fox would be missing"):
+        reading(source)
+
+
+def test_archives_whose_folders_are_there_and_downloads_are_counted(tmp_path):
+    """What was unpacked lies beside its archive."""
+    archives = dict.fromkeys(("train.zip", "VAL.tar.gz", "train/cat.zip", "photographs.zip"), b"x")
+    source = tree(tmp_path / "src", photographs() | archives)
+    assert reading(source).unpacked == {".zip": 3, ".gz": 1}
+    around = {f"photos/{name}": data for name, data in photographs(("train/",)).items()}
+    with pytest.raises(UserError, match="the split val would be missing"):
+        reading(tree(tmp_path / "around", around | {"val.zip": b"x"}))
+    assert reading(tree(tmp_path / "other", around | {"b.zip": b"x"})).unpacked == {".zip": 1}
+    flat = tree(tmp_path / "cats", photographs(("",)) | {"cats.zip": b"x", "dog.zip": b"x"})
+    assert reading(flat).unpacked == {".zip": 2}
+
+
+def test_a_split_of_shards_that_is_an_archive_or_a_broken_link(tmp_path):
+    source = tree(tmp_path / "src", {"train/a-0.tar": shard(0), "val.zip": b"x"})
+    with pytest.raises(UserError, match=r"the split val would be missing: val\.zip is an archive"):
+        reading(source)
+    (source / "val.zip").unlink()
+    (source / "val").symlink_to("/nowhere")
+    with pytest.raises(UserError, match="the split val would be missing: val is a link that leads nowhere"):
+        reading(source)
+    assert set(reading(source, skip=["val"]).open()) == {"train"}
 
 
 def test_an_empty_folder_is_a_missing_class_unless_another_split_has_it(tmp_path):

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from framework.data.loading.decode import decode
-from framework.data.packing.packer import Packing, encoded, pack
+from framework.data.packing.images import FileImages
+from framework.data.packing.packer import Packing, encoded, pack, pack_splits
 from framework.data.shards.index import ShardSet
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
@@ -313,3 +314,36 @@ def test_command_line(tmp_path, capsys):
     assert "left out: train/cat/bad.jpg: no known image format" in printed.err
     assert run_tool(*command) == EXIT_USAGE
     assert "is not empty; remove it or name another folder" in capsys.readouterr().err
+
+
+def test_a_destination_that_cannot_be_is_one_line(tmp_path, capsys):
+    source = tree(tmp_path / "src", {f"{i}.png": image(i) for i in range(3)})
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "to").symlink_to("full")
+    before = sorted(tmp_path.rglob("*"))
+    for dest, problem in {
+        "o" * 300: "cannot be written: File name too long",
+        "o" * 250: "cannot be written: File name too long",  # with what is added while it is written
+        "a/" + "o" * 300: "cannot be written: File name too long",
+        "a\0b": "cannot be written: ",
+        "file": "is in the way, a file or a link that leads nowhere",
+        "file/below": "cannot be written: Not a directory",
+        "link": "is in the way, a file or a link that leads nowhere",
+        "to": "is a link; name the folder",
+    }.items():
+        assert run_tool("make_shards", source, tmp_path / dest, "--workers", 0) == EXIT_USAGE, dest
+        assert problem in (shown := capsys.readouterr().err) and shown.count("error: ") == 1, dest
+    for name in ("o" * 300, "a\0b"):
+        assert run_tool("make_shards", tmp_path / name, tmp_path / "out") == EXIT_USAGE
+        assert "no such file or folder" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("split", ["a/b", "..", "a\0b", "o" * 300])
+def test_a_split_whose_name_is_no_folder_is_one_line(tmp_path, split):
+    images = {split: FileImages(["0"], None, None, lambda i: image(i), "")}
+    with pytest.raises(UserError, match=r"is no name of a folder|cannot be written"):
+        list(pack_splits(images, tmp_path / "out", Packing(), 0))
+    assert list(tmp_path.iterdir()) == []

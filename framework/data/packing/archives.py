@@ -78,7 +78,7 @@ def tar_files(path: Path, file: BinaryIO) -> tuple[Extents, dict[str, str], List
         UserError: damaged.
         OSError, tarfile.TarError, ValueError ...: ``PARSE_ERRORS``.
     """
-    extents, links, listing = Extents(), dict[str, str](), Listing([], set(), Counter())
+    extents, links, listing = Extents(), dict[str, str](), Listing([], set(), Counter(), set())
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in members(path, tar):
             name = posixpath.normpath(member.name).lstrip("/")
@@ -127,7 +127,7 @@ def _unnamed(work: Path) -> BinaryIO:
 def _unzipped(file: BinaryIO, work: Path) -> tuple[BinaryIO, Extents, dict[str, str], Listing]:
     """The files of a zip one behind the other, in an unnamed file."""
     unpacked = _unnamed(work)
-    extents, links, listing = Extents(), dict[str, str](), Listing([], set(), Counter())
+    extents, links, listing = Extents(), dict[str, str](), Listing([], set(), Counter(), set())
     with file, zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             name = posixpath.normpath(entry.filename).lstrip("/")
@@ -158,6 +158,7 @@ def _follow(links: dict[str, str], extents: Extents, listing: Listing) -> None:
             extents |= {name + other[len(target) :]: extents[other] for other in below}
         else:
             listing.ignored["link that leads nowhere"] += 1
+            listing.lost.add(name)
 
 
 def _is_hidden(name: str) -> bool:

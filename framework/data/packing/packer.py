@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from framework.data.loading.decode import BrokenImage, decode
 from framework.data.packing.images import Images
+from framework.data.packing.reading import check_destination
 from framework.data.packing.writer import Example, clear, new_folder, shard_name, write_classes, write_shard
 from framework.data.shards.index import index_shards
 from framework.data.shards.naming import is_held_out, is_split
 from framework.data.shards.shard_contents import INDEX
 from framework.runtime.errors import UserError
 from framework.runtime.files import sha256_of, write_whole
+from framework.runtime.text import printable
 
 _FORMATS = {
     "JPEG": "jpg",
@@ -61,7 +64,12 @@ def pack_splits(
 
     Yields, as ``pack``, samples and what is wrong with those left out, for each shard, with its split in front. Stopped
     between two splits, the same call goes on with those that are not finished.
+
+    Raises:
+        UserError: as ``pack``; a split's name can't be that of a folder.
     """
+    for split in splits:
+        _check_split(split, dest)
     record = dest / _FINISHED
     finished: dict[str, str] = json.loads(record.read_bytes()) if record.exists() else {}
     for split, images in splits.items():
@@ -76,6 +84,19 @@ def pack_splits(
             finished[split] = settings
             write_whole(record, json.dumps(finished))
     record.unlink(missing_ok=True)
+
+
+def _check_split(split: str, dest: Path) -> None:
+    if split in (".", "..") or "/" in split:
+        raise UserError(
+            f"split {printable(split)!r}: is no name of a folder; call it train, test or the like"
+        )
+    folder = dest / split
+    around = check_destination(folder)
+    if not os.access(around, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written: {around} is read-only")
+    if folder.is_symlink():  # it would have to be replaced
+        raise UserError(f"{folder}: is a link; name the folder {folder.resolve()} itself")
 
 
 def training_needs(dest: Path, splits: Collection[str]) -> str:

@@ -38,11 +38,13 @@ class Listing(NamedTuple):
         files: of everything that can be read and is not hidden.
         folders: of those that are not hidden.
         ignored: how many others there are, by kind.
+        lost: of links that lead nowhere.
     """
 
     files: list[str]
     folders: set[str]
     ignored: Counter[str]
+    lost: set[str]
 
 
 class Place:
@@ -54,6 +56,7 @@ class Place:
         files: paths of its files, sorted; without those that are hidden, or skipped as asked.
         folders: paths of its folders.
         ignored: how many others there are, by kind.
+        lost: paths of links that lead nowhere.
         contents: reads the files.
     """
 
@@ -63,6 +66,7 @@ class Place:
         self.ignored = Counter(listing.ignored)
         self.files = sorted(name for name in listing.files if not _skipped(name, skip))
         self.folders = {name for name in listing.folders if not _skipped(name, skip)}
+        self.lost = {name for name in listing.lost if not _skipped(name, skip)}
         if len(self.files) < len(listing.files):
             self.ignored["skipped as asked"] = len(listing.files) - len(self.files)
 
@@ -125,7 +129,7 @@ def _skipped(name: str, skip: Sequence[str]) -> bool:
 
 def _walk(root: Path) -> Listing:
     """Links are followed, but for those to a folder around them."""
-    listing = Listing([], set(), Counter())
+    listing = Listing([], set(), Counter(), set())
     waiting = [""]
     while waiting:
         folder = waiting.pop()
@@ -152,8 +156,11 @@ def _enter(entry: os.DirEntry[str], name: str, root: Path, listing: Listing, wai
         listing.ignored["hidden"] += 1
     elif entry.is_file():
         listing.files.append(name)
+    elif entry.is_symlink():
+        listing.ignored["broken link"] += 1
+        listing.lost.add(name)
     else:
-        listing.ignored["broken link" if entry.is_symlink() else "not a file"] += 1
+        listing.ignored["not a file"] += 1
 
 
 def _is_around(link: Path) -> bool:

@@ -6,14 +6,17 @@ or the user chooses one by its reader's name.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from framework.data.packing.images import Images
 from framework.data.packing.place import Place, kinds_text
 from framework.runtime.errors import UserError
+from framework.runtime.text import printable
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,35 @@ def _option(reading: Reading) -> str:
 
 
 def check_apart(source: str, dest: Path) -> None:
-    """Refuse to write into the source.
+    """Refuse to write into the source, or to what can't be a folder.
 
     Raises:
-        UserError: ``dest`` is the source, or lies in it.
+        UserError: ``dest`` is the source, or lies in it; it is a file, or no possible name.
     """
+    check_destination(dest)
+    if not os.path.isdir(source):
+        return
     inside, around = dest.resolve(), Path(source).resolve()
-    if around.is_dir() and (inside == around or around in inside.parents):
+    if inside == around or around in inside.parents:
         raise UserError(f"{dest}: lies in {source}, which is only read; name a folder elsewhere")
+
+
+def check_destination(folder: Path) -> Path:
+    """Check that a folder may be made, before hours of packing; returns the one around it that is there.
+
+    Raises:
+        UserError: a file or a link is in its way; its name is impossible here.
+    """
+    try:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(
+                f"{folder}: is in the way, a file or a link that leads nowhere; name another folder"
+            )
+        around = next((path for path in folder.absolute().parents if path.exists()), folder)
+        for name in [*folder.absolute().relative_to(around).parts, f".{folder.name}.partial"]:
+            with suppress(FileNotFoundError):
+                (around / name).lstat()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{printable(str(folder))}: cannot be written: {reason}") from error
+    return around

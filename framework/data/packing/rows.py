@@ -66,8 +66,8 @@ def reading_of_rows(name: str, place: Place, rows: Iterable[Row], tables: Collec
     found = [row for row in listed.values() if row.file in there]
     if not found:
         raise UserError(f"{place.path}: none of the {len(listed)} images listed by {name} is there")
-    _check_column(place, "split", {row.split for row in listed.values()}, {row.split for row in found})
-    _check_column(place, "class", {row.label for row in listed.values()}, {row.label for row in found})
+    check_column(place, "split", {row.split for row in listed.values()}, {row.split for row in found})
+    check_column(place, "class", {row.label for row in listed.values()}, {row.label for row in found})
     classes = sorted_classes({row.label for row in found} - {""})
     unpacked = place.unpacked([*tables, *(row.file for row in found)])
     if missing := len(listed) - len(found):
@@ -81,7 +81,18 @@ def reading_of_rows(name: str, place: Place, rows: Iterable[Row], tables: Collec
     )
 
 
-def _check_column(place: Place, column: str, listed: set[str], found: set[str]) -> None:
+def check_column(place: Place, column: str, listed: set[str], found: set[str]) -> None:
+    """Refuse a column that some images have no value in, or a value none of whose images is there.
+
+    Args:
+        place: where the images are.
+        column: "split" or "class".
+        listed: its values.
+        found: those of images that are there.
+
+    Raises:
+        UserError: it is so.
+    """
     if "" in listed and len(listed) > 1:
         raise UserError(
             f"{place.path}: some images have a {column}, such as {max(listed)!r}, and some have none"
@@ -96,9 +107,11 @@ def less_known(place: Place) -> frozenset[str]:
     return UNLABELED | ({"class"} if len(folders) == 1 else set())
 
 
-def sorted_classes(labels: set[str]) -> list[str]:
-    """Names of classes in the order of their numbers: by value if all are whole numbers, else by name."""
-    return sorted(labels, key=int if all(label.isdecimal() for label in labels) else str)
+def sorted_classes(labels: Collection[str]) -> list[str]:
+    """Names of classes in the order of their numbers: by value if all are whole numbers (1 before 01), else by name."""
+    if all(label.isdecimal() for label in labels):
+        return sorted(labels, key=lambda label: (int(label), len(label), label))
+    return sorted(labels)
 
 
 def summary(splits: Iterable[str], classes: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ from framework.data.shards.shard_contents import (
     parse_classes,
     tabulate,
 )
+from framework.data.shards.unchanged import check_same
 from framework.runtime.errors import UserError
 from framework.runtime.files import sha256_of
 
@@ -56,7 +57,8 @@ class ShardSet:
         Args:
             folder: of the shards.
             pattern: which of its shards, see ``naming.matching``; ``None`` for all, which must be one series.
-            save_index: write the index of a folder that has none.
+            save_index: write the index of a folder that has none; else nothing is written, and all of every shard is
+                compared with an index that is there.
 
         Raises:
             UserError: no such folder, no ``*.tar`` in it, a shard missing, truncated, damaged, or not as
@@ -65,7 +67,7 @@ class ShardSet:
         folder = Path(folder)
         shards = _list_shards(folder, pattern)
         classes = read_classes(folder)
-        contents = _indexed(folder, shards, classes, pattern)
+        contents = _indexed(folder, shards, classes, pattern, read_only=not save_index)
         return cls(Folder(folder), contents or _build(folder, shards, classes, pattern, save_index))
 
     @property
@@ -186,7 +188,7 @@ def _list_shards(folder: Path, pattern: str | None) -> dict[str, int]:
 
 
 def _indexed(
-    folder: Path, shards: dict[str, int], classes: list[str] | None, pattern: str | None
+    folder: Path, shards: dict[str, int], classes: list[str] | None, pattern: str | None, read_only: bool
 ) -> Contents | None:
     """The contents by an index that is there: that of the folder, if it has the shards asked for, or their own."""
     whole = _parsed(folder, INDEX)
@@ -200,6 +202,7 @@ def _indexed(
         contents = own
     contents.check_unchanged(folder, shards, files)
     contents.check_classes(folder, classes, files)
+    check_same(folder, contents, files, read_only)
     return contents
 
 

@@ -12,6 +12,7 @@ from framework.runtime.errors import UserError
 
 # Words that name a split: train, Validation, val_images, test-data, train2017.
 SPLIT_WORDS = r"(?:train|training|val|valid|validation|dev|test|testing|eval|unlabell?ed|extra)"
+_SAME_WORD = {"dev": "val", "unlabelled": "unlabeled"}
 _SPLIT = re.compile(SPLIT_WORDS + r"([-_ ]?(images|imgs|set|data))?[-_ ]?\d*", re.IGNORECASE)
 _SEPARATORS = re.compile(r"([-_.]+)")
 _COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))", re.IGNORECASE)
@@ -22,9 +23,25 @@ def is_split(name: str) -> bool:
     return _SPLIT.fullmatch(name) is not None
 
 
+def split_name(folder: str) -> str:
+    """What a split is called after its folder: ``Train`` is ``train``."""
+    return folder.lower() if is_split(folder) else folder
+
+
 def split_of(name: str) -> str:
     """The word in the name of shards that names their split, or ""."""
     return next((word for word in re.split(r"[-_.*]+", name) if is_split(word)), "")
+
+
+def are_same_split(one: str, other: str) -> bool:
+    """Whether two names are of one split, as ``val.csv`` and ``Validation_images/``; any other split has no name."""
+    return one == other or (is_split(one) and is_split(other) and _word(one) == _word(other))
+
+
+def _word(split: str) -> str:
+    match = re.match(SPLIT_WORDS, split, re.IGNORECASE)
+    word = match[0].lower() if match else split
+    return _SAME_WORD.get(word, word)
 
 
 def is_held_out(name: str) -> bool:

@@ -8,6 +8,7 @@ is used.
 
 from __future__ import annotations
 
+import os
 import pkgutil
 from functools import cache
 from pathlib import Path
@@ -65,10 +66,10 @@ def read(sources: list[str], choices: Choices, work: Path, cache: Path, cache_by
     if is_url(path):
         return shards.read_url(path, choices, cache, cache_bytes)
     place = Path(path)
-    if place.is_dir():
+    if os.path.isdir(path):
         return choose(open_folder(place, choices.skip), all_readers(), choices)
-    if place.is_file():
+    if os.path.isfile(path):
         return choose(open_archive(place, work, choices.skip), all_readers(), choices)
-    if names_shards(path) and place.parent.is_dir():
+    if names_shards(path) and os.path.isdir(place.parent):
         return shards.read_pattern(path, choices)
     raise UserError(f"{place}: no such file or folder")

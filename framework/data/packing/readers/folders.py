@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from framework.data.packing.place import Place, kind, kinds_text
+from framework.data.packing.missing import TEXTS, check_folders
+from framework.data.packing.place import Place, kind
 from framework.data.packing.reading import Choices, Reader, Reading
 from framework.data.packing.rows import Row, labeled_files, summary
-from framework.data.shards.naming import is_split
+from framework.data.shards.naming import is_split, split_name
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
 
@@ -20,8 +21,6 @@ _CONTAINER_WORDS = {
     *("images", "image", "imgs", "img", "jpg", "jpgs", "jpeg", "jpegs", "png", "pngs", "jpegimages"),
     *("pictures", "pics", "photos", "frames", "files", "data", "dataset"),
 }
-# Files that may say of which classes the images are.
-_TEXTS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".mat", ".parquet"}
 
 
 class _Layout(NamedTuple):
@@ -34,11 +33,6 @@ class _Layout(NamedTuple):
 
     around: str
     names: tuple[str, ...]
-
-
-def split_name(folder: str) -> str:
-    """What a split is called after its folder: ``Train`` is ``train``."""
-    return folder.lower() if is_split(folder) else folder
 
 
 def _find(name: str, place: Place, choices: Choices) -> Reading | None:
@@ -95,7 +89,7 @@ def _classes_or_none(place: Place, folders: set[str]) -> tuple[str, ...]:
 
     So it is if its name says so, or if a text file that no reader knows may hold the classes.
     """
-    described = len(folders) == 1 and any(kind(name) in _TEXTS for name in place.files)
+    described = len(folders) == 1 and any(kind(name) in TEXTS for name in place.files)
     return ("class", "images") if described or _is_container(folders) else ("class",)
 
 
@@ -154,7 +148,7 @@ def _build(name: str, around: str, place: Place) -> Reading:
     labels = [part[levels.index("class")] if "class" in levels else "" for part in parts]
     _check_same_split(place, parts if "split" in levels else [])
     classes = sorted(set(labels), key=os.fsencode) if "class" in levels else []
-    _check_none_vanishes(name, around, place, parts)
+    check_folders(place, levels, around, parts)
     return Reading(
         name,
         summary(splits, classes),
@@ -169,35 +163,6 @@ def _check_same_split(place: Place, parts: list[list[str]]) -> None:
         other = folders.setdefault(split_name(part[0]), part[0])
         if other != part[0]:
             raise UserError(f"{place.path}: {other}/ and {part[0]}/ are the same split; rename or --skip one")
-
-
-def _check_none_vanishes(name: str, around: str, place: Place, parts: list[list[str]]) -> None:
-    """Refuse folders of splits and classes in which nothing is an image.
-
-    Raises:
-        UserError: a class, or a split, would silently be missing.
-    """
-    levels = _LEVELS[name]
-    full = {"/".join(part[:depth]) for part in parts for depth in range(1, len(levels) + 1)}
-    classes = {part[levels.index("class")] for part in parts} if "class" in levels else set()
-    for folder in sorted(place.folders):
-        inner = folder[len(around) :] if folder.startswith(around) else ""
-        depth = inner.count("/") + 1
-        if not inner or inner in full or depth > len(levels):
-            continue
-        level = levels[depth - 1]
-        if level == "split" and not is_split(inner):
-            continue
-        if level == "class" and depth == 2 and inner.partition("/")[0] not in full:
-            continue
-        files = Counter(kind(file) for file in place.files if file.startswith(f"{folder}/"))
-        if not files and (level == "split" or inner.rpartition("/")[2] in classes):
-            continue
-        found = f"none of its files is an image ({kinds_text(files)})" if files else "it is empty"
-        raise UserError(
-            f"{place.path}: the {level} {printable(inner)} would be missing: {found}; "
-            f"convert its files, or leave it out (--skip '{printable(folder)}')"
-        )
 
 
 def _common_folders(names: list[str]) -> list[str]:

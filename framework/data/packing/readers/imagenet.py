@@ -17,9 +17,9 @@ import numpy as np
 from framework.data.packing.archives import tar_files
 from framework.data.packing.images import FileImages, Images
 from framework.data.packing.place import Place, open_folder
-from framework.data.packing.readers.folders import split_name
 from framework.data.packing.reading import Choices, Incomplete, Reader, Reading
 from framework.data.packing.rows import UNLABELED
+from framework.data.shards.naming import split_name
 from framework.data.shards.scan import PARSE_ERRORS
 from framework.runtime.errors import UserError
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from framework.data.packing.images import Images, ShardImages
+from framework.data.packing.missing import check_splits
 from framework.data.packing.place import Place
-from framework.data.packing.readers.folders import split_name
 from framework.data.packing.readers.imagenet import is_download
 from framework.data.packing.reading import Choices, Incomplete, Reader, Reading
 from framework.data.shards.index import ShardSet
 from framework.data.shards.labels import are_identifiers
-from framework.data.shards.naming import check_one_series, cut_pattern, is_compressed
+from framework.data.shards.naming import check_one_series, cut_pattern, is_compressed, split_name
 from framework.data.shards.remote import open_remote
 from framework.data.shards.scan import groups
 from framework.runtime.errors import UserError
@@ -74,6 +74,8 @@ def _find(place: Place, choices: Choices) -> Reading | None:
     }
     if len(splits) < len(folders):
         raise UserError(f"{place.path}: {' and '.join(folders)} are the same split; rename or --skip one")
+    if "" not in folders:
+        check_splits(place, splits)
     for folder in folders:
         names = [name.rpartition("/")[2] for name in tars if name.rpartition("/")[0] == folder]
         check_one_series(place.path / folder, names)

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
+from framework.data.packing.label_tables import (
+    FILE_COLUMNS,
+    SEPARATORS,
+    Files,
+    Table,
+    folder_split,
+    parse_table,
+)
 from framework.data.packing.place import Place, kind
-from framework.data.packing.readers.folders import split_name
 from framework.data.packing.reading import Choices, Incomplete, Reader, Reading
-from framework.data.packing.rows import UNLABELED, Row, labeled_files, less_known, sorted_classes, summary
-from framework.data.shards.naming import SPLIT_WORDS, is_split
+from framework.data.packing.rows import (
+    UNLABELED,
+    Row,
+    check_column,
+    labeled_files,
+    less_known,
+    sorted_classes,
+    summary,
+)
+from framework.data.shards.naming import SPLIT_WORDS, are_same_split, is_split, split_name
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
 
-_SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 # labels.csv, metadata.jsonl, train.csv, train_labels.csv, trainLabels.csv, labels_train.csv
 _WORDS = "(?:labels?|metadata|annotations?)"
 _NAME = re.compile(rf"{_WORDS}?[-_ ]?(?P<split>{SPLIT_WORDS})?[-_ ]?{_WORDS}?", re.IGNORECASE)
-_FILE_COLUMNS = {"file_name", "filename", "file", "file_path", "filepath", "path", "id"}
-_FILE_COLUMNS |= {"image", "image_name", "image_id", "imageid", "image_path", "img", "img_name"}
 _LABEL_COLUMNS = {
     "label",
     "labels",
@@ -39,93 +47,78 @@ _LABEL_COLUMNS = {
 _SPLIT_COLUMNS = {"split", "set", "subset"}
 
 
-@dataclass
-class _Table:
-    """A table of labels.
-
-    Attributes:
-        name: its path.
-        columns: as they are called in it.
-        lines: values by column.
-    """
-
-    name: str
-    columns: list[str]
-    lines: list[dict[str, str]]
-
-    def known(self, names: set[str]) -> list[str]:
-        """The columns that are called one of ``names``."""
-        return [column for column in self.columns if re.sub(r"[\s-]", "_", column.strip().lower()) in names]
-
-
-@dataclass
-class _Files:
-    """Finds the image that a line means: by path, by path without suffix, or by a name that only one image has."""
-
-    place: Place
-    paths: dict[str, list[str]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for image in self.place.images:
-            stem = posixpath.splitext(image)[0]
-            base = image.rpartition("/")[2]
-            for key in {image, stem, f"*/{base}", f"*/{posixpath.splitext(base)[0]}"}:
-                self.paths.setdefault(key, []).append(image)
-
-    def find(self, table: str, value: str, split: str) -> list[str]:
-        """The images that ``value`` may mean in a table; those of its split if there are any."""
-        value = value.strip().replace("\\", "/")
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(table), value))
-        found = self.paths.get(path) or self.paths.get(f"*/{posixpath.basename(path)}", [])
-        same = [image for image in found if split and _folder_split(image) == split]
-        return same or found
-
-
-def _folder_split(image: str) -> str:
-    """The outermost folder of an image that is named like a split."""
-    return next((split_name(part) for part in image.split("/")[:-1] if is_split(part)), "")
+class _NoImage(Incomplete):
+    """A table of labels, none of whose images is there."""
 
 
 def _find(place: Place, choices: Choices) -> Reading | None:
     tables = [name for name in place.files if _is_table(name)]
     if not tables or not place.images:
         return None
-    files = _Files(place)
+    files = Files(place)
     rows: list[Row] = []
     missing: Counter[str] = Counter()
     problems: list[Incomplete] = []
+    lost: list[Incomplete] = []
     used: list[str] = []
     for name in tables:
         try:
             if found := _labels(place, name, files, choices, missing):
                 rows += found
                 used.append(name)
+        except _NoImage as error:
+            (lost if _table_split(name) else problems).append(error)
         except Incomplete as error:  # such as Kaggle's test.csv, without labels
             problems.append(error)
+    if rows and lost:
+        raise UserError(f"{lost[0]}, so the split would be missing; --skip the table to leave it out")
     if rows:
         return _reading(place, rows, used, missing)
-    if problems:
-        raise problems[0]
+    if problems or lost:
+        raise [*problems, *lost][0]
     return None
 
 
-def _labels(place: Place, name: str, files: _Files, choices: Choices, missing: Counter[str]) -> list[Row]:
+def _labels(place: Place, name: str, files: Files, choices: Choices, missing: Counter[str]) -> list[Row]:
     """What a table says; nothing if it is no table of labels."""
-    table = _parsed(place, name)
-    if table is None or (file := _file_column(place, table, files, choices)) is None:
+    table = parse_table(place, name, files, choices.file_column)
+    if table is None:
+        _check_text(place, name, files)
+        return []
+    if (file := _file_column(place, table, files, choices)) is None:
         return []
     label = _label_column(place, table, file, choices)
     return [] if label is None else list(_rows(place, table, file, label, files, missing))
 
 
+def _check_text(place: Place, name: str, files: Files) -> None:
+    """Refuse a text that is called like labels and that nobody can read, where nothing else says the classes."""
+    is_called_so = re.search("label|annotation", posixpath.basename(name), re.IGNORECASE)
+    if kind(name) == ".txt" and is_called_so and not files.say_classes:
+        raise Incomplete(
+            f"{place.path / name}: is no table of labels; lines must read FILE LABEL, or its first line name "
+            f"the columns, such as file_name,label"
+        )
+
+
 def _reading(place: Place, rows: list[Row], tables: list[str], missing: Counter[str]) -> Reading:
     unique: dict[str, Row] = {}
     for row in rows:
-        if unique.setdefault(row.file, row).label != row.label:
+        other = unique.setdefault(row.file, row)
+        if other.label != row.label:
             raise UserError(
                 f"{place.path}: {printable(row.file)} has two labels in {', '.join(tables)}, "
-                f"{unique[row.file].label!r} and {row.label!r}"
+                f"{other.label!r} and {row.label!r}"
             )
+        if other.split == "":  # labels.csv beside train.csv
+            unique[row.file] = row
+        elif row.split not in ("", other.split):
+            raise UserError(
+                f"{place.path}: {printable(row.file)} is in two splits in {', '.join(tables)}, "
+                f"{other.split!r} and {row.split!r}"
+            )
+    splits = {row.split for row in unique.values()}
+    check_column(place, "split", splits, splits)
     classes = sorted_classes({row.label for row in unique.values()})
     images = [unique[name] for name in sorted(unique)]
     unpacked = place.unpacked([*tables, *place.images]) + missing
@@ -142,35 +135,10 @@ def _reading(place: Place, rows: list[Row], tables: list[str], missing: Counter[
 
 def _is_table(name: str) -> bool:
     stem, end = posixpath.splitext(posixpath.basename(name))
-    return name.count("/") <= 2 and end.lower() in _SUFFIXES and _NAME.fullmatch(stem) is not None
+    return name.count("/") <= 2 and end.lower() in SEPARATORS and _NAME.fullmatch(stem) is not None
 
 
-def _parsed(place: Place, name: str) -> _Table | None:
-    """``None`` for a table without lines.
-
-    Raises:
-        UserError: it cannot be parsed.
-    """
-    try:
-        text = place.read(name).decode("utf-8-sig")
-        if kind(name) == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-            lines = [{key: _text(value) for key, value in entry.items()} for entry in entries]
-        else:
-            reader = csv.DictReader(
-                io.StringIO(text, newline=""), delimiter=_SUFFIXES[kind(name)], strict=True
-            )
-            lines = [{key: value or "" for key, value in line.items() if key is not None} for line in reader]
-    except (ValueError, AttributeError, csv.Error, RecursionError) as error:
-        raise UserError(f"{place.path / name}: cannot be read as a table of labels ({error})") from error
-    return _Table(name, list(dict.fromkeys(key for line in lines for key in line)), lines) if lines else None
-
-
-def _text(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
-def _file_column(place: Place, table: _Table, files: _Files, choices: Choices) -> str | None:
+def _file_column(place: Place, table: Table, files: Files, choices: Choices) -> str | None:
     """The column that names the images; ``None`` if no column is called like one.
 
     Raises:
@@ -182,10 +150,15 @@ def _file_column(place: Place, table: _Table, files: _Files, choices: Choices) -
         raise Incomplete(
             f"{place.path / table.name}: has no column {choices.file_column}, but {', '.join(table.columns)}"
         )
-    columns = table.known(_FILE_COLUMNS)
+    columns = table.known(FILE_COLUMNS)
     if not columns:
-        return None
-    split = _table_split(table)
+        if files.say_classes:
+            return None
+        raise Incomplete(
+            f"{place.path / table.name}: none of its columns {', '.join(map(printable, table.columns[:5]))} is called "
+            f"file_name, image or id; its first line must name them, or choose with --file-column"
+        )
+    split = _table_split(table.name)
     found = {
         column: [
             image for line in table.lines for image in files.find(table.name, line.get(column, ""), split)
@@ -200,13 +173,13 @@ def _file_column(place: Place, table: _Table, files: _Files, choices: Choices) -
         )
     if not fitting and table.known(_LABEL_COLUMNS):
         first = table.lines[0].get(columns[0], "")
-        raise Incomplete(
+        raise _NoImage(
             f"{place.path / table.name}: its column {columns[0]} names no image here, such as {first!r}"
         )
     return fitting[0] if fitting else None
 
 
-def _label_column(place: Place, table: _Table, file: str, choices: Choices) -> str | None:
+def _label_column(place: Place, table: Table, file: str, choices: Choices) -> str | None:
     """The column of labels; ``None`` if there is no column that could be one.
 
     Raises:
@@ -235,7 +208,7 @@ def _label_column(place: Place, table: _Table, file: str, choices: Choices) -> s
 
 
 def _rows(
-    place: Place, table: _Table, file: str, label: str, files: _Files, missing: Counter[str]
+    place: Place, table: Table, file: str, label: str, files: Files, missing: Counter[str]
 ) -> Iterator[Row]:
     """The lines whose image is there; the others are counted.
 
@@ -243,10 +216,10 @@ def _rows(
         UserError: a line without label, or with a name that several images have; a class none of whose images
             is there.
     """
-    own = _table_split(table)
+    own = _table_split(table.name)
     split_column = next(iter(table.known(_SPLIT_COLUMNS)), None)
-    wanted, found_labels = set[str](), set[str]()
-    for number, line in enumerate(table.lines, 2 - (kind(table.name) == ".jsonl")):
+    wanted, there = set[tuple[str, str]](), set[tuple[str, str]]()
+    for number, line in enumerate(table.lines, table.first):
         value, text = line.get(file, ""), line.get(label, "").strip()
         split = split_name(line.get(split_column, "").strip()) if split_column else own
         found = files.find(table.name, value, split)
@@ -257,29 +230,58 @@ def _rows(
             )
         if not text:
             raise UserError(f"{place.path / table.name}, line {number}: {value!r} has no {label}")
-        wanted.add(text)
+        wanted |= {("class", text), ("split", split)}
+        _check_split(place, table, number, files, value, split, found, split_column is not None)
         if not found:
             missing[f"rows of {table.name} without an image"] += 1
             continue
-        found_labels.add(text)
-        yield Row(found[0], split if split_column else _folder_split(found[0]) or own, text)
-    if lost := sorted(wanted - found_labels):
+        there |= {("class", text), ("split", split)}
+        yield Row(found[0], split if split_column else folder_split(found[0]) or own, text)
+    if lost := sorted(wanted - there):
         raise UserError(
-            f"{place.path / table.name}: no image of class {lost[0]!r} is there, so it would be missing"
+            f"{place.path / table.name}: no image of {lost[0][0]} {lost[0][1]!r} is there, so it would be missing"
         )
 
 
-def _table_split(table: _Table) -> str:
+def _check_split(
+    place: Place,
+    table: Table,
+    number: int,
+    files: Files,
+    value: str,
+    split: str,
+    found: list[str],
+    chosen: bool,
+) -> None:
+    """Refuse an image in the folder of another split: it may only have the name of one that is missing.
+
+    A column split, ``chosen``, may say so of a path.
+    """
+    other = folder_split(found[0]) if found else ""
+    if not other:
+        return
+    path = files.path(table.name, value)
+    wanted = split or folder_split(path)
+    if not is_split(wanted) or are_same_split(wanted, other):
+        return
+    if not (chosen and path in files.paths):
+        raise UserError(
+            f"{place.path / table.name}, line {number}: {value!r} is without an image in {wanted}, and {found[0]} "
+            f"is of {other}; remove the line, or say its split in a column split and its path"
+        )
+
+
+def _table_split(table: str) -> str:
     """The split that a table's name says: ``train.csv`` and ``train_labels.csv`` are of train."""
-    match = _NAME.fullmatch(posixpath.splitext(posixpath.basename(table.name))[0])
+    match = _NAME.fullmatch(posixpath.splitext(posixpath.basename(table))[0])
     return split_name(match["split"]) if match and match["split"] else ""
 
 
 READERS = (
     Reader(
         "table",
-        "images and `labels.csv`, `metadata.csv`, `metadata.jsonl` or `train.csv`, with a column file_name (image, id, "
-        "path ...) and a column label (class, category, target ...)",
+        "images and `labels.csv` (`.tsv`, `.txt`), `metadata.csv`, `metadata.jsonl` or `train.csv`, with a column "
+        "file_name (image, id, path ...) and a column label (class, category, target ...), or lines `1.jpg cat`",
         "the splits that folders, tables or a column split name, else one",
         _find,
         overrules=UNLABELED,
