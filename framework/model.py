@@ -59,6 +59,8 @@ def local_network(
     Raises:
         UserError: a name is unknown, or the network can't be cut or planned that way.
     """
+    if num_classes < 0:
+        raise UserError(f"num_classes={num_classes}: must be at least 0")
     chosen = methods.load(method)
     options = chosen.Options() if options is None else options
     backbone = networks.create(network) if isinstance(network, str) else network
@@ -66,6 +68,8 @@ def local_network(
     plan = _planned(chosen, NetworkInfo.of(segments, image_size, num_classes, mean, std), options)
     if plan.execution != options.execution:
         raise UserError(f"method.name={method}: its plan must be made with execution=options.execution")
+    if num_classes < 1 and any(head.classifies for head in plan.heads):
+        raise UserError(f"num_classes={num_classes}: method {method} classifies, so it must be at least 1")
     frozen: list[Segment] = []
     if (alone := plan.execution.module) is not None:
         plan, frozen, segments = plan.only(alone), segments[:alone], segments[alone : alone + 1]

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from framework.config import loading
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.runtime.launch import LAUNCH_VARIABLES
 
 EPOCH = 1_281_167 // 4096  # steps between two saves by default: an epoch of ImageNet in LoCo's batches
@@ -57,10 +57,12 @@ def main() -> None:
     """Measure and print."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(ROOT / "recipes" / "loco_r50_800ep.yaml"))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=8, help="before each save, and beside its writing")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=bounded(int, 1), default=8)
+    parser.add_argument("--image-size", type=bounded(int, 1), default=64)
+    parser.add_argument(
+        "--steps", type=bounded(int, 1), default=8, help="before each save, and beside its writing"
+    )
+    parser.add_argument("--rounds", type=bounded(int, 1), default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         argv = [arguments.recipe, f"data.path={folder}/digits", f"run_dir={folder}/run", *TOY]

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from framework.evaluation.linear_protocols import PROTOCOLS
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 
 if TYPE_CHECKING:
     from framework.evaluation.linear_classifier import Rows
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def main() -> None:
     """Fit on all images, test on a tenth as many, print a line for every number of classes."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=50_000)
-    parser.add_argument("--features", type=int, default=2048)
-    parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--images", type=bounded(int, 1), default=50_000)
+    parser.add_argument("--features", type=bounded(int, 1), default=2048)
+    parser.add_argument("--classes", type=bounded(int, 1), nargs="+", default=[10, 100, 1000])
     parser.add_argument("--preset", choices=PROTOCOLS, default="loco")
     arguments = parser.parse_args()
 

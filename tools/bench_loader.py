@@ -22,7 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
+from framework.runtime.files import write_whole
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -41,13 +42,19 @@ def main() -> None:
     parser.add_argument(
         "--shards", type=Path, required=True, help="folder of shards, as make_shards.py packs"
     )
-    parser.add_argument("--image-size", type=int, default=224, help="side of a view; default: 224")
-    parser.add_argument("--batch", type=int, default=50, help="largest batch; default: 50")
-    parser.add_argument("--rounds", type=int, default=5, help="measured passes over the images; default: 5")
+    parser.add_argument(
+        "--image-size", type=bounded(int, 1), default=224, help="side of a view; default: 224"
+    )
+    parser.add_argument("--batch", type=bounded(int, 1), default=50, help="largest batch; default: 50")
+    parser.add_argument(
+        "--rounds", type=bounded(int, 1), default=5, help="measured passes over the images; default: 5"
+    )
     parser.add_argument(
         "--memory", action="store_true", help="also data.cache=memory, for images of one size"
     )
-    parser.add_argument("--made-up", type=int, metavar="N", help="also open a made-up index of N samples")
+    parser.add_argument(
+        "--made-up", type=bounded(int, 1), metavar="N", help="also open a made-up index of N samples"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
 
@@ -58,7 +65,7 @@ def main() -> None:
     rows = rates(arguments) + (made_up(arguments.made_up) if arguments.made_up else [])
     show(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole(arguments.json, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
+from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from simulated_pipeline import Row, Stages
@@ -47,12 +49,18 @@ def main() -> int:
     parser.add_argument(
         "--head", choices=("gap", "paper"), default="gap", help="GAP + linear, or the method's own head"
     )
-    parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--images", type=int, default=16, help="in a micro-batch, both views counted")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
+    parser.add_argument("--image-size", type=bounded(int, 1), default=64)
+    parser.add_argument(
+        "--images", type=bounded(int, 1), default=16, help="in a micro-batch, both views counted"
+    )
+    parser.add_argument(
+        "--rounds", type=bounded(int, 1), default=5, help="measured rounds, after one to warm up"
+    )
     parser.add_argument("--simulate", action="store_true", help="run no network")
-    parser.add_argument("--spread", type=float, default=0.0, help="of simulated costs, below 1")
-    parser.add_argument("--lam-lag", type=int, default=0, help="with --simulate")
+    parser.add_argument(
+        "--spread", type=bounded(float, 0, 0.99), default=0.0, help="of simulated costs, below 1"
+    )
+    parser.add_argument("--lam-lag", type=bounded(int, 0), default=0, help="with --simulate")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--png", type=Path, help="draw the timelines of the last row here")
     parser.add_argument("--trace", type=Path, help="write the last row's trace here, for ui.perfetto.dev")
@@ -65,7 +73,7 @@ def main() -> int:
     rows, timelines = simulated(arguments) if arguments.simulate else measured(arguments)
     show(rows)
     if arguments.json and arguments.simulate:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole(arguments.json, json.dumps(rows, indent=1) + "\n")
     ours = list(timelines.values())[-1]
     if arguments.png:
         draw_timelines(timelines, arguments.png, seconds=_length(ours))
@@ -103,7 +111,9 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages
     """Start one process a stage, let both engines take turns, and put the ranks' events together."""
     from simulated_pipeline import numbers
 
-    (stages,) = numbers(arguments.stages)
+    stages, *more = numbers(arguments.stages)
+    if more:
+        raise UserError(f"--stages {arguments.stages}: several only with --simulate")
     methods = (arguments.methods or "gim,dgl,loco").split(",")
     cases = list(product(methods, numbers(arguments.micro_batches)))
     rows, timelines = [], {}
@@ -123,7 +133,7 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages
             timelines = dict(zip(names, first, strict=True))
             progress.advance(task)
             if arguments.json:
-                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+                write_whole(arguments.json, json.dumps(rows, indent=1) + "\n")
     return rows, timelines
 
 

@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.runtime.files import write_whole
 
 
@@ -256,7 +256,9 @@ def main() -> None:
         default="mlm",
         help="some of bp simclr gim loco dgl infopro auglocal man hpff mlm lam mlaan, with commas",
     )
-    parser.add_argument("--window", type=int, default=2, help="segments in a window (loco, mlm, mlaan)")
+    parser.add_argument(
+        "--window", type=bounded(int, 1), default=2, help="segments in a window (loco, mlm, mlaan)"
+    )
     parser.add_argument(
         "--head",
         default="paper",
@@ -266,17 +268,23 @@ def main() -> None:
     parser.add_argument(
         "--cut", choices=("stage", "block"), help="default: blocks for CIFAR networks, stages for others"
     )
-    parser.add_argument("--modules", type=int, help="K as the papers count it, in place of --cut")
-    parser.add_argument("--image-size", type=int, help="default: 32 for CIFAR networks, 128 for others")
-    parser.add_argument("--batch", type=int, default=64, help="images in a step (both views counted)")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after two to warm up")
+    parser.add_argument("--modules", type=bounded(int, 1), help="K as the papers count it, in place of --cut")
+    parser.add_argument(
+        "--image-size", type=bounded(int, 1), help="default: 32 for CIFAR networks, 128 for others"
+    )
+    parser.add_argument(
+        "--batch", type=bounded(int, 2), default=64, help="images in a step (both views counted)"
+    )
+    parser.add_argument(
+        "--rounds", type=bounded(int, 1), default=7, help="measured rounds, after two to warm up"
+    )
     parser.add_argument("--breakdown", action="store_true", help="also print what each head takes")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all networks")
     parser.add_argument("--cuda-graph", action="store_true", help="replay the steps from CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="compile the segments")
     parser.add_argument("--no-naive", action="store_true", help="leave the repeated forwards out")
     parser.add_argument("--channels-last", action="store_true", help="all networks in channels-last order")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--threads", type=bounded(int, 1), default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--csv", type=Path, help="add them here, without what --breakdown adds")
     arguments = parser.parse_args()
@@ -286,6 +294,9 @@ def main() -> None:
 
     if arguments.cuda_graph and (arguments.compile or not torch.cuda.is_available()):
         parser.error("--cuda-graph needs a GPU, and can't be combined with --compile")
+    for path in (arguments.json, arguments.csv):
+        if path and path.is_dir():
+            parser.error(f"{path}: is a folder")
     methods = arguments.method.split(",")
     for method in methods:
         check(method, arguments.head)
@@ -304,7 +315,7 @@ def main() -> None:
     for result in rows if arguments.breakdown else ():
         show_breakdown(result)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole(arguments.json, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ from __future__ import annotations
 import sys
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.runtime.command import status
+from framework.runtime.command import bounded, status
 from framework.runtime.errors import UserError
 
 
 def main() -> None:
     """Compare, print the means, leave ``cka.json`` and ``cka.png``."""
     parser = run_parser(__doc__)
-    parser.add_argument("--images", type=int, help="at most so many test images; default: all")
+    parser.add_argument("--images", type=bounded(int, 1), help="at most so many test images; default: all")
     arguments = parse(parser)
 
     from framework.analysis.cka import draw_cka, run_cka

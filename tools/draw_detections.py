@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import track
 
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ def main() -> None:
         "--config", required=True, type=Path, help="configuration that the detector was trained with"
     )
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder for IMAGE.png")
-    parser.add_argument("--score", type=float, default=0.5, help="least score of what is drawn")
+    parser.add_argument(
+        "--score", type=bounded(float, 0, 1), default=0.5, help="least score of what is drawn"
+    )
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE ..., MODEL.WEIGHTS at least")
     arguments = parser.parse_args()
 

@@ -25,7 +25,10 @@ def main() -> None:
 
     run, folder = only_run(arguments.runs), arguments.out
     backbone = run.backbone()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: can't be made: {error.strerror}") from error
     export.export_timm(run, backbone, folder)
     print(f"{folder}: timm's local-dir:, compared")
     for name, write in (

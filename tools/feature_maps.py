@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.runtime.command import status
+from framework.runtime.command import bounded, status
 
 SHOWN = 6
 
@@ -22,7 +22,10 @@ def main() -> None:
     parser = run_parser(__doc__)
     parser.add_argument("--segment", help="stage or block; default: the first stage")
     parser.add_argument(
-        "--images", type=int, nargs="+", help=f"numbers in the test split; default: {SHOWN} of all"
+        "--images",
+        type=bounded(int, 0),
+        nargs="+",
+        help=f"numbers in the test split; default: {SHOWN} of all",
     )
     arguments = parse(parser)
 

@@ -13,14 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.runtime.command import status
+from framework.runtime.command import bounded, status
 
 
 def main() -> None:
     """Classify, print a table, leave ``knn_eval.json``."""
     parser = run_parser(__doc__)
-    parser.add_argument("--neighbors", type=int, help="that vote; default: evaluate.neighbors of each recipe")
-    parser.add_argument("--images", type=int, help="at most so many images of each split; default: all")
+    parser.add_argument(
+        "--neighbors", type=bounded(int, 1), help="that vote; default: evaluate.neighbors of each recipe"
+    )
+    parser.add_argument(
+        "--images", type=bounded(int, 1), help="at most so many images of each split; default: all"
+    )
     arguments = parse(parser)
 
     from framework.evaluation.scoring import knn_scores

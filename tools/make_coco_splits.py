@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("coco", type=Path, help="folder with annotations/instances_train2017.json")
     parser.add_argument("--images", type=int, nargs="+", default=[10000, 1000], help="sizes of the subsets")
-    parser.add_argument("--splits", type=int, default=5, help="subsets of each size")
+    parser.add_argument("--splits", type=bounded(int, 1), default=5, help="subsets of each size")
     arguments = parser.parse_args()
     annotations = arguments.coco / "annotations"
     with Console(stderr=True).status("reading the annotations"):

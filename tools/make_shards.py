@@ -9,12 +9,10 @@ is left out of it, is printed; nothing is written there. Stopped, the same comma
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,7 +21,7 @@ from framework.data.packing.place import kinds_text
 from framework.data.packing.readers import all_readers, read
 from framework.data.packing.reading import Choices, Reading, check_apart
 from framework.data.packing.rows import counted_classes
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.runtime.errors import UserError
 from framework.runtime.text import printable
 
@@ -91,8 +89,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("src", nargs="+", help="where the images are (several: shards of one folder)")
     parser.add_argument("dest", type=Path, help="folder to make")
-    parser.add_argument("--samples-per-shard", type=_positive, default=1000, help="default: 1000")
-    parser.add_argument("--shorter-side", type=_positive, help="shrink larger images to this many pixels")
+    parser.add_argument("--samples-per-shard", type=bounded(int, 1), default=1000, help="default: 1000")
+    parser.add_argument(
+        "--shorter-side", type=bounded(int, 1), help="shrink larger images to this many pixels"
+    )
     parser.add_argument(
         "--encode",
         choices=("keep", "jpg", "png", "webp"),
@@ -100,10 +100,14 @@ def _arguments() -> argparse.Namespace:
         help="keep (default): the bytes as they are where a shard may hold them, else PNG",
     )
     parser.add_argument(
-        "--quality", type=_percent, default=90, help="of JPEG and WebP, up to 100; default: 90"
+        "--quality", type=bounded(int, 1, 100), default=90, help="of JPEG and WebP, up to 100; default: 90"
     )
-    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, help="default: one per core")
-    parser.add_argument("--cache-gb", type=_size, default=10.0, help="for shards of a URL; default: 10")
+    parser.add_argument(
+        "--workers", type=bounded(int, 0), default=os.cpu_count() or 1, help="default: one per core"
+    )
+    parser.add_argument(
+        "--cache-gb", type=bounded(float, 1e-9), default=10.0, help="for shards of a URL; default: 10"
+    )
     parser.add_argument(
         "--as",
         dest="reader",
@@ -135,31 +139,6 @@ def _readers() -> str:
             f"{reader.name:12} {text}", 100, initial_indent="  ", subsequent_indent=" " * 15
         )
     return "\n".join(lines)
-
-
-def _positive(text: str) -> int:
-    return _number(text, int, 1)
-
-
-def _count(text: str) -> int:
-    return _number(text, int, 0)
-
-
-def _percent(text: str) -> int:
-    return _number(text, int, 1, 100)
-
-
-def _size(text: str) -> float:
-    return _number(text, float, 1e-9)
-
-
-def _number(text: str, kind: type, low: float, high: float = math.inf) -> Any:
-    number = kind(text)
-    if not low <= number <= high or number == math.inf:
-        raise argparse.ArgumentTypeError(
-            f"{text} must be at least {low:g}" + f" and at most {high:g}" * (high < math.inf)
-        )
-    return number
 
 
 if __name__ == "__main__":

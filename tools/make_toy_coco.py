@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.runtime.errors import UserError
 
 SIZE = (192, 128)  # width and height in pixels
@@ -63,7 +63,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dest", type=Path, help="folder to put coco/ and cityscapes/ into")
     parser.add_argument(
-        "--images", type=int, default=24, help="of each training split; validation has a third"
+        "--images", type=bounded(int, 3), default=24, help="of each training split; validation has a third"
     )
     arguments = parser.parse_args()
     for make in (make_coco, make_cityscapes):

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from framework.analysis.arguments import leave
 from framework.config import loading
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
@@ -50,7 +50,9 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", nargs="*", metavar="RECIPE_OR_RUN", help="default: the rows of the papers")
     parser.add_argument(
-        "--images", type=int, help="on one device; default: the recipe's batch on one rank, or the paper's"
+        "--images",
+        type=bounded(int, 1),
+        help="on one device; default: the recipe's batch on one rank, or the paper's",
     )
     parser.add_argument("--csv", type=Path, help="also write the counted rows here, beside the paper's")
     parser.add_argument("--out", type=Path, default=Path("runs/memory"), help="folder; default: runs/memory")

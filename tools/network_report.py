@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from framework.analysis.representatives import REPRESENTATIVES
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
@@ -43,11 +43,15 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NAME", help="timm's names")
     parser.add_argument("--csv", type=Path, default=Path("runs/networks/networks.csv"), help="where rows go")
-    parser.add_argument("--seconds", type=float, default=600.0, help="limit for one network; default: 600")
+    parser.add_argument(
+        "--seconds", type=bounded(float, 1e-3), default=600.0, help="limit for one network; default: 600"
+    )
     parser.add_argument(
         "--cut-only", action="store_true", help="compute nothing; without NAME all of timm's networks"
     )
     arguments = parser.parse_args()
+    if arguments.csv.is_dir():
+        parser.error(f"--csv {arguments.csv}: is a folder")
     rows = _read(arguments.csv)
     names = arguments.networks or (_every() if arguments.cut_only else list(REPRESENTATIVES))
     for name in track([name for name in names if name not in rows], "networks"):

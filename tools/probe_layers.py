@@ -12,13 +12,15 @@ import sys
 from rich.progress import Progress
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.runtime.command import status
+from framework.runtime.command import bounded, status
 
 
 def main() -> None:
     """Probe, print the accuracies, leave ``probe_layers.json`` and ``probe_layers.png``."""
     parser = run_parser(__doc__)
-    parser.add_argument("--images", type=int, help="at most so many images of each split; default: all")
+    parser.add_argument(
+        "--images", type=bounded(int, 1), help="at most so many images of each split; default: all"
+    )
     parser.add_argument("--flatten", action="store_true", help="probe whole maps instead of their averages")
     arguments = parse(parser)
 

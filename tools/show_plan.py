@@ -25,7 +25,7 @@ from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.cost import readable
 from framework.runtime.command import Parser, status
-from framework.runtime.errors import UserError
+from framework.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from framework.cost.counting import PlanCost
@@ -63,14 +63,11 @@ def main() -> None:
     show(recipe, cost)
     if stages:
         show_stages(recipe, stages)
-    try:
-        if arguments.json:
-            content = cost.as_dict() | ({"stages": [asdict(stage) for stage in stages]} if stages else {})
-            arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-        if arguments.png:
-            draw_plan(cost, arguments.png, f"{recipe.name}: {recipe.method.name} on {recipe.network.name}")
-    except OSError as error:
-        raise UserError(str(error)) from error
+    if arguments.json:
+        content = cost.as_dict() | ({"stages": [asdict(stage) for stage in stages]} if stages else {})
+        write_whole(arguments.json, json.dumps(content, indent=1) + "\n")
+    if arguments.png:
+        draw_plan(cost, arguments.png, f"{recipe.name}: {recipe.method.name} on {recipe.network.name}")
 
 
 def list_recipes() -> None:

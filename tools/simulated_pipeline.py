@@ -14,20 +14,30 @@ from framework.local.head import Head
 from framework.pipeline.scheduling.placement import Costs, balanced
 from framework.pipeline.scheduling.schedule import Layout
 from framework.pipeline.scheduling.simulation import Event, Simulation, costs_of, simulate
+from framework.runtime.errors import UserError
 
 Row = dict[str, Any]
 Stages = list[list[Event]]
 
 
 def numbers(text: str) -> list[int]:
-    """Those of a list with commas."""
-    return [int(number) for number in text.split(",")]
+    """Those of a list with commas.
+
+    Raises:
+        UserError: one is no whole number above 0.
+    """
+    found = [int(number) if number.strip().isdecimal() else 0 for number in text.split(",")]
+    if not all(found):
+        raise UserError(f"{text}: must be whole numbers from 1, with commas")
+    return found
 
 
 def simulated(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages]]:
     """Every method on every number of stages and micro-batches."""
     rows, timelines = [], {}
     methods = (arguments.methods or "gim,loco,lam").split(",")
+    if unknown := set(methods) - {"gim", "loco", "lam"}:
+        raise UserError(f"--methods {min(unknown)}: with --simulate one of gim, loco, lam")
     for stages, micro_batches in product(numbers(arguments.stages), numbers(arguments.micro_batches)):
         end_to_end = _simulation("bp", stages, micro_batches, arguments)
         for method in methods:

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.tracking.status import RunStatus, overview
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     """Print a few lines for each run."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", nargs="+", type=Path, help="such as runs/loco_r50_800ep")
-    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks")
+    parser.add_argument("--every", type=bounded(float, 0), default=2.0, help="seconds between two looks")
     arguments = parser.parse_args()
     console = Console()
     runs = [RunStatus(run_dir) for run_dir in arguments.run_dir]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.runtime.errors import UserError
 
 
@@ -50,12 +50,16 @@ def _arguments() -> argparse.Namespace:
     """Detectron2's own options under its own names, read without it, and ``--split``."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", "--config-file", dest="config_file", required=True, metavar="FILE")
-    parser.add_argument("--split", type=int, help="train on this subset of COCO, into OUTPUT_DIR/splitN")
+    parser.add_argument(
+        "--split", type=bounded(int, 0), help="train on this subset of COCO, into OUTPUT_DIR/splitN"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, train nothing")
-    parser.add_argument("--num-gpus", type=int, default=1, help="on this machine; default: 1")
-    parser.add_argument("--num-machines", type=int, default=1, help="default: 1")
-    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine; default: 0")
+    parser.add_argument("--num-gpus", type=bounded(int, 1), default=1, help="on this machine; default: 1")
+    parser.add_argument("--num-machines", type=bounded(int, 1), default=1, help="default: 1")
+    parser.add_argument(
+        "--machine-rank", type=bounded(int, 0), default=0, help="number of this machine; default: 0"
+    )
     parser.add_argument("--dist-url", default="auto", help="where several machines meet, as tcp://HOST:PORT")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="over the file's values")
     return parser.parse_args()

@@ -10,17 +10,19 @@ from __future__ import annotations
 import sys
 
 from framework.analysis.arguments import leave, parse, run_parser
-from framework.runtime.command import status
+from framework.runtime.command import bounded, status
 
 
 def main() -> None:
     """Lay out, leave ``tsne`` (or ``umap``) ``.json`` and ``.png``."""
     parser = run_parser(__doc__)
     parser.add_argument("--classes", type=int, nargs="+", default=range(10), help="default: 0 to 9")
-    parser.add_argument("--per-class", type=int, default=50, help="images of each; default: 50")
-    parser.add_argument("--perplexity", type=float, default=30.0, help="of t-SNE; default: 30")
+    parser.add_argument("--per-class", type=bounded(int, 1), default=50, help="images of each; default: 50")
+    parser.add_argument("--perplexity", type=bounded(float, 1e-3), default=30.0, help="of t-SNE; default: 30")
     parser.add_argument("--umap", action="store_true", help="UMAP instead of t-SNE (stagewise[umap])")
-    parser.add_argument("--seed", type=int, default=0, help="of the layout; default: 0")
+    parser.add_argument(
+        "--seed", type=bounded(int, 0, 2**32 - 1), default=0, help="of the layout; default: 0"
+    )
     arguments = parse(parser)
 
     from framework.analysis.embedding import draw_points, embed

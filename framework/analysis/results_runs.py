@@ -103,7 +103,10 @@ class RowRun:
         self.row, self.seed, self.folder = row, seed, folder
         self._asked, self._recipe, self._overrides = asked, recipe.resolve(), overrides
         self.steps = self._steps(folder, overrides)
-        self.recipe = loading.load(self.steps[0].command[1:])
+        try:
+            self.recipe = loading.load(self.steps[0].command[1:])
+        except UserError as error:
+            raise UserError(f"row {row.name!r}: {error}") from error
         self._check(self.recipe)
 
     @property

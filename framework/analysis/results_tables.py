@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from framework.analysis.results_claims import Claim
 from framework.analysis.results_runs import Conditions, Layers, Row, RowRun
@@ -71,9 +73,14 @@ class ResultsTable:
         if not path.is_file():
             raise UserError(f"{path}: no such table")
         try:
-            return build(cls, OmegaConf.to_container(OmegaConf.load(path)))
+            table = build(cls, OmegaConf.to_container(OmegaConf.load(path)))
         except Fault as fault:
             raise UserError(f"{path}: {fault.key or 'the file'}: {fault.problem or 'unknown key'}") from fault
+        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{path}: not a table: {' '.join(str(error).split())}") from error
+        if not table.rows or not table.seeds:
+            raise UserError(f"{path}: {'seeds' if table.rows else 'rows'}: must name at least one")
+        return table
 
     def named(self, text: str) -> list[Row]:
         """The rows of a list such as ``BP,dgl-k-16``; behind the comma of a list is no space.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from omegaconf import MISSING
+from pydantic import Field
 
 from framework.config.schema import (
     Fraction,
@@ -129,7 +130,7 @@ class Optim:
     lr: Positive = 4.8
     momentum: Fraction = 0.9
     nesterov: bool = False
-    weight_decay: NonNegative = 1e-6
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 1e-6
     decay: Literal["weights", "all"] = "weights"
     trust: Positive = 0.001
     schedule: Literal["cosine", "cosine_of_epochs"] = "cosine"

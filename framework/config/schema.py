@@ -43,9 +43,7 @@ def _no_flag(value: Any) -> Any:
 
 def _fits(value: float) -> float:
     """Refuse what PyTorch can't take, without a word of it in messages about other values."""
-    largest = (
-        2**31 - 1 if isinstance(value, int) else 1e30
-    )  # float32 holds it, and the result of a step with it
+    largest = 2**31 - 1 if isinstance(value, int) else 1e35  # float32 holds it, also times a weight decay
     if value > largest:
         raise ValueError(
             f"must be at most {largest:g}" if isinstance(value, float) else f"must be at most {largest}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from framework.cost.counting import PlanCost, UnitCost
+from framework.runtime.files import write_whole
 
 _FORWARD, _BACKWARD, _LOSS = "#4c6a92", "#c44e52", "#dd8452"
 _READABLE = 16  # segments whose names fit under their boxes
@@ -21,8 +23,13 @@ def draw_plan(cost: PlanCost, picture: Path, title: str = "") -> None:
         cost: the plan, with sizes.
         picture: the PNG to write.
         title: above the picture.
+
+    Raises:
+        UserError: it can't be written.
     """
-    plan_figure(cost, title).savefig(picture)
+    drawn = io.BytesIO()
+    plan_figure(cost, title).savefig(drawn, format="png")
+    write_whole(picture, drawn.getvalue())
 
 
 def plan_figure(cost: PlanCost, title: str = "") -> Figure:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from framework.runtime.command import Parser
+from framework.runtime.command import Parser, bounded
 from framework.runtime.errors import UserError
 
 PLACES = {"run_dir", "data.path", "data.cache_dir", "data.workers"}  # may change between pieces of a run
@@ -61,8 +61,10 @@ def add_arguments(parser: Parser) -> None:
     """Those that say how the classifier learns."""
     parser.add_argument("--preset", choices=PROTOCOLS, default="loco", help="protocol; default: loco")
     parser.add_argument("--cached", action="store_true", help="fast mode on features computed once")
-    parser.add_argument("--epochs", type=int, help="instead of the protocol's")
-    parser.add_argument("--batch-size", type=int, help="over all ranks, instead of the protocol's")
+    parser.add_argument("--epochs", type=bounded(int, 1), help="instead of the protocol's")
+    parser.add_argument(
+        "--batch-size", type=bounded(int, 1), help="over all ranks, instead of the protocol's"
+    )
     parser.add_argument("--lr", type=float, help="for a batch of 256, instead of the protocol's")
 
 

@@ -120,7 +120,15 @@ class LocalNetwork(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> StepOutput:
-        """Losses of all units on a batch; in training mode their gradients too."""
+        """Losses of all units on a batch; in training mode their gradients too.
+
+        Raises:
+            UserError: the number of images is no multiple of the views.
+        """
+        if len(batch.images) % batch.views:
+            raise UserError(
+                f"{len(batch.images)} images: must be a multiple of the batch's {batch.views} views"
+            )
         batch = batch._replace(images=self._laid_out(batch.images))
         if self.training and torch.is_grad_enabled():
             self.start_micro_batch()

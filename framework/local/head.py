@@ -19,6 +19,7 @@ from framework.network import Segment
 from framework.network.layers import initialize
 from framework.network.layouts import ToMap, is_map
 from framework.network.pooling import NetworkPooling
+from framework.runtime.errors import UserError
 
 
 class Head(nn.Module):
@@ -57,8 +58,18 @@ class Head(nn.Module):
     may_lag: bool = True
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """The loss."""
-        return self.loss(x, batch)
+        """The loss.
+
+        Raises:
+            UserError: ``loss`` gives something else than a scalar.
+        """
+        loss = self.loss(x, batch)
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+            found = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserError(
+                f"{type(self).__name__}.loss gives {found}: must give a scalar, floating-point tensor"
+            )
+        return loss
 
     def seen(self, segment: Segment, x: Tensor) -> Tensor:
         """What the head gets of a segment's output ``x``."""

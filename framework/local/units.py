@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -166,10 +167,7 @@ class Plan:
             )
 
     def _check_unit(self, unit: LocalUnit) -> None:
-        if not isinstance(unit, LocalUnit) or not isinstance(unit.name, str):
-            raise UserError(
-                f"a plan's units must be of class LocalUnit, with text as name, and {unit} is not"
-            )
+        _check_types(unit)
         from framework.local.head import Head  # takes PyTorch, which whoever has a plan has
 
         if not isinstance(unit.head, Head):
@@ -177,8 +175,8 @@ class Plan:
         there = f"the network has segments 0..{self.segments - 1}"
         if not 0 <= unit.first <= unit.last < self.segments:
             raise UserError(f"unit {unit.name}: window [{unit.first}..{unit.last}] does not fit: {there}")
-        if not unit.weight > 0:
-            raise UserError(f"unit {unit.name}: weight {unit.weight} must be above 0")
+        if not 0 < unit.weight < math.inf:
+            raise UserError(f"unit {unit.name}: weight {unit.weight} must be above 0, and finite")
         if outside := unit.learns - set(range(unit.first, unit.last + 1)):
             raise UserError(
                 f"unit {unit.name}: segment {min(outside)} is outside its window [{unit.first}..{unit.last}]"
@@ -265,3 +263,15 @@ def weigh(
     scale = 1 / len(units) if reduce == "mean" else 1.0
     each = weights or [1.0] * len(units)
     return tuple(replace(unit, weight=w * scale) for unit, w in zip(units, each, strict=True))
+
+
+def _check_types(unit: LocalUnit) -> None:
+    """Plans are written by hand, and their mistakes show far from there otherwise."""
+    if not isinstance(unit, LocalUnit) or not isinstance(unit.name, str) or not unit.name:
+        raise UserError(f"a plan's units must be of class LocalUnit, with text as name, and {unit} is not")
+    if not isinstance(unit.first, int) or not isinstance(unit.last, int):
+        raise UserError(f"unit {unit.name}: first and last must be numbers of segments")
+    if not isinstance(unit.weight, int | float):
+        raise UserError(f"unit {unit.name}: weight {unit.weight} must be a number")
+    if not isinstance(unit.trains, frozenset | set | None):
+        raise UserError(f"unit {unit.name}: trains {unit.trains} must be a set of numbers of segments")

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from framework.runtime.errors import LocalError, UserError
 from framework.runtime.exit_status import exit_status
 from framework.runtime.launch import launched_rank
 from framework.runtime.text import printable
+
+Number = TypeVar("Number", int, float)
+
+
+def bounded(kind: type[Number], low: float, high: float = math.inf) -> Callable[[str], Number]:
+    """The ``type`` of an argument that is a finite number from ``low`` to ``high``."""
+
+    def parsed(text: str) -> Number:
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            most = f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}{most}")
+        return value
+
+    parsed.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parsed
 
 
 class Parser(argparse.ArgumentParser):

@@ -130,7 +130,7 @@ def test_nothing_is_started_shortly_before_the_end(
     tool = runpy.run_path(str(ROOT / "tools" / "reproduce.py"))
     assert tool["Work"](time.monotonic() + tool["SHORTEST"]).all_of([run]) == EXIT_TRY_AGAIN
     assert not list(run.folder.glob("*")), "nothing was trained"
-    assert reproduce(str(path), "--minutes", "1") == 2
+    assert reproduce(str(path), "--minutes", "1") == 64
     assert "--minutes 1: must be above 1.08" in capsys.readouterr().err
 
 
