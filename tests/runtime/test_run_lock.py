@@ -142,6 +142,14 @@ def test_half_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a process namespace")
+def is_stopped(pid: int) -> bool:
+    """Whether all threads of a process have stopped; one may be in the middle of a beat when the signal is sent."""
+    states = [
+        path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")
+    ]
+    return set(states) == {"T"}
+
+
 def test_on_another_machine_only_silence_is_death(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +164,7 @@ def test_on_another_machine_only_silence_is_death(
             take(folder)
         assert "to see whether process 1 on" in capfd.readouterr().err
         os.kill(child, signal.SIGSTOP)
+        until(lambda: is_stopped(child))
         lock = take(folder)
         os.kill(child, signal.SIGCONT)
         connection.send(True)
