@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import torch
+from torch import Tensor
 
-from framework.local import heads, methods, sliding_windows
+from framework.data.batch import Batch
+from framework.local import LocalUnit, Plan, heads, methods, sliding_windows
+from framework.local.head import Head
 from framework.local.methods import dgl
 from framework.local.trunks import TRUNKS
 from framework.model import local_network
@@ -82,6 +87,60 @@ def test_a_plan_that_is_none_is_told_with_its_file(
         local_network("resnet8", file.stem, image_size=16, num_classes=10)
     told = str(refused.value)
     assert "\n" not in told and told.startswith(f"{file}{message}" if message[0] in ",:" else message)
+
+
+class Gives(Head):
+    """Whose loss is whatever it was made with."""
+
+    def __init__(self, loss: object) -> None:
+        super().__init__()
+        self.given = loss
+
+    def loss(self, x: Tensor, batch: Batch) -> Any:
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("loss", "given"),
+    [
+        (torch.zeros(1), "(1,) torch.float32"),
+        (torch.zeros(3), "(3,) torch.float32"),
+        (torch.tensor(1), "() torch.int64"),
+        (1.0, "float"),
+        (None, "NoneType"),
+    ],
+)
+def test_a_loss_must_be_a_scalar(loss: object, given: str) -> None:
+    with pytest.raises(UserError) as refused:
+        Gives(loss)(torch.zeros(2, 4, 1, 1), Batch(torch.zeros(2, 3, 8, 8)))
+    assert str(refused.value).startswith(f"Gives.loss gives {given}: must give a scalar")
+
+
+def test_batches_and_classes_that_do_not_fit() -> None:
+    net = local_network("resnet8", "loco", image_size=16)
+    with pytest.raises(UserError, match="15 images: must be a multiple of the batch's 2 views"):
+        net(Batch(torch.zeros(15, 3, 16, 16), views=2))
+    with pytest.raises(UserError, match="num_classes=0: method dgl classifies, so it must be at least 1"):
+        local_network("resnet8", "dgl", image_size=16)
+    with pytest.raises(UserError, match="num_classes=-3: must be at least 0"):
+        local_network("resnet8", "dgl", image_size=16, num_classes=-3)
+
+
+@pytest.mark.parametrize(
+    ("unit", "message"),
+    [
+        ({"name": ""}, "with text as name"),
+        ({"first": 0.0}, "unit u: first and last must be numbers of segments"),
+        ({"weight": "1"}, "unit u: weight 1 must be a number"),
+        ({"weight": math.inf}, "unit u: weight inf must be above 0, and finite"),
+        ({"trains": [1]}, "unit u: trains [1] must be a set of numbers of segments"),
+    ],
+)
+def test_units_as_they_can_not_be(unit: dict[str, Any], message: str) -> None:
+    asked: dict[str, Any] = {"name": "u", "first": 0, "last": 2, "head": Gives(None), **unit}
+    with pytest.raises(UserError) as refused:
+        Plan((LocalUnit(**asked),), 3)
+    assert message in str(refused.value)
 
 
 def test_sliding_windows_at_the_lower_edge() -> None:

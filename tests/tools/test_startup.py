@@ -73,6 +73,27 @@ def test_an_unknown_argument(command: Path) -> None:
     assert printed.startswith("error: ") and printed.count("\n") == 1
 
 
+NUMBERS = {
+    "knn_eval": ["RUN", "--images", "-5"],
+    "tsne": ["RUN", "--perplexity", "nan"],
+    "probe_layers": ["RUN", "--images", "0"],
+    "linear_eval": ["RUN", "--epochs", "0"],
+    "bench_step": ["--method", "bp", "--rounds", "0"],
+    "bench_linear": ["--classes", "0"],
+    "bench_checkpoint": ["--steps", "0"],
+    "make_shards": ["SRC", "DEST", "--quality", "101"],
+    "status": ["RUN", "--every", "inf"],
+}
+
+
+@pytest.mark.parametrize("tool", ["knn_eval", *slow([name for name in NUMBERS if name != "knn_eval"])])
+def test_a_number_that_can_not_be(tool: str) -> None:
+    status, imported, printed = run(ROOT / "tools" / f"{tool}.py", *NUMBERS[tool])
+    option = next(text for text in NUMBERS[tool] if text.startswith("--") and text != "--method")
+    assert (status, imported) == (64, []) and printed.count("\n") == 1
+    assert printed.startswith(f"error: argument {option}: {NUMBERS[tool][-1]} must be at least ")
+
+
 @pytest.mark.slow
 def test_what_is_checked_is_what_a_command_needs() -> None:
     """A command that computes does import PyTorch, so that the absence of its name above means something."""
