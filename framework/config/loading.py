@@ -48,10 +48,12 @@ def load(argv: Sequence[str]) -> Recipe:
         UserError: the file, key or value at fault, with the nearest known name or what would be right.
     """
     parser = Parser(description="Train a network with local losses.")
-    parser.add_argument("recipe", type=Path, help="a file such as recipes/quickstart.yaml")
+    parser.add_argument("recipe", nargs="?", type=Path, help="a file such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=0.1")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from the launcher
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.recipe is None:
+        parser.error("name a recipe, such as recipes/quickstart.yaml")
     path: Path = arguments.recipe
     parsed = [overrides.parse(text) for text in arguments.overrides]
     overrides.check_repeated(parsed)

@@ -54,7 +54,7 @@ MISTAKES = {
         ["recipes/loco_r50_800ep.yaml", "data.path=/nowhere"],
         "/nowhere/train: no such folder",
     ),
-    "no recipe": ([], "the following arguments are required: recipe"),
+    "no recipe": ([], "error: name a recipe, such as recipes/quickstart.yaml"),
 }
 
 
