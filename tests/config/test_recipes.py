@@ -58,7 +58,13 @@ def test_the_head_of_a_recipe_says_how_to_run_it(name: str) -> None:
     assert load(name).name == Path(name).name
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if re.search(r"_k\d+_", n)])
+K = [name for name in NAMES if re.search(r"_k\d+_", name)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(n for n in K if n.startswith("cifar10")), *slow([n for n in K if not n.startswith("cifar10")])],
+)
 def test_k_is_the_papers(name: str) -> None:
     """Modules are K of the name; where the paper counts the stem and the method does not, one less."""
     recipe = load(name)
@@ -110,7 +116,9 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", [*(n for n in EXPECTED if "_r50_" in n), *slow([n for n in EXPECTED if "_r50_" not in n])]
+)
 def test_contrastive_windows_are_figure_1s(name: str) -> None:
     assert windows(planned(load(name, "data.image_size=64", *SMALL))) == EXPECTED[name]
 

@@ -43,6 +43,10 @@ NETWORKS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 #: those that take seconds
 LARGE = [
+    "resnet34",
+    "resnet110",
+    "regnety_008",
+    "efficientnet_b0",
     "resnet101",
     "resnet152",
     "presnet50",
