@@ -50,7 +50,7 @@ ODD = {
     "pit_ti_224": (224, 3, 12),
     "tnt_s_legacy_patch16_224": (224, 4, 12),
     "gemma4_vit_167m": (96, 4, 16),
-    "pnasnet5large": (96, 7, 17),
+    "pnasnet5large": (96, 5, 17),
     "hiera_tiny_224": (224, 4, 12),
 }
 
