@@ -35,8 +35,7 @@ PoolOf = Callable[[int], Any]
 
 # Every kind of window and head; the long tests have every method. ResNet-14 has 3 stages and 6 blocks.
 QUICK = [
-    Run("gim", 2, 4, steps=5),
-    Run("dgl", 2, 1, steps=5),
+    Run("dgl", 2, 4, steps=5),
     Run("loco", 3, 2, steps=5),
     Run("bp", 4, 4),
     Run("lam", 4, 1, steps=5),
@@ -233,6 +232,7 @@ def saved_in_the_middle(run: Run) -> Outcome:
     return outcome
 
 
+@pytest.mark.slow
 def test_reading_states_disturbs_nothing(pool: PoolOf) -> None:
     run = Run("lam", 3, 2, steps=2)
     assert max(errors(pool(3).run(saved_in_the_middle, run)[0], alone(run)).values()) < 1e-10

@@ -39,7 +39,14 @@ def run(command: Path, *arguments: str) -> tuple[int, list[str], str]:
     return said["status"], said["imported"], printed + done.stderr
 
 
-@pytest.mark.parametrize("command", [TRAIN, *COMMANDS], ids=lambda path: path.stem)
+SOME = [path for path in COMMANDS if path.stem in ("knn_eval", "make_shards", "show_plan", "status")]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [TRAIN, *SOME, *slow([path for path in COMMANDS if path not in SOME])],
+    ids=lambda path: path.stem,
+)
 def test_help(command: Path) -> None:
     status, imported, printed = run(command, "--help")
     assert (status, imported) == (0, []) and printed.startswith("usage: ")
