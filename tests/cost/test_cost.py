@@ -115,7 +115,7 @@ def test_gradients_count_as_operations_too() -> None:
         *slow(["execution.compile=true"]),  # compiled kernels would run on tensors that have no values
         *slow(["execution.cuda_graph=true"]),
         *slow(["faults.nonfinite=skip"]),
-        "network.sync_bn=true",
+        *slow(["network.sync_bn=true"]),
         "method.async_mode=buffer",
     ],
 )

@@ -271,7 +271,7 @@ def test_a_failing_disk_is_told_from_a_mistake(tmp_path, passing):
     assert caught.value.transient == passing
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [*slow([0]), 2])
 def test_evaluation_sees_each_sample_once(tmp_path, workers):
     shards = numbered(tmp_path / "a", 23)
     loaders = [

@@ -203,7 +203,8 @@ def model(folder: Path, step: int) -> dict[str, Tensor]:
     return load_file(folder / "run" / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", *slow(["fsdp"])])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
 def test_a_resumed_run_with_replay_buffers_is_bitwise_that_of_an_undisturbed_one(
     tmp_path: Path, pool: Callable[[int], Pool], engine: str
 ) -> None:

@@ -12,7 +12,6 @@ from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.joining import choose_gpus
 from framework.runtime.launch import launch_variables
-from tests.support.marks import slow
 
 LONELY = """
 from datetime import timedelta
@@ -23,7 +22,8 @@ raise SystemExit(status(lambda: joining.start(4)))
 """
 
 
-@pytest.mark.parametrize("rank", [0, *slow([1])])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_nobody_joins_says_so_and_gives_up(rank: int) -> None:
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     place["MASTER_PORT"] = launch_variables({})["MASTER_PORT"]  # free

@@ -47,6 +47,7 @@ def test_whether_a_network_can_be_cut_is_told_without_computing(name: str, block
     assert bool(row["reason"]) == (blocks is None)
 
 
+@pytest.mark.slow
 def test_a_network_runs_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The row of one that is refused, and a name that nobody knows as a fault, with status 64."""
     path = tmp_path / "networks.csv"

@@ -193,6 +193,7 @@ def speed_and_memory_with_scores(folder: Path) -> tuple[float, int, int]:
     return summary["images_per_second"], summary["peak_memory_bytes"], before
 
 
+@pytest.mark.slow
 def test_speed_and_memory_are_those_of_training_alone(tmp_path: Path, pool: PoolOf) -> None:
     ((speed, peak, before),) = pool(1).run(speed_and_memory_with_scores, tmp_path)
     assert speed == 64  # images of a step
