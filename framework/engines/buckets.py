@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-SIZE = 25 * 2**20  # bytes of a bucket, as in PyTorch's DistributedDataParallel
+LARGEST, SMALLEST = (
+    25 * 2**20,
+    2**20,
+)  # bytes of a bucket and of the first one, in PyTorch's DistributedDataParallel
 
 
 class Bucket:
@@ -46,8 +49,12 @@ class Bucket:
         return not self._missing
 
 
-def buckets(order: Sequence[Sequence[nn.Parameter]], size: int = SIZE) -> list[Bucket]:
-    """Buckets of at most ``size`` bytes, filled in this order. A group of parameters is never divided."""
+def buckets(order: Sequence[Sequence[nn.Parameter]]) -> list[Bucket]:
+    """Buckets filled in this order. They hold a sixteenth of all bytes, but no group of parameters is divided.
+
+    Large buckets wait for their last gradient and for their first use, small ones pay for each exchange.
+    """
+    size = min(LARGEST, max(SMALLEST, sum(map(_bytes, order)) // 16))
     return [Bucket(parameters) for parameters in _filled(order, size)]
 
 
