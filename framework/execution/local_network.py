@@ -141,11 +141,16 @@ class LocalNetwork(nn.Module):
         """Losses of all units on a batch; in training mode their gradients too.
 
         Raises:
-            UserError: the number of images is no multiple of the views.
+            UserError: the number of images is no multiple of the views; there are fewer views than the plan has.
         """
         if len(batch.images) % batch.views:
             raise UserError(
                 f"{len(batch.images)} images: must be a multiple of the batch's {batch.views} views"
+            )
+        if batch.views < self.plan.views:
+            raise UserError(
+                f"a batch with {batch.views} view of every image: the plan has {self.plan.views}; Batch(images, "
+                f"views={self.plan.views}) takes the first view of all images, then the second"
             )
         batch = batch._replace(images=self._laid_out(batch.images))
         if self.training and torch.is_grad_enabled():

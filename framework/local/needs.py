@@ -12,6 +12,7 @@ class Need(Enum):
     LABELS = "labels"
     IDS = "the numbers of the images in the data set"
     TEACHER = "a teacher"
+    VIEWS = "two views of every image"
 
 
 #: Nothing fills these in yet; a plan with a head that needs them is refused.

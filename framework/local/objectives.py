@@ -66,6 +66,7 @@ class InfoNCE(Objective):
             the loss of the whole batch, as in SimCLR's code; otherwise those embeddings are constants.
     """
 
+    needs = frozenset({Need.VIEWS})
     contrasts = True
     fewest_images = 2
 
@@ -147,6 +148,7 @@ class BarlowTwins(Objective):
         redundancy: lambda, 0.0051 as published.
     """
 
+    needs = frozenset({Need.VIEWS})
     contrasts = True
     fewest_images = 3  # two are standardized to 1 and -1, whatever they are
 
@@ -173,6 +175,7 @@ class VICReg(Objective):
         covariance: weight of the squared covariances between dimensions; 1.
     """
 
+    needs = frozenset({Need.VIEWS})
     contrasts = True
     fewest_images = 2
 

@@ -37,7 +37,7 @@ class MoCo(Objective):
         form: see above; "one_sided" as published.
     """
 
-    needs = frozenset({Need.TEACHER})
+    needs = frozenset({Need.TEACHER, Need.VIEWS})
 
     def __init__(
         self, dim: int, size: int = 65536, temperature: float = 0.2, form: Form = "one_sided"
@@ -100,7 +100,7 @@ class MoCoV3(Objective):
         form: see above; "sum" as published.
     """
 
-    needs = frozenset({Need.TEACHER})
+    needs = frozenset({Need.TEACHER, Need.VIEWS})
     contrasts = True
 
     def __init__(self, temperature: float = 1.0, form: Form = "sum") -> None:
@@ -130,7 +130,7 @@ class BYOL(Objective):
         form: see above; "sum" as published.
     """
 
-    needs = frozenset({Need.TEACHER})
+    needs = frozenset({Need.TEACHER, Need.VIEWS})
 
     def __init__(self, form: Form = "sum") -> None:
         super().__init__()
@@ -150,6 +150,8 @@ class SimSiam(Objective):
         predictor: (N, D) -> (N, D).
         form: see above; "symmetric" as published.
     """
+
+    needs = frozenset({Need.VIEWS})
 
     def __init__(self, predictor: nn.Module, form: Form = "symmetric") -> None:
         super().__init__()

@@ -186,6 +186,10 @@ class Plan:
         if unmet := unit.head.needs & NOT_PROVIDED:
             need = min(need.value for need in unmet)
             raise UserError(f"unit {unit.name}: its head needs {need}, which nothing provides yet")
+        if Need.VIEWS in unit.head.needs and self.views < 2:
+            raise UserError(
+                f"unit {unit.name}: its head needs two views of every image: make the plan with views=2"
+            )
         if Need.TEACHER in unit.head.needs and self.teacher is None:
             raise UserError(
                 f"unit {unit.name}: its head needs a teacher: make the plan with teacher=Averaging(...)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from framework.local.objectives import CrossEntropy, InfoNCE, SupCon
 from framework.local.reconstruction import Reconstruction
 from framework.local.soft_sharing import SoftSharedHead
 from framework.local.trunks import mlp
+from framework.model import local_network
 from framework.network import Segment, create, cut
 from framework.runtime.errors import UserError
 from tests.support import networks
@@ -237,3 +239,14 @@ def test_batch_norm_in_projections(bn: str, affine: int) -> None:
 def standardized(x: Tensor) -> Tensor:
     """Without mean and with variance 1 over the images, but for BatchNorm's epsilon."""
     return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+def test_a_loss_of_two_views_needs_a_plan_and_a_batch_with_two() -> None:
+    """Otherwise it would pair different images, and train."""
+    net = local_network("resnet8", "gim", image_size=16)
+    with pytest.raises(UserError, match=r"unit layer1: its head needs two views of every image: .* views=2"):
+        replace(net.plan, views=1)
+    with pytest.raises(
+        UserError, match=r"a batch with 1 view of every image: the plan has 2; Batch\(images, views=2\)"
+    ):
+        net(Batch(torch.randn(4, 3, 16, 16)))
