@@ -1,0 +1,187 @@
+"""Norms of every unit's gradient, weights and update, whatever an engine shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from framework.engines.base import Engine
+from framework.execution import LocalNetwork
+from framework.optim.lars import Shard, local_part
+from framework.runtime.distributed import device, is_main, world_size
+
+KINDS = ("gradient_norms", "weight_norms", "update_norms")
+Norms = dict[str, dict[str, float]]
+
+
+class _Piece(NamedTuple):
+    """What the optimizer of this rank has of a parameter."""
+
+    unit: int
+    weight: Tensor
+    gradient: Tensor | None
+
+
+class UnitNorms:
+    """Euclidean norms of the gradient, weights and update of every unit's parameters, measured as an optimizer steps.
+
+    Every trained parameter belongs to one unit, so that the squares add up to those of the whole network. A segment
+    belongs to the unit that ends lowest among those that train it (LoCo's first unit has all segments of its window,
+    every other the last of its own); of several, to the first in the plan. A head belongs to the first unit that has
+    it, but for weights of segments that it shares.
+
+    The gradient is the one that the optimizer gets: averaged over micro-batches and ranks, clipped, and without weight
+    decay. The weights are those after the step, the update is what they changed by.
+
+    A step that is not measured costs nothing. One that is costs a copy of the weights that this rank steps (under ZeRO
+    of one parameter group at a time), four passes over them and, where weights are spread over ranks, an all-reduce of
+    3 numbers a unit.
+
+    Args:
+        engine: whose optimizer is looked at.
+        stages: of its pipeline.
+    """
+
+    def __init__(self, engine: Engine, stages: int = 1) -> None:
+        owners = owning_units(engine.net)
+        names = dict(engine.net.named_parameters())
+        self._owners = owners
+        self._by_name = {name: owners[parameter] for name, parameter in names.items() if parameter in owners}
+        self._units = [unit.name for unit in engine.net.plan.units]
+        self._pipelined = stages > 1
+        groups = engine.optimizer.param_groups
+        sharded = any("shard" in group or local_part(p) is not p for group in groups for p in group["params"])
+        self._copies = 1 if sharded else world_size() // stages  # ranks that step the same tensors
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._squares: Tensor | None = None  # (3, U), of a step that is measured
+        self._before: list[Tensor] | None = None
+        engine.optimizer.register_step_pre_hook(self._before_step)
+        engine.optimizer.register_step_post_hook(self._after_step)
+
+    def measure(self) -> None:
+        """Measure the next step; all ranks must call it, and ``result`` after the step."""
+        if self._spread or is_main():
+            self._squares = torch.zeros(len(KINDS), len(self._units), dtype=torch.float64, device=device())
+
+    def result(self) -> Callable[[], Norms]:
+        """What was measured, as a function that waits for it: ``{"gradient_norms": {unit: norm}, ...}``.
+
+        Where ranks step the same tensors, rank 0 alone measures them, and the others have nothing.
+        """
+        squares, self._squares = self._squares, None
+        if squares is None:
+            return dict
+        host = self._reduced(squares) if self._spread else _copied_to_host(squares)
+
+        def norms() -> Norms:
+            rows = host().tolist()
+            return {
+                kind: dict(zip(self._units, map(math.sqrt, row), strict=True))
+                for kind, row in zip(KINDS, rows, strict=True)
+            }
+
+        return norms
+
+    @property
+    def _spread(self) -> bool:
+        """Whether a rank alone does not see all weights."""
+        return self._copies < world_size()
+
+    def _reduced(self, squares: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum over ranks."""
+        work = dist.all_reduce(squares.div_(self._copies), async_op=True)
+        if not self._pipelined:
+            work.wait()
+            return _copied_to_host(squares)
+
+        def after_all_stages() -> Tensor:  # which may be steps behind
+            work.wait()
+            return squares
+
+        return after_all_stages
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Any, args: object, kwargs: object) -> None:
+        """Called by the optimizer; ZeRO steps one group after the other."""
+        if self._squares is None or self._before is not None or optimizer.skip:
+            return  # the second: an optimizer of PyTorch's whose class has hooks itself, inside ours
+        pieces = self._pieces(optimizer)
+        self._before = [piece.weight.detach().clone() for piece in pieces]
+        trained = [(piece.unit, piece.gradient) for piece in pieces if piece.gradient is not None]
+        self._add(0, [unit for unit, _ in trained], [gradient for _, gradient in trained])
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Any, args: object, kwargs: object) -> None:
+        if self._before is None:
+            return
+        pieces, updates = self._pieces(optimizer), self._before
+        units, weights = [piece.unit for piece in pieces], [piece.weight.detach() for piece in pieces]
+        self._add(1, units, weights)
+        if weights:
+            torch._foreach_sub_(updates, weights)
+        self._add(2, units, updates)
+        self._before = None
+
+    def _pieces(self, optimizer: Any) -> list[_Piece]:
+        return [piece for group in optimizer.param_groups for piece in self._pieces_of(group)]
+
+    def _pieces_of(self, group: dict[str, Any]) -> list[_Piece]:
+        shard: Shard | None = group.get("shard")
+        if shard is None:
+            return [
+                _Piece(self._owners[p], local_part(p), None if p.grad is None else local_part(p.grad))
+                for p in group["params"]
+            ]
+        (flat,) = group["params"]
+        units = [self._by_name[shard.parameters[piece.parameter]] for piece in shard.pieces]
+        return list(map(_Piece, units, shard.views(flat), shard.views(flat.grad)))
+
+    def _add(self, kind: int, units: list[int], tensors: list[Tensor]) -> None:
+        """Add the squares of the tensors' norms to those of their units."""
+        if not tensors or self._squares is None:
+            return
+        squares = torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square()
+        self._squares[kind].index_add_(0, self._index(units), squares.to(device()))
+
+    def _index(self, units: list[int]) -> Tensor:
+        """(pieces,) int64 on the device, made once: to copy it there, the host waits."""
+        key = tuple(units)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(units, device=device())
+        return self._indices[key]
+
+
+def owning_units(net: LocalNetwork) -> dict[nn.Parameter, int]:
+    """The number of the unit that each trained parameter belongs to; see ``UnitNorms``."""
+    units = net.plan.units
+    lowest_first = sorted(range(len(units)), key=lambda number: units[number].last)
+    owners: dict[nn.Parameter, int] = {}
+    for s, segment in enumerate(net.segments):
+        owner = next(number for number in lowest_first if s in units[number].learns)
+        for parameter in segment.parameters():
+            owners.setdefault(parameter, owner)
+    for number, unit in enumerate(units):
+        for parameter in unit.head.parameters():
+            owners.setdefault(parameter, number)
+    return owners
+
+
+def _copied_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy; the function waits for the copy alone, not for what the device does after it."""
+    if not tensor.is_cuda:
+        return lambda: tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def finished() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return finished

@@ -1,0 +1,67 @@
+"""What a run tells of itself besides losses: norms, waiting for the loader, profiles, utilization."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from framework.config import loading
+from framework.cost.counting import likely_classes
+from framework.cost.utilization import utilization
+from framework.tracking.metric_log import read_log
+from tests.support.marks import slow
+from tests.support.pool import Pool
+from tests.support.runs import ROOT, run, toy, weights
+
+RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
+PoolOf = Callable[[int], Pool]
+NUMBERS = ("logging.norms=true", "logging.every_steps=2", "checkpoint.every_steps=1", "checkpoint.keep=9")
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    return [entry for entry in read_log(folder / "run" / "metrics.jsonl") if "losses" in entry]
+
+
+def norms_of_checkpoints(folder: Path, step: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Norms of the weights after ``step``, counted from 0, and of what it changed them by; segments as LoCo has them."""
+    after, before = weights(folder, step + 1), weights(folder, step)
+    units = {"layer2": (), "layer3": ()}
+    names = [n for n in after if n.endswith((".weight", ".bias")) and n.startswith(("backbone.", "heads."))]
+    units = {"layer3": [n for n in names if n.startswith(("backbone.layer3.", "heads.layer3."))]}
+    units["layer2"] = [n for n in names if n not in units["layer3"]]
+
+    def norms(tensor_of: Callable[[str], Any]) -> dict[str, float]:
+        squares = {
+            unit: sum(np.square(tensor_of(n).double().numpy()).sum() for n in own) for unit, own in units.items()
+        }
+        return {unit: float(np.sqrt(square)) for unit, square in squares.items()}
+
+    return norms(lambda n: after[n]), norms(lambda n: after[n].double() - before[n].double())
+
+
+@pytest.mark.parametrize(("ranks", "engine"), [(1, "ddp"), *slow([(2, "deepspeed"), (2, "fsdp")])])
+def test_a_run_writes_norms_and_a_profile(tmp_path: Path, pool: PoolOf, ranks: int, engine: str) -> None:
+    argv = [RECIPE, *toy(tmp_path, f"engine={engine}", "train.max_steps=4", *NUMBERS)]
+    assert set(pool(ranks).run(run, [*argv, "logging.profile=[1,2]"])) == {""}
+    found = entries(tmp_path)
+    assert [entry["step"] for entry in found] == [0, 2, 3]
+    for entry in found[1:]:
+        whole, update = norms_of_checkpoints(tmp_path, entry["step"])
+        assert entry["weight_norms"] == pytest.approx(whole, rel=1e-6)
+        assert entry["update_norms"] == pytest.approx(update, rel=1e-4)
+        assert all(0 < value < 1e3 for value in entry["gradient_norms"].values())
+    [trace] = (tmp_path / "run" / "profile").iterdir()
+    assert trace.name == "steps-00000001-00000002.json.gz"
+    with gzip.open(trace) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"step 1", "step 2", "aten::convolution_backward"} <= names
+    assert not {"step 0", "step 3"} & names
+    assert all(0 <= entry["loader_wait"] < 1 for entry in found)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 < result["loader_wait"] < 1 and "mfu" not in result
