@@ -33,7 +33,7 @@ class UnitNorms:
     Every trained parameter belongs to one unit, so that the squares add up to those of the whole network. A segment
     belongs to the unit that ends lowest among those that train it (LoCo's first unit has all segments of its window,
     every other the last of its own); of several, to the first in the plan. A head belongs to the first unit that has
-    it, but for weights of segments that it shares.
+    it, but for weights of segments that it shares. A unit that is left with nothing has no norms.
 
     The gradient is the one that the optimizer gets: averaged over micro-batches and ranks, clipped, and without weight
     decay. The weights are those after the step, the update is what they changed by.
@@ -52,7 +52,7 @@ class UnitNorms:
         names = dict(engine.net.named_parameters())
         self._owners = owners
         self._by_name = {name: owners[parameter] for name, parameter in names.items() if parameter in owners}
-        self._units = [unit.name for unit in engine.net.plan.units]
+        self._units = {number: engine.net.plan.units[number].name for number in sorted(set(owners.values()))}
         self._pipelined = stages > 1
         groups = engine.optimizer.param_groups
         sharded = any("shard" in group or local_part(p) is not p for group in groups for p in group["params"])
@@ -66,7 +66,9 @@ class UnitNorms:
     def measure(self) -> None:
         """Measure the next step; all ranks must call it, and ``result`` after the step."""
         if self._spread or is_main():
-            self._squares = torch.zeros(len(KINDS), len(self._units), dtype=torch.float64, device=device())
+            self._squares = torch.zeros(
+                len(KINDS), 1 + max(self._units), dtype=torch.float64, device=device()
+            )
 
     def result(self) -> Callable[[], Norms]:
         """What was measured, as a function that waits for it: ``{"gradient_norms": {unit: norm}, ...}``.
@@ -81,7 +83,7 @@ class UnitNorms:
         def norms() -> Norms:
             rows = host().tolist()
             return {
-                kind: dict(zip(self._units, map(math.sqrt, row), strict=True))
+                kind: {name: math.sqrt(row[number]) for number, name in self._units.items()}
                 for kind, row in zip(KINDS, rows, strict=True)
             }
 

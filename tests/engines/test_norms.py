@@ -15,7 +15,6 @@ from framework.data.batch import Batch
 from framework.engines.base import marked, set_learning_rate
 from framework.engines.norms import KINDS, Norms, UnitNorms, owning_units
 from framework.execution import LocalNetwork
-from framework.runtime.distributed import rank, world_size
 from tests.support import networks, pipelines, training
 from tests.support.marks import slow
 from tests.support.training import Case
@@ -42,7 +41,7 @@ def expected(
             unit: [tensors[name].double().flatten() for name in names if name in tensors]
             for unit, names in units.items()
         }
-        return {unit: float(torch.cat(part).norm()) for unit, part in parts.items()}
+        return {unit: float(torch.cat(part).norm()) for unit, part in parts.items() if part}
 
     for step in range(3):
         torch.manual_seed(step)
@@ -170,7 +169,7 @@ def test_norms_of_stages_are_those_of_one_process(pool: PoolOf, run: pipelines.R
         run.clip,
     )
     for result in pool(run.ranks).run(measured_in_stages, run):
-        assert_same(result, reference, 1e-9 if run.dtype == "float64" else 1e-4)
+        assert_same(result, reference, 1e-9 if run.dtype == "float64" and not run.clip else 1e-4)
 
 
 def owned(net: LocalNetwork) -> Units:

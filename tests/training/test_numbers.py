@@ -11,9 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from framework.config import loading
-from framework.cost.counting import likely_classes
-from framework.cost.utilization import utilization
 from framework.tracking.metric_log import read_log
 from tests.support.marks import slow
 from tests.support.pool import Pool
@@ -29,16 +26,16 @@ def entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def norms_of_checkpoints(folder: Path, step: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Norms of the weights after ``step``, counted from 0, and of what it changed them by; segments as LoCo has them."""
+    """Of the weights after ``step``, counted from 0, and of what it changed them by; segments as LoCo has them."""
     after, before = weights(folder, step + 1), weights(folder, step)
-    units = {"layer2": (), "layer3": ()}
     names = [n for n in after if n.endswith((".weight", ".bias")) and n.startswith(("backbone.", "heads."))]
     units = {"layer3": [n for n in names if n.startswith(("backbone.layer3.", "heads.layer3."))]}
     units["layer2"] = [n for n in names if n not in units["layer3"]]
 
     def norms(tensor_of: Callable[[str], Any]) -> dict[str, float]:
         squares = {
-            unit: sum(np.square(tensor_of(n).double().numpy()).sum() for n in own) for unit, own in units.items()
+            unit: sum(np.square(tensor_of(n).double().numpy()).sum() for n in own)
+            for unit, own in units.items()
         }
         return {unit: float(np.sqrt(square)) for unit, square in squares.items()}
 
@@ -47,7 +44,7 @@ def norms_of_checkpoints(folder: Path, step: int) -> tuple[dict[str, float], dic
 
 @pytest.mark.parametrize(("ranks", "engine"), [(1, "ddp"), *slow([(2, "deepspeed"), (2, "fsdp")])])
 def test_a_run_writes_norms_and_a_profile(tmp_path: Path, pool: PoolOf, ranks: int, engine: str) -> None:
-    argv = [RECIPE, *toy(tmp_path, f"engine={engine}", "train.max_steps=4", *NUMBERS)]
+    argv = [RECIPE, *toy(tmp_path, f"engine={engine}", "data.workers=0", "train.max_steps=4", *NUMBERS)]
     assert set(pool(ranks).run(run, [*argv, "logging.profile=[1,2]"])) == {""}
     found = entries(tmp_path)
     assert [entry["step"] for entry in found] == [0, 2, 3]
@@ -65,3 +62,26 @@ def test_a_run_writes_norms_and_a_profile(tmp_path: Path, pool: PoolOf, ranks: i
     assert all(0 <= entry["loader_wait"] < 1 for entry in found)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert 0 < result["loader_wait"] < 1 and "mfu" not in result
+
+
+@pytest.mark.slow
+def test_what_is_to_be_profiled_must_be_there(tmp_path: Path, pool: PoolOf) -> None:
+    """Steps behind the last one are missing; a run that goes on behind all of them has made them before."""
+    argv = [RECIPE, *toy(tmp_path, "engine=ddp", "data.workers=0")]
+    message = "logging.profile=[4,5]: steps count from 0, and the run's last is 1"
+    assert pool(1).run(run, [*argv, "train.max_steps=2", "logging.profile=[4,5]"]) == [message]
+    assert not (tmp_path / "run").exists()
+    assert pool(1).run(run, [*argv, "train.max_steps=2", "logging.profile=[1,9]"]) == [""]
+    assert pool(1).run(run, [*argv, "train.max_steps=3", "logging.profile=[0,0]"]) == [""]
+    assert [f.name for f in (tmp_path / "run/profile").iterdir()] == ["steps-00000001-00000001.json.gz"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_skipped_step_has_no_norms(tmp_path: Path, pool: PoolOf, ranks: int) -> None:
+    huge = ("optim.lr=1e35", "optim.warmup_epochs=0", "faults.nonfinite=skip")
+    argv = [RECIPE, *toy(tmp_path, "data.workers=0", "train.max_steps=4", *huge, *NUMBERS)]
+    assert set(pool(ranks).run(run, argv)) == {""}
+    found = entries(tmp_path)
+    assert {entry["skipped"] for entry in found} == {False, True}
+    assert all(("gradient_norms" in entry) != entry["skipped"] for entry in found)
