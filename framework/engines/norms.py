@@ -151,10 +151,11 @@ class UnitNorms:
         self._squares[kind].index_add_(0, self._index(units), squares.to(device()))
 
     def _index(self, units: list[int]) -> Tensor:
-        """(pieces,) int64 on the device, made once: to copy it there, the host waits."""
+        """(pieces,) int64 on the device, made once; from pinned memory, since the host would wait for other copies."""
         key = tuple(units)
         if key not in self._indices:
-            self._indices[key] = torch.tensor(units, device=device())
+            host = torch.tensor(units, pin_memory=device().type == "cuda")
+            self._indices[key] = host.to(device(), non_blocking=True)
         return self._indices[key]
 
 

@@ -29,7 +29,7 @@ class StepProfiler:
         steps: to be traced.
         run_dir: folder of the run.
         device: where the training runs.
-        paused: entered while files are written, which takes seconds.
+        paused: entered where tracing begins and where files are written, both of which take seconds.
         check: raises if another process has the run's folder.
     """
 
@@ -67,11 +67,12 @@ class StepProfiler:
         self._step.__enter__()
 
     def _start(self) -> None:
-        if self._cuda:
-            torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
-        self._profile = profile(activities=activities, record_shapes=True)
-        self._profile.start()
+        with self._paused():
+            self._profile = profile(activities=activities, record_shapes=True)
+            self._profile.start()
+            if self._cuda:
+                torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
 
     def _end_step(self) -> None:
         if self._step is not None:

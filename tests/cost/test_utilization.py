@@ -49,6 +49,7 @@ def test_a_step_costs_what_its_layers_cost(precision: str) -> None:
     assert step_flops(of, 10, images=8) == by_hand(of, images=8)
 
 
+@pytest.mark.slow
 def test_contrasts_cost_little_more() -> None:
     of = recipe("quickstart.yaml", "method.name=gim")
     assert 1 < step_flops(of, 10, images=8) / by_hand(of, images=8) < 1.01
@@ -82,6 +83,7 @@ def test_peaks_are_found_by_a_gpus_name(
     assert found == [peak and pytest.approx(1e12 * peak) for peak in (bf16, fp16, fp32)]
 
 
+@pytest.mark.slow
 def test_utilization_is_of_all_gpus_together(tmp_path: Path) -> None:
     """The weights that a training begins with may be gone when it goes on."""
     of = recipe("quickstart_mlaan.yaml", "method.name=dgl", "train.precision=bf16", "train.accumulation=2")
@@ -109,6 +111,7 @@ def test_a_step_from_replay_buffers_is_counted() -> None:
     assert utilization(of, 10, H100, devices=1) is not None
 
 
+@pytest.mark.slow
 def test_what_can_not_be_counted_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

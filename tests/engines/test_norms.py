@@ -99,9 +99,9 @@ LOCAL, FLOAT32 = Case(method="loco", dtype="float64"), Case(method="loco")
 @pytest.mark.parametrize(
     ("case", "ranks"),
     [
-        (replace(LOCAL, engine="ddp"), 2),
         (replace(FLOAT32, zero_stage=2), 2),
-        *slow([(replace(LOCAL, engine="ddp"), 1), (replace(LOCAL, engine="ddp", optimizer="adamw"), 4)]),
+        *slow((replace(LOCAL, engine="ddp"), ranks) for ranks in (1, 2)),
+        *slow([(replace(LOCAL, engine="ddp", optimizer="adamw"), 4)]),
         *slow([(replace(LOCAL, engine="ddp", accumulation=2, clip=0.05), 2)]),
         *slow((replace(LOCAL, engine="fsdp"), ranks) for ranks in (1, 2, 4)),
         *slow([(replace(LOCAL, engine="fsdp", optimizer="sgd", clip=0.05, accumulation=2), 2)]),
