@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from framework.config import loading
+from framework.cost.utilization import Utilization
+from framework.data.batch import Batch
+from framework.data.splits import Splits
+from framework.model import recipe_network
+from framework.tracking.measuring import Throughput
 from framework.tracking.metric_log import read_log
+from framework.training.engine_choice import build_engine
+from framework.training.loop import Loop, Position
 from tests.support.marks import slow
 from tests.support.pool import Pool
 from tests.support.runs import ROOT, run, toy, weights
@@ -42,11 +52,15 @@ def norms_of_checkpoints(folder: Path, step: int) -> tuple[dict[str, float], dic
     return norms(lambda n: after[n]), norms(lambda n: after[n].double() - before[n].double())
 
 
+STAGES = "deepspeed pipeline.stages=2"
+
+
 @pytest.mark.parametrize(
-    ("ranks", "engine"), [(1, "ddp"), *slow([(2, "ddp"), (2, "deepspeed"), (2, "fsdp")])]
+    ("ranks", "engine"), [(1, "ddp"), *slow([(2, "ddp"), (2, "deepspeed"), (2, "fsdp"), (2, STAGES)])]
 )
 def test_a_run_writes_norms(tmp_path: Path, pool: PoolOf, ranks: int, engine: str) -> None:
-    argv = [RECIPE, *toy(tmp_path, f"engine={engine}", "data.workers=0", "train.max_steps=4", *NUMBERS)]
+    settings = f"engine={engine}".split()
+    argv = [RECIPE, *toy(tmp_path, *settings, "data.workers=0", "train.max_steps=4", *NUMBERS)]
     assert set(pool(ranks).run(run, argv)) == {""}
     found = entries(tmp_path)
     assert [entry["step"] for entry in found] == [0, 2, 3]
@@ -72,6 +86,55 @@ def test_some_steps_of_a_run_are_traced(tmp_path: Path, pool: PoolOf, ranks: int
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"step 1", "step 2", "aten::convolution_backward"} <= names
     assert not {"step 0", "step 3"} & names
+
+
+class Clock:
+    """A second until a batch is there, three for its step, and a thousand for scoring."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def speeds_by_clock(folder: Path) -> dict[str, Any]:
+    """What a loop of two epochs says of its speed at the end, its log aside."""
+    epochs = ("train.epochs=2", "evaluate.every_epochs=1")
+    recipe = loading.load([RECIPE, *toy(folder, "engine=ddp", "data.workers=0", *epochs)])
+    splits, clock = Splits.open(recipe), Clock()
+    net = recipe_network(recipe, splits.num_classes)
+    loader, engine = splits.train_loader(2), build_engine(recipe, net, splits.num_classes)
+    batches = loader.steps
+
+    def slow_batches(start: int, stop: int) -> Iterator[list[Batch]]:
+        for batch in batches(start, stop):
+            clock.now += 1
+            yield batch
+
+    def score() -> dict[str, float]:
+        clock.now += 1000
+        return {}
+
+    def step_done(steps: int) -> None:
+        clock.now += 3
+
+    loader.steps = slow_batches  # type: ignore[method-assign]
+    loop = Loop(recipe, engine, loader, Position(), score, utilization=Utilization(flops=1e9, peak=64e9))
+    loop.speed = Throughput(clock=clock)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        loop.run(step_done)
+    engine.close()
+    return {key: loop.summary()[key] for key in ("images_per_second", "loader_wait", "mfu")}
+
+
+@pytest.mark.slow
+def test_speed_waiting_and_utilization_by_a_clock(tmp_path: Path, pool: PoolOf) -> None:
+    """64 images of 1 GFLOP each in 4 seconds, one of which is the loader's, on a GPU that could do 64 GFLOP/s."""
+    [summary] = pool(1).run(speeds_by_clock, tmp_path)
+    assert summary == {"images_per_second": 16.0, "loader_wait": 0.25, "mfu": 0.25}
+    first, *others = entries(tmp_path)
+    assert (first["loader_wait"], first["mfu"]) == (0.0, 0.0)
+    assert len(others) == 43 and all(entry["loader_wait"] == entry["mfu"] == 0.25 for entry in others)
 
 
 @pytest.mark.slow
