@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.engines.base import Engine
+from framework.engines.host_copy import copied_to_host
 from framework.execution import LocalNetwork
 from framework.optim.lars import Shard, local_part
 from framework.runtime.distributed import device, is_main, world_size
@@ -24,7 +25,7 @@ class _Piece(NamedTuple):
 
     unit: int
     weight: Tensor
-    gradient: Tensor | None
+    gradient: Tensor
 
 
 class UnitNorms:
@@ -40,7 +41,7 @@ class UnitNorms:
 
     A step that is not measured costs nothing. One that is costs a copy of the weights that this rank steps (under ZeRO
     of one parameter group at a time), four passes over them and, where weights are spread over ranks, an all-reduce of
-    3 numbers a unit.
+    3 numbers a unit. Updates that an engine would leave to the next step are made at the end of this one.
 
     Args:
         engine: whose optimizer is looked at.
@@ -52,8 +53,8 @@ class UnitNorms:
         names = dict(engine.net.named_parameters())
         self._owners = owners
         self._by_name = {name: owners[parameter] for name, parameter in names.items() if parameter in owners}
+        self._finish = engine.finish
         self._units = {number: engine.net.plan.units[number].name for number in sorted(set(owners.values()))}
-        self._pipelined = stages > 1
         groups = engine.optimizer.param_groups
         sharded = any("shard" in group or local_part(p) is not p for group in groups for p in group["params"])
         self._copies = 1 if sharded else world_size() // stages  # ranks that step the same tensors
@@ -65,6 +66,7 @@ class UnitNorms:
 
     def measure(self) -> None:
         """Measure the next step; all ranks must call it, and ``result`` after the step."""
+        self._finish()  # the step before
         if self._spread or is_main():
             self._squares = torch.zeros(
                 len(KINDS), 1 + max(self._units), dtype=torch.float64, device=device()
@@ -75,13 +77,17 @@ class UnitNorms:
 
         Where ranks step the same tensors, rank 0 alone measures them, and the others have nothing.
         """
+        self._finish()
         squares, self._squares = self._squares, None
         if squares is None:
             return dict
-        host = self._reduced(squares) if self._spread else _copied_to_host(squares)
+        work = dist.all_reduce(squares.div_(self._copies), async_op=True) if self._spread else None
+        host, pending = copied_to_host(squares, work)
 
         def norms() -> Norms:
-            rows = host().tolist()
+            if pending is not None:
+                pending.wait()
+            rows = host.tolist()
             return {
                 kind: {name: math.sqrt(row[number]) for number, name in self._units.items()}
                 for kind, row in zip(KINDS, rows, strict=True)
@@ -94,28 +100,14 @@ class UnitNorms:
         """Whether a rank alone does not see all weights."""
         return self._copies < world_size()
 
-    def _reduced(self, squares: Tensor) -> Callable[[], Tensor]:
-        """Begin to sum over ranks."""
-        work = dist.all_reduce(squares.div_(self._copies), async_op=True)
-        if not self._pipelined:
-            work.wait()
-            return _copied_to_host(squares)
-
-        def after_all_stages() -> Tensor:  # which may be steps behind
-            work.wait()
-            return squares
-
-        return after_all_stages
-
     @torch.no_grad()
     def _before_step(self, optimizer: Any, args: object, kwargs: object) -> None:
-        """Called by the optimizer; ZeRO steps one group after the other."""
+        """Called by the optimizer; ZeRO steps one group after the other, late updates one bucket."""
         if self._squares is None or self._before is not None or optimizer.skip:
             return  # the second: an optimizer of PyTorch's whose class has hooks itself, inside ours
         pieces = self._pieces(optimizer)
         self._before = [piece.weight.detach().clone() for piece in pieces]
-        trained = [(piece.unit, piece.gradient) for piece in pieces if piece.gradient is not None]
-        self._add(0, [unit for unit, _ in trained], [gradient for _, gradient in trained])
+        self._add(0, [piece.unit for piece in pieces], [piece.gradient for piece in pieces])
 
     @torch.no_grad()
     def _after_step(self, optimizer: Any, args: object, kwargs: object) -> None:
@@ -136,8 +128,9 @@ class UnitNorms:
         shard: Shard | None = group.get("shard")
         if shard is None:
             return [
-                _Piece(self._owners[p], local_part(p), None if p.grad is None else local_part(p.grad))
+                _Piece(self._owners[p], local_part(p), local_part(p.grad))
                 for p in group["params"]
+                if p.grad is not None
             ]
         (flat,) = group["params"]
         units = [self._by_name[shard.parameters[piece.parameter]] for piece in shard.pieces]
@@ -172,19 +165,3 @@ def owning_units(net: LocalNetwork) -> dict[nn.Parameter, int]:
         for parameter in unit.head.parameters():
             owners.setdefault(parameter, number)
     return owners
-
-
-def _copied_to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy; the function waits for the copy alone, not for what the device does after it."""
-    if not tensor.is_cuda:
-        return lambda: tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def finished() -> Tensor:
-        copied.synchronize()
-        return host
-
-    return finished
