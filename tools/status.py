@@ -1,4 +1,4 @@
-"""How runs are doing: epoch, speed, time to go, losses of the units, the last checkpoint, restarts, what was skipped.
+"""How runs are doing: epoch, speed, time to go, waiting for data, losses, last checkpoint, restarts, what was skipped.
 
     python tools/status.py RUN_DIR... [--every 2]
 

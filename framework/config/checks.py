@@ -15,6 +15,9 @@ def check(recipe: Recipe) -> None:
     warmup, epochs = recipe.optim.warmup_epochs, recipe.train.epochs
     if warmup > epochs:
         raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}; set it, too")
+    profile = recipe.logging.profile
+    if profile is not None and profile[0] > profile[1]:
+        raise Fault("logging.profile", list(profile), "the first step must not come after the last")
     recipe.method.options.check()
     _check_pipeline(recipe)
     _check_execution(recipe)

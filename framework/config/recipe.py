@@ -268,12 +268,17 @@ class Logging:
         tensorboard: write events to ``run_dir/tensorboard``; needs ``stagewise[tensorboard]``.
         wandb: send to Weights & Biases, or keep in ``run_dir/wandb`` for ``wandb sync``; needs ``stagewise[wandb]``.
         project: of Weights & Biases.
+        norms: of gradient, weights and update of every unit, in these entries; see ``engines/norms.py``.
+        profile: first and last step, as ``metrics.jsonl`` counts them, of which ``torch.profiler`` traces rank 0 into
+            ``run_dir/profile``; on a GPU a snapshot of its memory lies beside the trace.
     """
 
     every_steps: PositiveInt = 1
     tensorboard: bool = False
     wandb: Literal["none", "online", "offline"] = "none"
     project: str = "stagewise"
+    norms: bool = False
+    profile: tuple[NonNegativeInt, NonNegativeInt] | None = None
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,17 @@ def peak_bytes(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]
         return _peaks(net, whole_net, mode, images, recipe.data.image_size)
 
 
+def step_flops(recipe: Recipe, num_classes: int, images: int) -> int:
+    """FLOPs of training on a micro-batch of ``images`` images: forward, heads, teacher and gradients."""
+    net = recipe_network(_countable(recipe), num_classes)
+    with FakeTensorMode() as mode:
+        _drop_values(net, mode)
+        batch = _batch(net, images, recipe.data.image_size)
+        with Flops() as counter:
+            net(batch)
+        return counter.total
+
+
 def peak_of(net: LocalNetwork, images: int, image_size: int) -> int:
     """Most bytes that autograd holds at once in a training step; afterwards the network has no values."""
     with FakeTensorMode() as mode:
@@ -161,8 +172,15 @@ def end_to_end(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetwork]:
-    """The recipe's network and the same trained end-to-end, without what costs the same but needs values or a GPU."""
-    recipe = replace(
+    """The recipe's network and the same trained end-to-end."""
+    recipe = _countable(recipe)
+    net = recipe_network(recipe, num_classes)
+    return net, recipe_network(end_to_end(recipe, net.plan), num_classes)
+
+
+def _countable(recipe: Recipe) -> Recipe:
+    """The recipe without what costs the same but needs values or a GPU."""
+    return replace(
         recipe,
         network=replace(recipe.network, sync_bn=False),
         execution=Execution(),
@@ -172,8 +190,6 @@ def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetw
             precision="bf16" if recipe.train.precision == "fp16" else recipe.train.precision,
         ),
     )
-    net = recipe_network(recipe, num_classes)
-    return net, recipe_network(end_to_end(recipe, net.plan), num_classes)
 
 
 def _peaks(

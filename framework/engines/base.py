@@ -83,6 +83,9 @@ class Engine(Protocol):
         ``lr`` is the rate of scheduled parameter groups.
         """
 
+    def finish(self) -> None:
+        """Make the updates that the last step left to the next one."""
+
     def whole_net(self) -> LocalNetwork:
         """The network, to be evaluated on every rank; collective."""
 

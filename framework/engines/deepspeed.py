@@ -74,6 +74,9 @@ class DeepSpeedEngine:
             raise UserError("the norm of the gradient is not finite: lower optim.lr, or check the data")
         return result
 
+    def finish(self) -> None:
+        """Nothing is left over."""
+
     def whole_net(self) -> LocalNetwork:
         return self.net
 

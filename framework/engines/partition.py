@@ -52,7 +52,7 @@ class PartitionedGroup:
             first, last = max(place.start, begin), min(place.start + place.shape.numel(), end)
             if first < last:
                 pieces.append(Piece(number, first - place.start, first - begin, last - first))
-        return Shard(len(self.places), tuple(pieces), self.process_group)
+        return Shard(tuple(place.name for place in self.places), tuple(pieces), self.process_group)
 
     @property
     def leads(self) -> bool:

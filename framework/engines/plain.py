@@ -46,6 +46,9 @@ class PlainEngine:
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         return self._steps.step(micro_batches, lr)
 
+    def finish(self) -> None:
+        self._steps.finish()
+
     def whole_net(self) -> LocalNetwork:
         self._steps.finish()
         return self.net

@@ -36,6 +36,10 @@ class SkippableOptimizer(Protocol):
 
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
+    def register_step_pre_hook(self, hook: Any) -> Any: ...
+
+    def register_step_post_hook(self, hook: Any) -> Any: ...
+
 
 class SGD(torch.optim.SGD):
     """PyTorch's SGD, skippable."""

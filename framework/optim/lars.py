@@ -33,9 +33,14 @@ class Shard:
     """One rank's shard of a parameter group that was flattened and split over ranks, as ZeRO does.
 
     The engine stores it as ``group["shard"]``. The group's only parameter is then the rank's flat tensor.
+
+    Attributes:
+        parameters: names of those that were flattened, in the network.
+        pieces: what of them this rank has.
+        process_group: the ranks that have the rest.
     """
 
-    parameters: int
+    parameters: tuple[str, ...]
     pieces: tuple[Piece, ...]
     process_group: dist.ProcessGroup | None
 
@@ -97,9 +102,9 @@ class LARS(torch.optim.Optimizer):
         trained = [p for p in group["params"] if p.grad is not None]
         if not trained:
             return
-        weights = [_local(p) for p in trained]
-        gradients = [_local(p.grad) for p in trained]
-        velocities = [_local(self._velocity(p)) for p in trained]
+        weights = [local_part(p) for p in trained]
+        gradients = [local_part(p.grad) for p in trained]
+        velocities = [local_part(self._velocity(p)) for p in trained]
         if shard := group.get("shard"):
             (weights, gradients, velocities) = map(shard.views, (weights[0], gradients[0], velocities[0]))
         if not weights:  # nothing but padding here, but the all-reduce needs this rank
@@ -123,7 +128,8 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -132,9 +138,9 @@ def _adapted_rates(
 ) -> list[Tensor]:
     """Learning rate of each local tensor, as scalar tensors: the host does not wait for the GPU."""
     shard: Shard | None = group.get("shard")
-    count = shard.parameters if shard else len(weights)
+    count = len(shard.parameters) if shard else len(weights)
     owners = [piece.parameter for piece in shard.pieces] if shard else range(count)
-    norms = [torch.zeros((), dtype=torch.float64, device=_local(like).device)] * (2 * count)
+    norms = [torch.zeros((), dtype=torch.float64, device=local_part(like).device)] * (2 * count)
     for offset, tensors in ((0, weights), (count, decayed)):
         if tensors:
             for owner, norm in zip(owners, torch._foreach_norm(tensors, 2, torch.float64), strict=True):

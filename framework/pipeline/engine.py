@@ -116,6 +116,9 @@ class PipelinedEngine:
         pending = dist.all_reduce(losses, group=self._reports, async_op=True)
         return StepResult(losses, skipped, pending, self._worker.hopeless)
 
+    def finish(self) -> None:
+        """Nothing is left over."""
+
     def whole_net(self) -> LocalNetwork:
         self._drain()
         self.net.to(device())

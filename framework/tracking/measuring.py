@@ -1,4 +1,4 @@
-"""How fast a training is, and how much memory it takes; what is done in its pauses counts for neither."""
+"""How fast a training is, how long it waits, and how much memory it takes; what its pauses take does not count."""
 
 from __future__ import annotations
 
@@ -7,29 +7,43 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
+T = TypeVar("T")
+
+
+class _Mark(NamedTuple):
+    """Where a training was when a step was done: the time, and images and seconds of waiting up to then."""
+
+    time: float
+    images: int
+    waited: float
+
 
 class Throughput:
-    """Images per second: over the last steps, and over all but the first of every start.
+    """Images per second, and the share of the time waited for them: over the last steps, and over all of the run.
 
-    The first step, which pays for compilation, caches and the filling of the loader's queues, is left out.
+    The first step of every start, which pays for compilation, caches and the filling of the loader's queues, is left
+    out.
 
     Args:
         images: those that earlier starts of the run timed.
         seconds: the time that they took.
         window: steps that count as the last ones.
         clock: seconds since whenever.
+        waited: seconds of them that were spent waiting.
 
     Attributes:
         images: timed so far.
         seconds: that they took.
+        waited: seconds of them that were spent in ``waiting``.
     """
 
     def __init__(
@@ -38,21 +52,36 @@ class Throughput:
         seconds: float = 0.0,
         window: int = 20,
         clock: Callable[[], float] = time.perf_counter,
+        waited: float = 0.0,
     ) -> None:
-        self.images, self.seconds = images, seconds
-        self._clock, self._paused = clock, 0.0
-        self._recent: deque[tuple[float, int]] = deque(maxlen=window + 1)  # time, images up to then
+        self.images, self.seconds, self.waited = images, seconds, waited
+        self._clock, self._paused, self._waiting = clock, 0.0, 0.0
+        self._recent: deque[_Mark] = deque(maxlen=window + 1)
 
     def step(self, images: int) -> float:
         """Note that ``images`` more are done; the rate over the last ``window`` steps, 0 after the first."""
         now, seen = self._clock() - self._paused, 0
         if self._recent:
-            before, seen = self._recent[-1]
+            before = self._recent[-1]
+            seen = before.images
             self.images += images
-            self.seconds += now - before
-        self._recent.append((now, seen + images))
-        (start, first), (end, last) = self._recent[0], self._recent[-1]
-        return (last - first) / (end - start) if end > start else 0.0
+            self.seconds += now - before.time
+            self.waited += self._waiting - before.waited
+        self._recent.append(_Mark(now, seen + images, self._waiting))
+        first, last = self._recent[0], self._recent[-1]
+        return _ratio(last.images - first.images, last.time - first.time)
+
+    def waiting(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; the time until each is there counts as waited."""
+        iterator = iter(items)
+        while True:
+            start = self._clock()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self._waiting += self._clock() - start
+            yield item
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -66,7 +95,24 @@ class Throughput:
     @property
     def mean(self) -> float:
         """The rate over all timed images; 0 if there are none."""
-        return self.images / self.seconds if self.seconds else 0.0
+        return _ratio(self.images, self.seconds)
+
+    @property
+    def waited_lately(self) -> float:
+        """Share of the time of the last steps that was spent waiting, between 0 and 1."""
+        first, last = (
+            (self._recent[0], self._recent[-1]) if self._recent else (_Mark(0, 0, 0), _Mark(0, 0, 0))
+        )
+        return _ratio(last.waited - first.waited, last.time - first.time)
+
+    @property
+    def mean_waited(self) -> float:
+        """The same of all timed steps."""
+        return _ratio(self.waited, self.seconds)
+
+
+def _ratio(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds > 0 else 0.0
 
 
 class PeakMemory:

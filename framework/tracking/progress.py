@@ -40,10 +40,10 @@ class Progress:
             TextColumn("epoch {task.fields[epoch]:.1f}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]:.0f} images/s"),
+            TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
         )
-        self._task = self._bar.add_task("", total=steps, completed=start, epoch=0.0, speed=0.0)
+        self._task = self._bar.add_task("", total=steps, completed=start, epoch=0.0, speed=_speed(0.0))
         self._live = Live(self._bar, console=self._console, refresh_per_second=4)
 
     def __enter__(self) -> Progress:
@@ -55,19 +55,28 @@ class Progress:
         if self._enabled and self._console.is_terminal:
             self._live.stop()
 
-    def update(self, step: int, epoch: float, losses: Mapping[str, float], images_per_second: float) -> None:
+    def update(
+        self,
+        step: int,
+        epoch: float,
+        losses: Mapping[str, float],
+        images_per_second: float,
+        mfu: float | None = None,
+    ) -> None:
         """Show that step ``step`` (counted from 0) is done."""
         if not self._enabled:
             return
         text = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=step + 1, epoch=epoch, speed=images_per_second)
+            self._bar.update(
+                self._task, completed=step + 1, epoch=epoch, speed=_speed(images_per_second, mfu)
+            )
             self._live.update(Group(self._bar, Text(text, style="dim")))
             return
         now = time.monotonic()
         if now - self._printed >= self._interval or step + 1 == self._steps:
             self._printed = now
-            speed = f"  {images_per_second:.0f} images/s" if images_per_second else ""
+            speed = f"  {_speed(images_per_second, mfu)}" if images_per_second else ""
             head = f"step {step + 1}/{self._steps}  epoch {epoch:.1f}{speed}"
             print(f"{head}  {text}", file=self._console.file, flush=True)
 
@@ -75,3 +84,7 @@ class Progress:
         """A line that stays, above the bar."""
         if self._enabled:
             self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def _speed(images_per_second: float, mfu: float | None = None) -> str:
+    return f"{images_per_second:.0f} images/s" + ("" if mfu is None else f", MFU {mfu:.0%}")

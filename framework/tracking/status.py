@@ -95,6 +95,12 @@ class RunStatus:
         return float(self.last.get("images_per_second") or 0) / self._train["batch_size"]
 
     @property
+    def loader_wait(self) -> float | None:
+        """Share of the time of the last steps in which training waited for the loader; logs of before lack it."""
+        wait: float | None = self.last.get("loader_wait")
+        return wait
+
+    @property
     def state(self) -> str:
         """``starting``, ``running``, ``finished``, or for how long nothing was logged."""
         if not self._log.exists():
@@ -149,6 +155,7 @@ def _lines(run: RunStatus) -> RenderableType:
         f"step {done} of {in_all or '?'}",
         *([f"{run.per_second:.2f} steps/s"] if run.per_second else []),
         *([f"{run.remaining} to go"] if run.remaining else []),
+        *([f"{run.loader_wait:.0%} waiting for data"] if run.loader_wait is not None else []),
     ]
     saved, broken = run.checkpoint
     grid = Table.grid(padding=(0, 1), pad_edge=True)

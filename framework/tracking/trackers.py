@@ -54,7 +54,7 @@ class Logs:
 
     def write(self, step: int, **numbers: Any) -> None:
         """Note a step, counted from 0, if it is one of those that are noted, or was skipped."""
-        if step % self._every and step != self._last and not numbers.get("skipped"):
+        if not noted(step, self._every, self._last) and not numbers.get("skipped"):
             return
         self._log.write(step, **numbers)
         self._track(step, numbers)
@@ -71,6 +71,11 @@ class Logs:
             except Exception as error:  # a service that is down must not end a run of weeks
                 logger.warning("%s is left out from step %d on: %s", type(tracker).__name__, step, error)
                 self._trackers.remove(tracker)
+
+
+def noted(step: int, every: int, last: int) -> bool:
+    """Whether a step, counted from 0, is one of those that are noted whatever happens: every so many, and the last."""
+    return step % every == 0 or step == last
 
 
 class TensorBoard:

@@ -6,7 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +19,11 @@ from framework.checkpoints.retention import Keep
 from framework.checkpoints.saver import Saver
 from framework.config import loading
 from framework.config.recipe import Recipe
+from framework.cost.utilization import Utilization
 from framework.data.batch import Batch
 from framework.data.loading.loader import TrainLoader
 from framework.engines import Engine, StepResult
+from framework.engines.norms import Norms, UnitNorms
 from framework.evaluation.run_folder import recipe_values
 from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate, learning_rate_of_epoch
@@ -32,8 +34,9 @@ from framework.runtime.requests import Request, Requests
 from framework.tracking.environment import environment
 from framework.tracking.measuring import PeakMemory, Throughput
 from framework.tracking.metric_log import MetricLog
+from framework.tracking.profiling import StepProfiler, steps_to_profile
 from framework.tracking.progress import Progress
-from framework.tracking.trackers import Logs, open_trackers
+from framework.tracking.trackers import Logs, noted, open_trackers
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Position:
         nonfinite: steps that were skipped for losses or gradients that were infinite or NaN.
         images: those that were timed, over all starts.
         seconds: that their steps took.
+        waited: seconds of them that rank 0 waited for the loader.
         peak_memory_bytes: the largest of rank 0.
     """
 
@@ -58,15 +62,17 @@ class Position:
     nonfinite: int = 0
     images: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     peak_memory_bytes: int = 0
 
 
 class Pending(NamedTuple):
-    """A step that is launched. Its losses, and requests made meanwhile, are read up to ``engine.lag`` steps later."""
+    """A step that is launched. Its numbers, and requests made meanwhile, are read up to ``engine.lag`` steps later."""
 
     step: int
     lr: float
     result: StepResult
+    unit_norms: Callable[[], Norms]
     answer: Callable[[], Request]
 
 
@@ -80,6 +86,10 @@ class Loop:
         position: where to go on.
         score: measures the network during training: accuracies in per cent, on rank 0.
         check: raises if another process has the run's folder; called before whatever is written there.
+        utilization: of the GPUs, where it can be told.
+
+    Raises:
+        UserError: steps are to be profiled, and none of them will be made.
     """
 
     def __init__(
@@ -90,18 +100,21 @@ class Loop:
         position: Position,
         score: Callable[[], dict[str, float]],
         check: Callable[[], None] = unlocked,
+        utilization: Utilization | None = None,
     ) -> None:
         self.recipe, self.engine, self.loader, self.position = recipe, engine, loader, position
-        self.score, self.check = score, check
+        self.score, self.check, self.utilization = score, check, utilization
         self.run_dir = Path(recipe.run_dir)
         self.per_epoch = loader.steps_per_epoch
         self.total = recipe.train.epochs * self.per_epoch
         self.stop = min(self.total, recipe.train.max_steps or self.total)
         self.units = [unit.name for unit in engine.net.plan.units]
         self.weights = [unit.weight for unit in engine.net.plan.units]
-        self.speed = Throughput(position.images, position.seconds)
+        self.speed = Throughput(position.images, position.seconds, waited=position.waited)
         self.memory = PeakMemory(distributed.device(), position.peak_memory_bytes)
         self.norms = RunningStatistics(engine.net) if recipe.faults.nonfinite == "skip" else None
+        self.unit_norms = UnitNorms(engine, recipe.pipeline.stages) if recipe.logging.norms else None
+        self.profiled = steps_to_profile(recipe.logging.profile, position.step, self.stop)
         self.broken_before = position.broken
         self.since_save: list[float] = []
         every = recipe.checkpoint.keep_every_epochs
@@ -128,8 +141,12 @@ class Loop:
             self.saver,
             self._open_logs(start) as logs,
             Progress(self.stop, start, enabled=distributed.is_main()) as progress,
+            StepProfiler(
+                self.profiled, self.run_dir, distributed.device(), self._paused, self.check
+            ) as profiler,
         ):
             for step, batches in enumerate(self._batches(start), start):
+                profiler.begin(step)
                 request = Request.NOTHING
                 pending.append(self._step(step, batches, requests))
                 due = self._checkpoint_due()
@@ -157,6 +174,7 @@ class Loop:
         """Begin to write a checkpoint of the current step; all ranks must call it."""
         self.position.broken = self.broken_before + distributed.sum_over_ranks(self.loader.skipped)
         self.position.images, self.position.seconds = self.speed.images, self.speed.seconds
+        self.position.waited = self.speed.waited
         self.position.peak_memory_bytes = self.memory.bytes
         state = {
             "position": asdict(self.position),
@@ -174,7 +192,7 @@ class Loop:
         return {
             "steps": self.position.step,
             "epochs": self.position.step / self.per_epoch,
-            "images_per_second": round(self.speed.mean, 2),
+            **self._speeds(round(self.speed.mean, 2), self.speed.mean_waited),
             "broken_images": self.position.broken,
             "nonfinite_steps": self.position.nonfinite,
             "peak_memory_bytes": self.memory.bytes,
@@ -186,33 +204,37 @@ class Loop:
             yield from ([] for _ in range(start, self.stop))
             return
         with distributed.own_errors():
-            yield from self.loader.steps(start, self.stop)
+            yield from self.speed.waiting(self.loader.steps(start, self.stop))
 
     def _step(self, step: int, batches: list[Batch], requests: Requests) -> Pending:
         _seed(self.recipe.seed, step, self.recipe.pipeline.stages)
         lr = self._learning_rate()
         if self.norms:
             self.norms.remember()
+        measured = self.unit_norms if noted(step, self.recipe.logging.every_steps, self.stop - 1) else None
+        if measured:
+            measured.measure()
         result = self.engine.step(batches, lr)
+        unit_norms = measured.result() if measured else dict
         if self.norms and result.skipped:
             self.norms.put_back()
         self.memory.step()
         self.position.step += 1
         self.position.updates += not result.skipped
         self.position.skipped = result.skipped
-        return Pending(step, lr, result, requests.ask())
+        return Pending(step, lr, result, unit_norms, requests.ask())
 
     def _read(self, pending: Pending, logs: Logs | None, progress: Progress) -> Request:
         """Log a step, and check its losses; returns what people have asked for."""
-        step, lr, result, answer = pending
-        losses = dict(zip(self.units, result.losses(), strict=True))
+        step, lr, result, unit_norms, answer = pending
+        losses, norms = dict(zip(self.units, result.losses(), strict=True)), unit_norms()
         speed = self.speed.step(self.recipe.train.batch_size)
         epoch = (step + 1) / self.per_epoch
+        speeds = self._speeds(speed, self.speed.waited_lately)
+        more = {"skipped": result.skipped} | ({} if result.skipped else norms)
         if logs:
-            logs.write(
-                step, epoch=epoch, lr=lr, losses=losses, images_per_second=speed, skipped=result.skipped
-            )
-        progress.update(step, epoch, losses, speed)
+            logs.write(step, epoch=epoch, lr=lr, losses=losses, **speeds, **more)
+        progress.update(step, epoch, losses, speed, speeds.get("mfu"))
         self._check_finite(step, losses, result)
         return answer()
 
@@ -255,12 +277,24 @@ class Loop:
         return every is not None and step % (every * self.per_epoch) == 0 and step < self.stop
 
     def _measure(self, step: int, logs: Logs | None, progress: Progress) -> None:
-        with self.speed.paused(), self.memory.paused():
+        with self._paused():
             scores = self.score()
         epoch = (step + 1) / self.per_epoch
         if logs:
             logs.write_scores(step, epoch=epoch, scores=scores)
             progress.note(f"epoch {epoch:g}: " + ", ".join(f"{k} {v:.1f} %" for k, v in scores.items()))
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What the block takes counts neither for speed nor for memory."""
+        with self.speed.paused(), self.memory.paused():
+            yield
+
+    def _speeds(self, images_per_second: float, loader_wait: float) -> dict[str, float]:
+        """These and, where it can be told, model FLOPs utilization."""
+        speeds = {"images_per_second": images_per_second, "loader_wait": round(loader_wait, 4)}
+        mfu = {"mfu": round(self.utilization.at(images_per_second), 4)} if self.utilization else {}
+        return speeds | mfu
 
     def _checkpoint_due(self) -> bool:
         step, every = self.position.step, self.recipe.checkpoint

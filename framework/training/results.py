@@ -74,7 +74,8 @@ def _measured(run_dir: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     if run["images_per_second"] or not path.exists():
         return dict(run)
     before = read_object(path)
-    kept = {key: before[key] for key in ("images_per_second", "peak_memory_bytes")}
+    measured = ("images_per_second", "loader_wait", "mfu", "peak_memory_bytes")
+    kept = {key: before[key] for key in measured if key in before}
     return {**run, **kept} if before["steps"] == run["steps"] else dict(run)
 
 

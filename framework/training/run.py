@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from framework.config.recipe import Recipe
+from framework.cost.utilization import Utilization, utilization
 from framework.data.loading.loader import TrainLoader
 from framework.data.splits import Splits
 from framework.evaluation.scoring import check_scorable, score_trained
@@ -19,6 +20,7 @@ from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.requests import Request
 from framework.runtime.run_lock import held
+from framework.tracking.environment import device_name
 from framework.training.engine_choice import build_engine
 from framework.training.loop import Loop
 from framework.training.results import leave_results
@@ -84,7 +86,7 @@ def train(recipe: Recipe) -> Request:
             with watchdog.during("scoring"):
                 return score_trained(recipe, engine.whole_net(), splits, recipe.evaluate.images)
 
-        loop = Loop(recipe, engine, loader, position, score, check)
+        loop = Loop(recipe, engine, loader, position, score, check, _utilization(recipe, splits.num_classes))
         with _one_value_named(recipe):
             request = loop.run(watchdog.step)
         if request >= Request.STOP:
@@ -98,6 +100,16 @@ def train(recipe: Recipe) -> Request:
                 leave_results(recipe, engine, splits, loop.summary(), check)
         engine.close()
     return request
+
+
+def _utilization(recipe: Recipe, num_classes: int) -> Utilization | None:
+    """Of all GPUs, on rank 0, which writes it down."""
+    device = distributed.device()
+    if device.type != "cuda" or not distributed.is_main():
+        return None
+    devices = distributed.world_size()
+    with distributed.replicas("alone"):
+        return utilization(recipe, num_classes, device_name(device), devices)
 
 
 def _opened(recipe: Recipe) -> tuple[Splits, LocalNetwork, TrainLoader]:

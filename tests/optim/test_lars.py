@@ -108,7 +108,7 @@ def sharded_step(steps: int) -> list[Tensor] | None:
         start += p.numel()
     mine = nn.Parameter(flat[begin : begin + size].clone())
     optimizer = LARS([{"params": [mine], "weight_decay": 0.01, "adapt": True}])
-    optimizer.param_groups[0]["shard"] = Shard(len(kept), tuple(pieces), None)
+    optimizer.param_groups[0]["shard"] = Shard(tuple(map(str, numbers)), tuple(pieces), None)
     for step in range(steps):
         whole = torch.cat([gradient(params[n], step, n).flatten() for n in numbers])
         mine.grad = nn.functional.pad(whole, (0, len(flat) - len(whole)))[begin : begin + size].clone()

@@ -157,6 +157,37 @@ def test_throughput_goes_on_and_leaves_pauses_out() -> None:
     assert speed.mean == pytest.approx(60 / 53)
 
 
+class Clock:
+    """Time passes only where a test lets it."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_share_of_waiting_is_that_of_timed_steps_outside_pauses() -> None:
+    clock = Clock()
+    speed = Throughput(window=2, clock=clock)
+
+    def slow_loader() -> Iterator[int]:
+        for seconds in (50.0, 3.0, 1.0, 0.0):  # the first fills its queues
+            clock.now += seconds
+            yield 10
+
+    shares = []
+    for images in speed.waiting(slow_loader()):
+        clock.now += 2
+        speed.step(images)
+        shares.append(speed.waited_lately)
+        with speed.paused():
+            clock.now += 1000
+    assert shares == [0.0, 3 / 5, 4 / 8, 1 / 5]
+    assert (speed.waited, speed.seconds, speed.mean_waited) == (4.0, 10.0, 0.4)
+    again = Throughput(speed.images, speed.seconds, clock=clock, waited=speed.waited)
+    assert again.mean_waited == 0.4 and again.waited_lately == 0.0 and Throughput().mean_waited == 0.0
+
+
 def progress(steps: int, units: int, **options: object) -> str:
     console = Console(file=io.StringIO(), width=80, height=50, **options)  # type: ignore[arg-type]
     with Progress(steps, console=console, interval=1e9) as bar:
@@ -172,6 +203,14 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then() -> None:
     assert lines[1].startswith("step 20/20  epoch 4.8  1234 images/s  unit0 0.019  unit1 1.019")
     assert lines[1].endswith("unit53 53.019")
     assert "\x1b" not in lines[1]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_utilization_stands_behind_the_speed(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal)
+    with Progress(1, console=console) as bar:
+        bar.update(0, epoch=0.1, losses={"a": 1.0}, images_per_second=1234.4, mfu=0.406)
+    assert "1234 images/s, MFU 41%" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

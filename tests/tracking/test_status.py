@@ -76,6 +76,11 @@ def test_a_run_is_followed_through_restarts(tmp_path: Path) -> None:
     log.close()
 
 
+def test_waiting_for_the_loader_is_shown(tmp_path: Path) -> None:
+    write(new_run(tmp_path), range(4), loader_wait=0.37)
+    assert "2.00 steps/s, 0:00:48 to go, 37% waiting for data" in " ".join(drawn(RunStatus(tmp_path)).split())
+
+
 def test_losses_of_many_units_take_lines_of_their_own(tmp_path: Path) -> None:
     log = new_run(tmp_path)
     log.write(0, epoch=0.25, lr=0.1, losses={f"layer{i // 18}.{i}/window": i + 0.5 for i in range(54)})
