@@ -16,8 +16,19 @@ def check(recipe: Recipe) -> None:
     if warmup > epochs:
         raise Fault("optim.warmup_epochs", warmup, f"must be at most train.epochs={epochs}; set it, too")
     recipe.method.options.check()
+    _check_views(recipe)
     _check_pipeline(recipe)
     _check_execution(recipe)
+
+
+def _check_views(recipe: Recipe) -> None:
+    policy, kind = recipe.views.rand_augment, recipe.views.kind
+    if policy is None:
+        return
+    if kind not in ("supervised", "cifar"):
+        raise Fault("views.rand_augment", policy, f"is for views.kind=supervised or cifar, not {kind}")
+    if recipe.data.cache == "memory":
+        raise Fault("views.rand_augment", policy, "works on images as they are decoded: set data.cache=none")
 
 
 def _check_pipeline(recipe: Recipe) -> None:

@@ -194,6 +194,8 @@ class Loop:
         if self.norms:
             self.norms.remember()
         result = self.engine.step(batches, lr)
+        if self.engine.net.average is not None:
+            self.engine.net.average.update(self.engine.net, float(not result.skipped))
         if self.norms and result.skipped:
             self.norms.put_back()
         self.memory.step()
