@@ -19,7 +19,7 @@ Probabilities: TypeAlias = Probability | Annotated[tuple[Probability, ...], Fiel
 Strengths: TypeAlias = NonNegative | Annotated[tuple[NonNegative, ...], Field(min_length=1)]
 #: What timm's ``rand_augment_transform`` takes; it passes over or fails at anything else.
 RAND_AUGMENT = re.compile(
-    r"rand(-(m\d+|n[1-9]|p(0|1|0?\.\d+)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw?)))*"
+    r"rand(-(m\d+|n[1-9]|p(0|1(\.0+)?|0?\.\d+)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw?)))*"
 )
 PER_VIEW = ("flip", "jitter_strength", "jitter_probability", "grayscale", "blur", "solarize")
 

@@ -43,17 +43,18 @@ class WeightAverage(nn.Module):
         for name in self._names:
             place, _, own = name.rpartition(".")
             _module(self, place).register_buffer(own, entries[name].clone())
+        self._followed = self._names
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def follow_only(self, names: Iterable[str]) -> None:
         """Follow what this process trains of the network, by name in its state; ``update`` leaves the rest alone."""
-        followed = set(names)
-        self._names = [name for name in self._names if name in followed]
+        trained = set(names)
+        self._followed = [name for name in self._names if name in trained]
 
     def shard_like(self, net: LocalNetwork) -> None:
         """Be sharded as FSDP2 has sharded the weights, so that an update sends nothing."""
-        for name, live in self._live(net).items():
+        for name, live in _entries(net, self._names):
             if isinstance(live, DTensor):
                 whole = self.get_buffer(name)
                 place, _, own = name.rpartition(".")
@@ -63,7 +64,7 @@ class WeightAverage(nn.Module):
     @torch.no_grad()
     def update(self, net: LocalNetwork, taken: Tensor | float = 1.0) -> None:
         """The optimizer has just stepped; ``taken`` is 0 where it skipped the step. Nothing is sent or read."""
-        pairs = self._pairs(net)
+        pairs = self._pairs(net, self._followed)
         first = (self.updates == 0).double()
         follow([pair for pair in pairs if pair[0].is_floating_point()], taken * first.clamp(min=self._rate))
         if others := [pair for pair in pairs if not pair[0].is_floating_point()]:
@@ -74,18 +75,14 @@ class WeightAverage(nn.Module):
     @torch.no_grad()
     def exchange(self, net: LocalNetwork) -> None:
         """Weights and averages change places; a second call puts both back, to the last bit."""
-        for average, live in self._pairs(net):
+        for average, live in self._pairs(net, self._names):
             before = live.clone()
             live.copy_(average)
             average.copy_(before)
 
-    def _live(self, net: LocalNetwork) -> dict[str, Tensor]:
-        entries = net.state_dict(keep_vars=True)
-        return {name: entries[name] for name in self._names}
-
-    def _pairs(self, net: LocalNetwork) -> list[tuple[Tensor, Tensor]]:
-        """Each average with what it follows; of what is sharded this rank's parts."""
-        return [(_own(self.get_buffer(name)), _own(live)) for name, live in self._live(net).items()]
+    def _pairs(self, net: LocalNetwork, names: Iterable[str]) -> list[tuple[Tensor, Tensor]]:
+        """Averages, each with what it follows; of what is sharded this rank's parts."""
+        return [(_own(self.get_buffer(name)), _own(live)) for name, live in _entries(net, names)]
 
 
 @contextmanager
@@ -114,6 +111,12 @@ def _module(root: nn.Module, path: str) -> nn.Module:
             root.add_module(name, nn.Module())
         root = root.get_submodule(name)
     return root
+
+
+def _entries(net: nn.Module, names: Iterable[str]) -> list[tuple[str, Tensor]]:
+    """Tensors of a network's state, themselves."""
+    entries = net.state_dict(keep_vars=True)
+    return [(name, entries[name]) for name in names]
 
 
 def _own(tensor: Tensor) -> Tensor:

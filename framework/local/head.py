@@ -292,7 +292,8 @@ class WeightedHeads(Head):
         self.needs = frozenset().union(*(head.needs for head in heads))
         self.contrasts = any(head.contrasts for head in heads)
         self.fewest_images = max(head.fewest_images for head in heads)
-        self.soft_labels = all(head.soft_labels for head in heads if Need.LABELS in head.needs)
+        labeled = [head for head in heads if Need.LABELS in head.needs]
+        self.soft_labels = bool(labeled) and all(head.soft_labels for head in labeled)
         self.reads = tuple(dict.fromkeys(s for head in heads for s in head.reads))
         self.penalizes = any(head.penalizes for head in heads)
         self.may_lag = all(head.may_lag for head in heads)

@@ -37,6 +37,7 @@ def _transform(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[Ima
     settings = {
         "translate_const": int(0.45 * size),
         "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
+        "interpolation": Image.Resampling.BICUBIC,  # as crops
     }
     transform = rand_augment_transform(policy, settings)
     for operation in transform.ops:
@@ -47,6 +48,6 @@ def _transform(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[Ima
 
 def _posterized(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
     """timm's, which at the largest magnitudes asks Pillow for 0 bits: black, which newer Pillows refuse to make."""
-    if bits == 0:
+    if bits <= 0:
         return Image.new(image.mode, image.size)
     return cast("Image.Image", posterize(image, bits, **settings))
