@@ -22,6 +22,7 @@ from framework.model import local_network
 from framework.runtime.distributed import is_main
 from framework.runtime.errors import UserError
 from tests.support import pipelines, training
+from tests.support.marks import slow
 from tests.support.pipelines import Run
 from tests.support.training import Case
 
@@ -144,11 +145,16 @@ def check(states: list[State], net: LocalNetwork) -> None:
         torch.testing.assert_close(found["features"], features(net))
 
 
-MORE = [
-    Case("bp", engine="ddp"),
-    Case("bp", zero_stage=1),
-    Case("mlaan", zero_stage=0, cut="block"),
-    Case("dgl", zero_stage=2),
+ENGINES = [
+    Case("bp", engine="fsdp"),
+    *slow(
+        [
+            Case("bp", engine="ddp"),
+            Case("bp", zero_stage=1),
+            Case("mlaan", zero_stage=0, cut="block"),
+            Case("dgl", zero_stage=2),
+        ]
+    ),
 ]
 
 
