@@ -150,8 +150,9 @@ class LocalNetwork(nn.Module):
         self.program = replace(self.program, runners=tuple(compiled(segment) for segment in self.segments))
 
     def keep_average(self, decay: float) -> None:
-        """Have an average of the weights in the state from now on; ``average.update`` belongs behind each step."""
-        self.average = WeightAverage(self, decay)
+        """Have an average of what evaluation runs in the state from now on; call ``average.update`` after each step."""
+        last = next(name for name, head in self.heads.items() if head is self.plan.units[-1].head)
+        self.average = WeightAverage(self, ["backbone", *[f"heads.{last}"] * self.classifies], decay)
 
     def penalty(self) -> Tensor | None:
         """Sum of the heads' penalties (scalar); ``None`` if there are none."""

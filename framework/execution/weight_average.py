@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from framework.local.copies import follow
-
-if TYPE_CHECKING:
-    from framework.execution.local_network import LocalNetwork
 
 PREFIX = "average."  # of its names in a network's state
 
@@ -22,23 +17,21 @@ class WeightAverage(nn.Module):
     """average <- d average + (1 - d) weights after every optimizer step; the first one sets it to the weights.
 
     As timm's ``ModelEmaV3`` in timm's training, floating-point buffers (BatchNorm's statistics) are averaged, too, and
-    others copied. It holds what evaluation runs: the backbone, and the last unit's head if that classifies. All are
-    buffers, named like what they follow, so checkpoints have them, whole, under every engine.
+    others copied. All are buffers, named like what they follow, so checkpoints have them, whole, under every engine.
 
     Args:
         net: whose weights it begins with.
+        parts: the modules in it that are averaged, by name.
         decay: d.
 
     Attributes:
         updates: those that were made.
     """
 
-    def __init__(self, net: LocalNetwork, decay: float) -> None:
+    def __init__(self, net: nn.Module, parts: Iterable[str], decay: float) -> None:
         super().__init__()
         self._rate = 1.0 - decay
-        last = next(name for name, head in net.heads.items() if head is net.plan.units[-1].head)
-        prefixes = ("backbone.", f"heads.{last}.") if net.classifies else ("backbone.",)
-        entries = net.state_dict()
+        entries, prefixes = net.state_dict(), tuple(f"{part}." for part in parts)
         self._names = [name for name in entries if name.startswith(prefixes)]
         for name in self._names:
             place, _, own = name.rpartition(".")
@@ -52,7 +45,7 @@ class WeightAverage(nn.Module):
         trained = set(names)
         self._followed = [name for name in self._names if name in trained]
 
-    def shard_like(self, net: LocalNetwork) -> None:
+    def shard_like(self, net: nn.Module) -> None:
         """Be sharded as FSDP2 has sharded the weights, so that an update sends nothing."""
         for name, live in _entries(net, self._names):
             if isinstance(live, DTensor):
@@ -62,39 +55,26 @@ class WeightAverage(nn.Module):
                 self.get_submodule(place).register_buffer(own, sharded)
 
     @torch.no_grad()
-    def update(self, net: LocalNetwork, taken: Tensor | float = 1.0) -> None:
+    def update(self, net: nn.Module, taken: Tensor | float = 1.0) -> None:
         """The optimizer has just stepped; ``taken`` is 0 where it skipped the step. Nothing is sent or read."""
-        pairs = self._pairs(net, self._followed)
+        pairs = [(_own(self.get_buffer(name)), _own(live)) for name, live in _entries(net, self._followed)]
         first = (self.updates == 0).double()
-        follow([pair for pair in pairs if pair[0].is_floating_point()], taken * first.clamp(min=self._rate))
+        rate = taken * first.clamp(min=self._rate)
+        follow([pair for pair in pairs if pair[0].is_floating_point()], rate)
         if others := [pair for pair in pairs if not pair[0].is_floating_point()]:
             averages, live = map(list, zip(*others, strict=True))
             torch._foreach_copy_(averages, live)
-        self.updates += torch.as_tensor(taken, device=self.updates.device).to(self.updates.dtype)
+        self.updates += rate > 0
 
     @torch.no_grad()
-    def exchange(self, net: LocalNetwork) -> None:
+    def exchange(self, net: nn.Module) -> None:
         """Weights and averages change places; a second call puts both back, to the last bit."""
-        for average, live in self._pairs(net, self._names):
-            before = live.clone()
-            live.copy_(average)
+        once = {live: name for name, live in _entries(net, self._names)}  # what a state has under two names
+        for live, name in once.items():
+            own, average = _own(live), _own(self.get_buffer(name))
+            before = own.clone()
+            own.copy_(average)
             average.copy_(before)
-
-    def _pairs(self, net: LocalNetwork, names: Iterable[str]) -> list[tuple[Tensor, Tensor]]:
-        """Averages, each with what it follows; of what is sharded this rank's parts."""
-        return [(_own(self.get_buffer(name)), _own(live)) for name, live in _entries(net, names)]
-
-
-@contextmanager
-def averaged(net: LocalNetwork) -> Iterator[LocalNetwork]:
-    """The network with its averaged weights inside, if it has some; afterwards it has its own again."""
-    if net.average is not None:
-        net.average.exchange(net)
-    try:
-        yield net
-    finally:
-        if net.average is not None:
-            net.average.exchange(net)
 
 
 def evaluated_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,4 +100,5 @@ def _entries(net: nn.Module, names: Iterable[str]) -> list[tuple[str, Tensor]]:
 
 
 def _own(tensor: Tensor) -> Tensor:
+    """Of what is sharded this rank's part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

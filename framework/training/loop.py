@@ -194,10 +194,10 @@ class Loop:
         if self.norms:
             self.norms.remember()
         result = self.engine.step(batches, lr)
-        if self.engine.net.average is not None:
-            self.engine.net.average.update(self.engine.net, float(not result.skipped))
         if self.norms and result.skipped:
             self.norms.put_back()
+        if self.engine.net.average is not None:
+            self.engine.net.average.update(self.engine.net, float(not result.skipped))
         self.memory.step()
         self.position.step += 1
         self.position.updates += not result.skipped

@@ -15,8 +15,8 @@ from framework.checkpoints.snapshot import export_backbone
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
 from framework.engines import Engine
+from framework.evaluation.features import averaged
 from framework.evaluation.scoring import score
-from framework.execution.weight_average import averaged
 from framework.runtime import distributed
 from framework.runtime.files import read_object, write_whole
 from framework.tracking.metric_log import read_log, write_result

@@ -11,9 +11,9 @@ from pathlib import Path
 from framework.config.recipe import Recipe
 from framework.data.loading.loader import TrainLoader
 from framework.data.splits import Splits
+from framework.evaluation.features import averaged
 from framework.evaluation.scoring import check_scorable, score_trained
 from framework.execution import LocalNetwork
-from framework.execution.weight_average import averaged
 from framework.local import Need
 from framework.model import recipe_network
 from framework.runtime import distributed, joining, requests, watchdog

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from framework.checkpoints.run_checkpoints import save_checkpoint
 from framework.checkpoints.snapshot import load_checkpoint
 from framework.data.batch import Batch
 from framework.engines import Engine
-from framework.evaluation.features import evaluating
+from framework.evaluation.features import averaged, evaluating
 from framework.execution import LocalNetwork
-from framework.execution.weight_average import PREFIX, averaged, evaluated_backbone
+from framework.execution.weight_average import PREFIX, WeightAverage, evaluated_backbone
 from framework.model import local_network
 from framework.runtime.distributed import is_main
 from framework.runtime.errors import UserError
@@ -94,6 +94,18 @@ def test_inside_the_network_is_its_average_and_afterwards_itself() -> None:
     with evaluating(other):
         assert torch.equal(other.features(images), found[0]) and torch.equal(other.predict(images), found[1])
     assert all(torch.equal(t, before[f"{PREFIX}backbone.{n}"]) for n, t in evaluated_backbone(before).items())
+
+
+def test_a_weight_of_two_names_is_exchanged_once() -> None:
+    net = nn.Module()
+    net.first = net.second = nn.Linear(2, 3)
+    average, before = WeightAverage(net, ["first", "second"], DECAY), net.first.weight.detach().clone()
+    with torch.no_grad():
+        net.first.weight.add_(1.0)
+    average.exchange(net)
+    assert torch.equal(net.second.weight, before)
+    average.exchange(net)
+    assert torch.equal(net.second.weight, before + 1.0)
 
 
 def features(net: LocalNetwork) -> Tensor:
