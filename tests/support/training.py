@@ -73,6 +73,8 @@ class Dyadic(nn.Module):
     An image whose first pixel is infinite makes the step overflow, as float16 would.
     """
 
+    average = None
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
