@@ -88,9 +88,8 @@ def test_inside_the_network_is_its_average_and_afterwards_itself() -> None:
     after = net.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     other = network()
-    other.load_state_dict(
-        before | {n.removeprefix(PREFIX): t for n, t in before.items() if n[:8] == PREFIX[:8]}, False
-    )
+    averages = {n.removeprefix(PREFIX): t for n, t in before.items() if n.startswith(PREFIX)}
+    other.load_state_dict(before | averages, strict=False)
     with evaluating(other):
         assert torch.equal(other.features(images), found[0]) and torch.equal(other.predict(images), found[1])
     assert all(torch.equal(t, before[f"{PREFIX}backbone.{n}"]) for n, t in evaluated_backbone(before).items())

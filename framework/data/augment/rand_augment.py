@@ -36,7 +36,7 @@ def _transform(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[Ima
     """As timm's ``transforms_imagenet_train`` makes it."""
     settings = {
         "translate_const": int(0.45 * size),
-        "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
+        "img_mean": tuple(max(0, min(255, round(255 * channel))) for channel in mean),
         "interpolation": Image.Resampling.BICUBIC,  # as crops
     }
     transform = rand_augment_transform(policy, settings)
