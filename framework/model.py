@@ -37,6 +37,7 @@ def local_network(
     sync_bn: bool = False,
     channels_last: bool = False,
     skip_nonfinite: bool = False,
+    label_smoothing: float = 0.0,
 ) -> LocalNetwork:
     """A network cut into segments, with the local units of a method on it.
 
@@ -55,6 +56,7 @@ def local_network(
         channels_last: keep images and activations in channels-last order.
         skip_nonfinite: report losses and gradients that are infinite or NaN as an overflow, so that engines skip the
             step.
+        label_smoothing: of every cross entropy.
 
     Raises:
         UserError: a name is unknown, or the network can't be cut or planned that way.
@@ -65,11 +67,16 @@ def local_network(
     options = chosen.Options() if options is None else options
     backbone = networks.create(network) if isinstance(network, str) else network
     segments = networks.cut(backbone, cut, stem_as_module, image_size)
-    plan = _planned(chosen, NetworkInfo.of(segments, image_size, num_classes, mean, std), options)
+    info = NetworkInfo.of(segments, image_size, num_classes, mean, std, label_smoothing)
+    plan = _planned(chosen, info, options)
     if plan.execution != options.execution:
         raise UserError(f"method.name={method}: its plan must be made with execution=options.execution")
     if num_classes < 1 and any(head.classifies for head in plan.heads):
         raise UserError(f"num_classes={num_classes}: method {method} classifies, so it must be at least 1")
+    if label_smoothing and not any(head.soft_labels for head in plan.heads):
+        raise UserError(
+            f"train.label_smoothing={label_smoothing:g}: method.name={method} has no cross entropy; must be 0"
+        )
     frozen: list[Segment] = []
     if (alone := plan.execution.module) is not None:
         plan, frozen, segments = plan.only(alone), segments[:alone], segments[alone : alone + 1]
@@ -126,10 +133,13 @@ def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         sync_bn=recipe.network.sync_bn,
         channels_last=recipe.network.channels_last,
         skip_nonfinite=recipe.faults.nonfinite == "skip",
+        label_smoothing=recipe.train.label_smoothing,
     ).train()
     for segment in net.segments:
         if not any(True for _ in segment.parameters()):
             raise UserError(f"network.freeze: nothing in segment {segment.name} would be trained")
+    if recipe.train.ema:
+        net.keep_average(recipe.train.ema)
     if recipe.execution.compile:
         net.compile_segments()
     return net

@@ -14,6 +14,8 @@ from torch import Tensor
 from framework.checkpoints.folder import damage_of, read_files
 from framework.engines.base import Engine, OptimizerState
 from framework.execution.local_network import LOSS_SCALES
+from framework.execution.weight_average import PREFIX as AVERAGES
+from framework.execution.weight_average import evaluated_backbone
 from framework.runtime.distributed import is_main, same_outcome
 from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
@@ -74,6 +76,7 @@ def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
             raise UserError(f"{folder}: {damage}")
         state, model, optimizer = read_files(folder)
         _take_over_precision(folder, model, engine)
+        _take_over_average(folder, model, engine)
         _check(folder, state, model, engine)
     engine.load_model_state(model)
     engine.load_optimizer_state(optimizer)
@@ -93,7 +96,7 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def export_backbone(engine: Engine, path: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write the backbone alone, under timm's names; all ranks must call it.
+    """Write the backbone alone, averaged if the network has averages, under timm's names; all ranks must call it.
 
     ``timm.create_model(name, num_classes=0, checkpoint_path=path)`` reads the file.
 
@@ -109,7 +112,7 @@ def export_backbone(engine: Engine, path: Path, about: Mapping[str, Any] | None 
     model = engine.model_state()
     with same_outcome():
         if is_main():
-            backbone = {n.removeprefix("backbone."): t for n, t in model.items() if n.startswith("backbone.")}
+            backbone = evaluated_backbone(model)
             write_whole(path, to_bytes(backbone, metadata={ABOUT: json.dumps(about or {})}))
 
 
@@ -126,6 +129,24 @@ def _take_over_precision(folder: Path, model: dict[str, Tensor], engine: Engine)
     if is_main():
         what = "loss scales start afresh, it has none" if fresh else "its loss scales (fp16) are dropped"
         print(f"train.precision is another than in {folder}: {what}", flush=True)
+
+
+def _take_over_average(folder: Path, model: dict[str, Tensor], engine: Engine) -> None:
+    """Drop from ``model`` an average of weights that the engine's network does without, and say so.
+
+    Raises:
+        UserError: the network has one, which nothing could begin with.
+    """
+    saved = [name for name in model if name.startswith(AVERAGES)]
+    if engine.net.average is not None and not saved:
+        raise UserError(
+            f"{folder}: has no average of the weights (train.ema); set train.ema=0, or another run_dir"
+        )
+    if engine.net.average is None and saved:
+        for name in saved:
+            del model[name]
+        if is_main():
+            print(f"train.ema=0: the average of the weights in {folder} is dropped", flush=True)
 
 
 def _check(folder: Path, state: dict[str, Any], model: dict[str, Tensor], engine: Engine) -> None:

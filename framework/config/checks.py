@@ -19,8 +19,19 @@ def check(recipe: Recipe) -> None:
     if profile is not None and profile[0] > profile[1]:
         raise Fault("logging.profile", list(profile), "the first step must not come after the last")
     recipe.method.options.check()
+    _check_views(recipe)
     _check_pipeline(recipe)
     _check_execution(recipe)
+
+
+def _check_views(recipe: Recipe) -> None:
+    policy, kind = recipe.views.rand_augment, recipe.views.kind
+    if policy is None:
+        return
+    if kind not in ("supervised", "cifar"):
+        raise Fault("views.rand_augment", policy, f"is for views.kind=supervised or cifar, not {kind}")
+    if recipe.data.cache == "memory":
+        raise Fault("views.rand_augment", policy, "works on images as they are decoded: set data.cache=none")
 
 
 def _check_pipeline(recipe: Recipe) -> None:

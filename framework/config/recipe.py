@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import MISSING
 from pydantic import Field
 
+from framework.config.mixing import Mixing
 from framework.config.schema import (
     Fraction,
     NoFlag,
@@ -152,6 +153,9 @@ class Train:
             normalizes, only a micro-batch's images, so it is not the same experiment as a larger batch
             (``pipeline.contrast=batch`` contrasts all of a step's).
         precision: of the forward and backward passes; weights and optimizer stay fp32.
+        label_smoothing: part of the target that all classes share equally, in every cross entropy.
+        ema: decay of a moving average of the weights, and of BatchNorm's statistics, that is scored and exported in
+            their place, as timm's ``ModelEmaV3``; 0 for none.
     """
 
     epochs: PositiveInt = 100
@@ -159,6 +163,8 @@ class Train:
     batch_size: PositiveInt = 4096
     accumulation: PositiveInt = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    label_smoothing: Fraction = 0.0
+    ema: Fraction = 0.0
 
 
 @dataclass(frozen=True)
@@ -305,6 +311,7 @@ class Recipe:
     method: Method = field(default_factory=Method)
     data: Data = field(default_factory=Data)
     views: Views = field(default_factory=Views)
+    mixing: Mixing = field(default_factory=Mixing)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     execution: Execution = field(default_factory=Execution)

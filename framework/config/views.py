@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeAlias
 
@@ -16,6 +17,10 @@ from framework.runtime.errors import UserError
 # One number for all views, or one for each.
 Probabilities: TypeAlias = Probability | Annotated[tuple[Probability, ...], Field(min_length=1)]
 Strengths: TypeAlias = NonNegative | Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+#: What timm's ``rand_augment_transform`` takes; it passes over or fails at anything else.
+RAND_AUGMENT = re.compile(
+    r"rand(-(m\d+|n[1-9]|p(0|1(\.0+)?|0?\.\d+)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw?)))*"
+)
 PER_VIEW = ("flip", "jitter_strength", "jitter_probability", "grayscale", "blur", "solarize")
 
 
@@ -42,6 +47,9 @@ class Views:
         solarize: probability of inverting all values of at least 128 / 255.
         pad: pixels of added edge, "cifar" only.
         edge: what is added: "reflect" the image mirrored at its outermost pixels, "zeros" black.
+        rand_augment: after crop and flip ("supervised" and "cifar"), timm's RandAugment in timm's words:
+            ``rand-m9-mstd0.5-inc1`` is magnitude 9 with a deviation of 0.5, two operations an image, all stronger with
+            the magnitude. It runs on the workers, on one image at a time. ``None`` for none.
         center: fraction of the shorter side that the central crop keeps, "none" only.
         mean: of the channels, subtracted.
         std: of the channels, divided by.
@@ -61,6 +69,7 @@ class Views:
     solarize: Probabilities = 0.0
     pad: NonNegativeInt = 4
     edge: Literal["reflect", "zeros"] = "reflect"
+    rand_augment: str | None = None
     center: Probability = 0.875
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
@@ -74,6 +83,11 @@ class Views:
             raise ValueError("area must be at most 1, the whole image")
         if self.jitter[3] * max(_listed(self.jitter_strength)) > 0.5:
             raise ValueError("jitter's hue times jitter_strength must be at most 0.5, half the color circle")
+        if self.rand_augment is not None and not RAND_AUGMENT.fullmatch(self.rand_augment):
+            raise ValueError(
+                f"rand_augment={self.rand_augment}: must be of timm's form, such as rand-m9-mstd0.5-inc1: m magnitude, "
+                "n operations an image, p probability, mstd deviation, mmax largest magnitude, inc 0 or 1, tweights"
+            )
         if self.center == 0:
             raise ValueError("center must be above 0")
 

@@ -12,7 +12,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (V*B, 3, H, W), normalized; the V views stacked view-major.
-        labels: (B,) int64, or ``None``.
+        labels: (B,) int64; of mixed images (B, classes) float32, each row adding up to 1; or ``None``.
         views: V.
         last: whether an optimizer step follows; with accumulation only after the last micro-batch.
         teacher: (V*B, D) or (B, D), what the teacher embeds for the head that is called; without a graph.

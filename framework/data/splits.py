@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from framework.config.recipe import Data, Recipe
+from framework.data.augment.mixing import Mixer
 from framework.data.loading.loader import EvalLoader, TrainLoader
 from framework.data.loading.sample_order import AHEAD, balanced
 from framework.data.packing.digits import prepare_digits
@@ -95,7 +96,7 @@ class Splits:
 
     def train_loader(self, views_per_image: int) -> TrainLoader:
         """This rank's part of the training batches; in a pipeline its replica's part, which the first stage reads."""
-        replicas = distributed.world_size() // self.recipe.pipeline.stages
+        replicas, mixing = distributed.world_size() // self.recipe.pipeline.stages, self.recipe.mixing
         return TrainLoader(
             self.train,
             self.recipe.views,
@@ -110,6 +111,7 @@ class Splits:
             device=distributed.device(),
             window=self.recipe.data.window,
             in_memory=self.recipe.data.cache == "memory" and distributed.rank() < replicas,
+            mixer=Mixer(mixing, self.num_classes, self.recipe.seed) if mixing.key else None,
         )
 
     def eval_loader(self, shards: ShardSet) -> EvalLoader:

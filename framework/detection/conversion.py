@@ -27,6 +27,7 @@ from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.checkpoints.snapshot import ABOUT, read_model
 from framework.detection.layouts import NETWORKS, Layout
 from framework.detection.normalization import Normalization
+from framework.execution.weight_average import evaluated_backbone
 from framework.runtime.errors import UserError
 
 #: ``network.args`` that change training or initial values, but not what the trained network computes
@@ -273,8 +274,9 @@ def _read_safetensors(path: Path) -> Weights:
 def _backbone(weights: Weights) -> Weights:
     """What is below ``backbone``, where there is such a thing; DDP's ``module`` is taken off."""
     tensors = {name.removeprefix("module."): tensor for name, tensor in weights.tensors.items()}
-    below = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+    below = evaluated_backbone(tensors)
     if not below:
         return weights._replace(tensors=tensors)
-    others = {name: "not below backbone" for name in tensors if not name.startswith("backbone.")}
+    chosen = {id(tensor) for tensor in below.values()}
+    others = {name: "not below backbone" for name, tensor in tensors.items() if id(tensor) not in chosen}
     return weights._replace(tensors=below, unused={**weights.unused, **others})

@@ -31,6 +31,9 @@ def build(net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineS
             )
     root: FSDPModule = fully_shard(net, mesh=init_device_mesh(device().type, (world_size(),)))
 
+    if net.average is not None:
+        net.average.shard_like(net)
+
     def forward(batch: Batch) -> StepOutput:
         root.set_requires_gradient_sync(batch.last)
         output: StepOutput = net(batch)

@@ -109,6 +109,18 @@ def evaluating(net: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def averaged(net: LocalNetwork) -> Iterator[LocalNetwork]:
+    """The network with its averaged weights inside, if it has some; afterwards it has its own again."""
+    if net.average is not None:
+        net.average.exchange(net)
+    try:
+        yield net
+    finally:
+        if net.average is not None:
+            net.average.exchange(net)
+
+
 def check_usable(train_x: Tensor, train_y: Tensor, test_x: Tensor) -> None:
     """Refuse features (N, C) that no classifier could be fitted to or tested on.
 

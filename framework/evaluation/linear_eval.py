@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import Literal
 
 from framework.checkpoints.folder import identity_of
+from framework.config.mixing import Mixing
 from framework.data.loading.loader import TrainLoader
 from framework.evaluation.cached_features import cached_features
 from framework.evaluation.linear_classifier import Batches, State, accuracy, evaluate_rows, fit
@@ -82,7 +84,8 @@ def train_loader(run: Run, protocol: Protocol) -> TrainLoader:
         raise UserError(
             f"{run.splits.train.folder}: has no labels; name a split that has, such as data.train=train"
         )
-    views = recipe.views if recipe.views.kind == "cifar" else replace(recipe.views, kind="supervised")
+    kind: Literal["cifar", "supervised"] = "cifar" if recipe.views.kind == "cifar" else "supervised"
+    views = replace(recipe.views, kind=kind, rand_augment=None)
     train = replace(recipe.train, batch_size=protocol.batch_size, accumulation=1)
-    changed = replace(run.splits, recipe=replace(recipe, views=views, train=train))
+    changed = replace(run.splits, recipe=replace(recipe, views=views, mixing=Mixing(), train=train))
     return changed.train_loader(views_per_image=1)

@@ -20,6 +20,7 @@ from framework.config.recipe import Execution, Method, Pipeline, Recipe
 from framework.config.renamed import up_to_date
 from framework.data.splits import Splits
 from framework.execution import LocalNetwork
+from framework.execution.weight_average import evaluated_backbone
 from framework.local.methods import bp
 from framework.model import recipe_network
 from framework.network import Segment
@@ -90,7 +91,7 @@ class Run:
         return folder
 
     def weights(self) -> dict[str, Tensor]:
-        """The newest checkpoint's backbone, under timm's names.
+        """The newest checkpoint's backbone, averaged if the run averages its weights, under timm's names.
 
         Raises:
             UserError: there is no checkpoint, or it can't be read.
@@ -100,7 +101,7 @@ class Run:
             model = load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: can't be read: {error}") from error
-        return {n.removeprefix("backbone."): t for n, t in model.items() if n.startswith("backbone.")}
+        return evaluated_backbone(model)
 
     def encoder(self, trained: bool = True) -> LocalNetwork:
         """The network in evaluation mode on this rank's device, with a bare classifier in place of its heads.
@@ -115,6 +116,7 @@ class Run:
             self.recipe,
             network=replace(self.recipe.network, sync_bn=False, args=self.network_arguments),
             method=Method("bp", bp.Options()),
+            train=replace(self.recipe.train, ema=0.0),
             execution=Execution(),
         )
         net = recipe_network(bare, num_classes=1)

@@ -27,6 +27,7 @@ from framework.execution.replay_buffer import ReplayBufferStrategy
 from framework.execution.step import RoutedStep
 from framework.execution.step_output import StepOutput, add_gradients, handed_over, step_output
 from framework.execution.teacher import Teacher, TeacherPass
+from framework.execution.weight_average import WeightAverage
 from framework.local.units import Plan
 from framework.network import pooling
 from framework.network.feedback import use_feedback
@@ -59,6 +60,7 @@ class LocalNetwork(nn.Module):
     Attributes:
         program: what a step does.
         teacher: its moving average, of plans that want one.
+        average: moving average of the weights for evaluation, where one was asked for (``keep_average``).
         noise: of the micro-batch at hand, of plans that want some.
         masks: likewise.
         scales: loss scales, of float16.
@@ -90,6 +92,7 @@ class LocalNetwork(nn.Module):
         names = {unit.head: unit.name.replace(".", "_") for unit in reversed(plan.units)}
         self.heads = nn.ModuleDict({names[head]: head for head in plan.heads})
         self.teacher = Teacher(backbone, segments, plan, names) if plan.teacher is not None else None
+        self.average: WeightAverage | None = None
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         weights = [self.program.weight(call) for call in self.program.calls]
         self.scales = LossScales(weights) if precision == "fp16" else None
@@ -168,6 +171,11 @@ class LocalNetwork(nn.Module):
             UserError: a segment can't be compiled.
         """
         self.program = replace(self.program, runners=tuple(compiled(segment) for segment in self.segments))
+
+    def keep_average(self, decay: float) -> None:
+        """Have an average of what evaluation runs in the state from now on; call ``average.update`` after each step."""
+        last = next(name for name, head in self.heads.items() if head is self.plan.units[-1].head)
+        self.average = WeightAverage(self, ["backbone", *[f"heads.{last}"] * self.classifies], decay)
 
     def penalty(self) -> Tensor | None:
         """Sum of the heads' penalties (scalar); ``None`` if there are none."""

@@ -48,6 +48,7 @@ class DirectFeedback(Head):
     """
 
     needs = frozenset({Need.LABELS})
+    soft_labels = True  # they are in the error
 
     def __init__(self, shape: Shape, dim: int, segment: int, top: ErrorHead) -> None:
         super().__init__()

@@ -35,6 +35,7 @@ class Head(nn.Module):
         separable: whether ``loss(x, batch)`` equals ``score(embed(x), batch)``. A loss that contrasts over several
             micro-batches (``pipeline.contrast=batch``) must be.
         classifies: whether ``predict`` gives logits of the classes.
+        soft_labels: whether the loss also takes labels (B, classes), which mixed images have.
         reads: segments whose weights the head looks at, in one of the last three methods below.
         penalizes: whether ``penalty`` gives one.
         kind: name of its trunk, if that has one, for tables of plans.
@@ -50,6 +51,7 @@ class Head(nn.Module):
     fewest_images: int = 1
     separable: bool = False
     classifies: bool = False
+    soft_labels: bool = False
     reads: tuple[int, ...] = ()
     penalizes: bool = False
     kind: str = ""
@@ -153,6 +155,7 @@ class TrunkHead(Head):
         self.kind, self.native = kind, native
         self.needs, self.contrasts = objective.needs, objective.contrasts
         self.fewest_images, self.classifies = objective.fewest_images, objective.classifies
+        self.soft_labels = objective.soft_labels
         initialize(self.trunk)
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
@@ -235,7 +238,7 @@ class WrappingHead(Head):
         self.add_module(name, module)
         self.head = head
         self.needs, self.contrasts, self.fewest_images = head.needs, head.contrasts, head.fewest_images
-        self.separable, self.classifies = head.separable, head.classifies
+        self.separable, self.classifies, self.soft_labels = head.separable, head.classifies, head.soft_labels
         self.reads, self.penalizes, self.may_lag = head.reads, head.penalizes, head.may_lag
         self.kind = head.kind
 
@@ -289,6 +292,8 @@ class WeightedHeads(Head):
         self.needs = frozenset().union(*(head.needs for head in heads))
         self.contrasts = any(head.contrasts for head in heads)
         self.fewest_images = max(head.fewest_images for head in heads)
+        labeled = [head for head in heads if Need.LABELS in head.needs]
+        self.soft_labels = bool(labeled) and all(head.soft_labels for head in labeled)
         self.reads = tuple(dict.fromkeys(s for head in heads for s in head.reads))
         self.penalizes = any(head.penalizes for head in heads)
         self.may_lag = all(head.may_lag for head in heads)

@@ -65,8 +65,8 @@ class Classifier:
 
         if self.kind not in TRUNKS:  # a recipe's was checked before
             raise UserError(f"Classifier({self.kind!r}): its kind must be one of {', '.join(TRUNKS)}")
-        contrast = self.task == "contrast"
-        objective, out = (SupCon(), EMBEDDING) if contrast else (CrossEntropy(), network.num_classes)
+        contrast, cross_entropy = self.task == "contrast", CrossEntropy(network.label_smoothing)
+        objective, out = (SupCon(), EMBEDDING) if contrast else (cross_entropy, network.num_classes)
         if self.pool in ("token", "both"):
             if self.kind not in ("linear", "0c2f"):
                 raise UserError(

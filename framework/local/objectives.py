@@ -22,12 +22,14 @@ class Objective(nn.Module):
         contrasts: whether it compares the images of a batch with each other.
         fewest_images: of all ranks together, from which there is something to learn.
         classifies: whether the outputs are logits of the classes.
+        soft_labels: whether labels may be (B, classes), as of mixed images.
     """
 
     needs: frozenset[Need] = frozenset()
     contrasts: bool = False
     fewest_images: int = 1
     classifies: bool = False
+    soft_labels: bool = False
 
     def start_step(self) -> None:
         """Called before the first micro-batch of an optimizer step."""
@@ -37,10 +39,20 @@ class Objective(nn.Module):
 
 
 class CrossEntropy(Objective):
-    """Cross entropy of logits (B, classes) against ``batch.labels`` (B,)."""
+    """Cross entropy of logits (B, classes) against ``batch.labels``, (B,) or (B, classes).
+
+    Args:
+        smoothing: part s of the target that all classes share equally, (1 - s) target + s / classes (Szegedy et al.
+            2016, section 7).
+    """
 
     needs = frozenset({Need.LABELS})
     classifies = True
+    soft_labels = True
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.smoothing = smoothing
 
     def forward(self, logits: Tensor, batch: Batch) -> Tensor:
         """Scalar loss, in float32 or better.
@@ -48,7 +60,10 @@ class CrossEntropy(Objective):
         Raises:
             UserError: the batch has no labels.
         """
-        return F.cross_entropy(_at_least_float32(logits), _labels(batch))
+        logits, labels = _at_least_float32(logits), _labels(batch)
+        if labels.is_floating_point():
+            labels = labels.to(logits.dtype)
+        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
 
 class InfoNCE(Objective):

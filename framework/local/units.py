@@ -34,6 +34,7 @@ class NetworkInfo:
         mean: subtracted from the images' channels, whose values lie in [0, 1].
         std: what the channels were then divided by.
         num_classes: number of classes, 0 without labels.
+        label_smoothing: of every cross entropy.
     """
 
     segments: tuple[Segment, ...]
@@ -43,6 +44,7 @@ class NetworkInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int = 0
+    label_smoothing: float = 0.0
 
     @classmethod
     def of(
@@ -52,6 +54,7 @@ class NetworkInfo:
         num_classes: int = 0,
         mean: tuple[float, ...] = (0.0, 0.0, 0.0),
         std: tuple[float, ...] = (1.0, 1.0, 1.0),
+        label_smoothing: float = 0.0,
     ) -> NetworkInfo:
         """Of these segments on square images with a side of ``image_size`` pixels; runs one image.
 
@@ -63,7 +66,8 @@ class NetworkInfo:
         found = outputs(segments, image_size)
         shapes = tuple(shape for shape, _ in found)
         own = tuple(output for _, output in found)
-        return cls(tuple(segments), shapes, own, Shape(3, image_size, image_size), mean, std, num_classes)
+        image = Shape(3, image_size, image_size)
+        return cls(tuple(segments), shapes, own, image, mean, std, num_classes, label_smoothing)
 
     def __len__(self) -> int:
         """Number of segments."""

@@ -95,6 +95,8 @@ class PipelinedEngine:
         for group, partitioned in zip(self.optimizer.param_groups, self._groups, strict=False):
             group["shard"] = partitioned.shard()
         self._owners = owners(net, placement)
+        if net.average is not None:
+            net.average.follow_only(n for n, stage in self._owners.items() if stage == self._worker.stage)
         self._parked = False
         self._reports = new_group()
         self._steps = 0

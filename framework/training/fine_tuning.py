@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from framework.config import loading
+from framework.config.mixing import Mixing
 from framework.config.recipe import Method, Optim, Pipeline, Recipe
 from framework.data.splits import Splits
 from framework.evaluation.run_folder import Run
@@ -51,7 +52,11 @@ def _protocol(run: Run, labels: float, from_scratch: bool) -> Recipe:
         method=Method("bp", bp.Options()),
         network=replace(run.recipe.network, args=_arguments(run, from_scratch), freeze=[]),
         optim=Optim("sgd", nesterov=True, weight_decay=0.0, warmup_epochs=0.0),
-        train=replace(run.recipe.train, epochs=epochs, accumulation=1, max_steps=None),
+        train=replace(
+            run.recipe.train, epochs=epochs, accumulation=1, max_steps=None, label_smoothing=0.0, ema=0.0
+        ),
+        views=replace(run.recipe.views, rand_augment=None),
+        mixing=Mixing(),
         pipeline=Pipeline(),
         evaluate=replace(run.recipe.evaluate, knn=False, every_epochs=None),
     )

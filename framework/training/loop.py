@@ -72,6 +72,7 @@ class Pending(NamedTuple):
     step: int
     lr: float
     result: StepResult
+    speeds: dict[str, float]
     unit_norms: Callable[[], Norms]
     answer: Callable[[], Request]
 
@@ -218,23 +219,26 @@ class Loop:
         unit_norms = measured.result() if measured else dict
         if self.norms and result.skipped:
             self.norms.put_back()
+        if self.engine.net.average is not None:
+            self.engine.finish()
+            self.engine.net.average.update(self.engine.net, float(not result.skipped))
         self.memory.step()
+        speed = self.speed.step(self.recipe.train.batch_size)
         self.position.step += 1
         self.position.updates += not result.skipped
         self.position.skipped = result.skipped
-        return Pending(step, lr, result, unit_norms, requests.ask())
+        speeds = self._speeds(speed, self.speed.waited_lately)
+        return Pending(step, lr, result, speeds, unit_norms, requests.ask())
 
     def _read(self, pending: Pending, logs: Logs | None, progress: Progress) -> Request:
         """Log a step, and check its losses; returns what people have asked for."""
-        step, lr, result, unit_norms, answer = pending
+        step, lr, result, speeds, unit_norms, answer = pending
         losses, norms = dict(zip(self.units, result.losses(), strict=True)), unit_norms()
-        speed = self.speed.step(self.recipe.train.batch_size)
         epoch = (step + 1) / self.per_epoch
-        speeds = self._speeds(speed, self.speed.waited_lately)
         more = {"skipped": result.skipped} | ({} if result.skipped else norms)
         if logs:
             logs.write(step, epoch=epoch, lr=lr, losses=losses, **speeds, **more)
-        progress.update(step, epoch, losses, speed, speeds.get("mfu"))
+        progress.update(step, epoch, losses, speeds["images_per_second"], speeds.get("mfu"))
         self._check_finite(step, losses, result)
         return answer()
 

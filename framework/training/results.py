@@ -15,6 +15,7 @@ from framework.checkpoints.snapshot import export_backbone
 from framework.config.recipe import Recipe
 from framework.data.splits import Splits
 from framework.engines import Engine
+from framework.evaluation.features import averaged
 from framework.evaluation.scoring import score
 from framework.runtime import distributed
 from framework.runtime.files import read_object, write_whole
@@ -43,10 +44,10 @@ def leave_results(
     with distributed.same_outcome():
         check()
     export_backbone(engine, run_dir / "backbone.safetensors", about)
-    net = engine.whole_net()
-    scores = score(recipe, net, splits)
-    scored = splits.labeled and recipe.evaluate.knn
-    picture = neighbors_picture(recipe, net, splits) if scored else b""
+    with averaged(engine.whole_net()) as net:
+        scores = score(recipe, net, splits)
+        scored = splits.labeled and recipe.evaluate.knn
+        picture = neighbors_picture(recipe, net, splits) if scored else b""
     with distributed.same_outcome():
         if distributed.is_main():
             result = {

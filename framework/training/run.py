@@ -12,8 +12,10 @@ from framework.config.recipe import Recipe
 from framework.cost.utilization import Utilization, utilization
 from framework.data.loading.loader import TrainLoader
 from framework.data.splits import Splits
+from framework.evaluation.features import averaged
 from framework.evaluation.scoring import check_scorable, score_trained
 from framework.execution import LocalNetwork
+from framework.local import Need
 from framework.model import recipe_network
 from framework.runtime import distributed, joining, requests, watchdog
 from framework.runtime.errors import UserError
@@ -83,8 +85,8 @@ def train(recipe: Recipe) -> Request:
         position = restore(recipe, engine, loader.steps_per_epoch)
 
         def score() -> dict[str, float]:
-            with watchdog.during("scoring"):
-                return score_trained(recipe, engine.whole_net(), splits, recipe.evaluate.images)
+            with watchdog.during("scoring"), averaged(engine.whole_net()) as net:
+                return score_trained(recipe, net, splits, recipe.evaluate.images)
 
         loop = Loop(recipe, engine, loader, position, score, check, _utilization(recipe, splits.num_classes))
         with _one_value_named(recipe):
@@ -131,8 +133,28 @@ def _opened(recipe: Recipe) -> tuple[Splits, LocalNetwork, TrainLoader]:
                 f"{splits.train.folder}: has no labels, and method.name={recipe.method.name} needs them"
             )
         _check_contrast(recipe, net)
+        _check_mixing(recipe, net)
         check_scorable(recipe, net, splits)
     return splits, net, loader
+
+
+def _check_mixing(recipe: Recipe, net: LocalNetwork) -> None:
+    """Refuse to mix what a head can't learn from.
+
+    Raises:
+        UserError: no head learns from labels, one compares them, or there are several views of an image.
+    """
+    key = recipe.mixing.key
+    if key is None:
+        return
+    if not net.plan.supervised or net.plan.views > 1:
+        raise UserError(f"{key}: mixes images with labels, and method.name={recipe.method.name} has none")
+    for unit in net.plan.units:
+        if Need.LABELS in unit.head.needs and not unit.head.soft_labels:
+            raise UserError(
+                f"{key}: unit {unit.name} of method.name={recipe.method.name} needs one class an image, as supervised "
+                "contrast does; must be 0"
+            )
 
 
 def _check_contrast(recipe: Recipe, net: LocalNetwork) -> None:

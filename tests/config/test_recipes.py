@@ -106,6 +106,17 @@ def test_the_transformers_recipes_have_the_published_settings() -> None:
     assert mim.method.options.masked == 0.75 and mim.views.area == (0.2, 1.0)
 
 
+def test_the_supervised_transformer_has_the_published_settings() -> None:
+    """DeiT's (Touvron et al. 2021, Table 9); the rate is for batches of 512."""
+    recipe = load("dgl_vits16_300ep")
+    optim, train, mixing = recipe.optim, recipe.train, recipe.mixing
+    assert (optim.name, optim.lr, optim.weight_decay, optim.warmup_epochs) == ("adamw", 5e-4 * 2, 0.05, 5)
+    assert (train.batch_size, train.epochs, train.label_smoothing, train.ema) == (1024, 300, 0.1, 0.99996)
+    assert (mixing.mixup, mixing.cutmix, mixing.probability, mixing.switch) == (0.8, 1.0, 1.0, 0.5)
+    assert mixing.mode == "batch" and recipe.views.rand_augment == "rand-m9-mstd0.5-inc1"
+    assert recipe.network.args == {"drop_path_rate": 0.1}
+
+
 EXPECTED = {
     "loco_r50_800ep": [(0, 1), (1, 2), (2, 3)],
     "gim_r50_800ep": [(0, 0), (1, 1), (2, 2), (3, 3)],
@@ -176,9 +187,13 @@ STATED = {
     "mlaan_r101": {"precision", "resizing", "gradients", "copies"},
     "loco_vits16_300ep": {"decay", "positions", "last norms", "precision"},
     "mim_vitb16_800ep": {"positions", "start"},
+    "dgl_vits16_300ep": {"repetition", "erasing", "rates"},
 }
 #: without an override that follows it
-NOT_FOLLOWED = ("resizing", "gradients", "positions", "last norms", "start")
+NOT_FOLLOWED = (
+    *("resizing", "gradients", "positions", "last norms", "start"),
+    *("repetition", "erasing", "rates"),
+)
 
 
 @pytest.mark.parametrize("name", STATED)

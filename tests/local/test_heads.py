@@ -88,7 +88,15 @@ def test_a_head_behind_something_is_what_it_was(objective: type[nn.Module]) -> N
     """LAM and soft sharing keep what the inner head declares; the sum of several heads is not separable."""
     network = network_info()
     inner = TrunkHead(nn.Flatten(), objective())
-    declared = (inner.needs, inner.contrasts, inner.fewest_images, inner.separable, inner.classifies)
+    declared = (
+        inner.needs,
+        inner.contrasts,
+        inner.fewest_images,
+        inner.separable,
+        inner.classifies,
+        inner.soft_labels,
+    )
+    assert inner.soft_labels == (objective is CrossEntropy)
     lam, _ = LamBuilder(network, {}, Copies()).build(0)
     for wrapped in (lam.under(inner), SoftSharedHead(network, 1, inner, 0.1)):
         found = (
@@ -97,12 +105,13 @@ def test_a_head_behind_something_is_what_it_was(objective: type[nn.Module]) -> N
             wrapped.fewest_images,
             wrapped.separable,
             wrapped.classifies,
+            wrapped.soft_labels,
         )
         assert found == declared
     both = Reconstruction(first=(1, 1), last=(1, 1)).beside(inner, network, 0)
     assert isinstance(both, WeightedHeads)
     assert (both.needs, both.contrasts) == (inner.needs | IMAGES, inner.contrasts)
-    assert both.fewest_images == inner.fewest_images
+    assert (both.fewest_images, both.soft_labels) == (inner.fewest_images, inner.soft_labels)
     assert not both.separable and not both.classifies
 
 

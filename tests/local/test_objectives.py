@@ -7,10 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from timm.data.mixup import mixup_target
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
-from framework.local.objectives import BarlowTwins, InfoNCE, SupCon, VICReg
+from framework.local.objectives import BarlowTwins, CrossEntropy, InfoNCE, SupCon, VICReg
 from framework.runtime.distributed import rank, world_size
 from tests.support.pool import Pool
 
@@ -110,3 +112,16 @@ def test_supcon_averages_over_positives() -> None:
         if positives:
             terms.append(-np.mean([np.log(similarity[i, j] / others) for j in positives]))
     assert loss_of("supcon")[0].item() == pytest.approx(np.mean(terms), rel=1e-9)
+
+
+def test_smoothed_and_mixed_targets_are_timms() -> None:
+    """timm smooths labels where it mixes them, here the objective does."""
+    logits, labels = 3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5
+    hard, soft = (Batch(torch.empty(0), y) for y in (labels, mixup_target(labels, 5, 0.7)))
+    torch.testing.assert_close(
+        CrossEntropy(0.1)(logits, hard), LabelSmoothingCrossEntropy(0.1)(logits, labels)
+    )
+    for smoothing in (0.0, 0.1):
+        expected = SoftTargetCrossEntropy()(logits, mixup_target(labels, 5, 0.7, smoothing))
+        torch.testing.assert_close(CrossEntropy(smoothing)(logits, soft), expected)
+    assert CrossEntropy(0.1)(logits.double(), soft).dtype == torch.float64

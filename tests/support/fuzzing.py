@@ -137,6 +137,7 @@ CHOSEN: dict[str, list[Any]] = {
     "method.masked": [0.0, 0.5, 0.75, 0.99, 1.0],
     "method.head.proj_hidden": [1, 8, 16],
     "method.head.dim": [1, 8],
+    "views.rand_augment": ["rand-m9-mstd0.5-inc1", "rand-m9.5", None],
     "train.batch_size": [1, 2, 3, 4, 6],
     "pipeline.balance": ["flops", "parameters", "memory", [2, 1], [1], []],
 }

@@ -126,9 +126,9 @@ def alone(run: Run) -> Outcome:
     return Outcome({k: v.detach().clone() for k, v in net.state_dict().items()}, states, torch.stack(history))
 
 
-def build(run: Run, timeout: float = 60.0) -> PipelinedEngine:
+def build(run: Run, timeout: float = 60.0, net: LocalNetwork | None = None) -> PipelinedEngine:
     gc.collect()  # engines of earlier runs are rings of references, and hold groups with threads
-    net = network(run)
+    net = network(run) if net is None else net
     placement = Placement(run.bounds) if run.bounds else balanced([1.0] * len(net.segments), run.stages)
     settings = EngineSettings(IMAGES * run.micro_batches, run.micro_batches, run.clip, run.zero_stage)
     options = Pipeline(stages=run.stages, timeout=timeout, **run.options)

@@ -76,6 +76,8 @@ class Dyadic(nn.Module):
     would, if steps may be skipped.
     """
 
+    average = None
+
     def __init__(self, may_skip: bool = False) -> None:
         super().__init__()
         self.may_skip, self._hooks = may_skip, None

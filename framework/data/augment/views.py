@@ -16,13 +16,14 @@ from torch import Tensor
 from framework.config.views import Views
 from framework.data.augment import color, crops
 from framework.data.augment.crops import Box
+from framework.data.augment.rand_augment import rand_augmented
 
 _VIEW_STREAM = 1  # second word of the Philox key; the order of an epoch uses 0
 # Which columns of ``draw_uniforms`` decide what: fixed, so that no field of ``Views`` shifts another's.
 _CROP = slice(0, 4 * crops.ATTEMPTS)
 _FLIP, _JITTER, _GRAYSCALE, _BLUR, _SIGMA = range(40, 45)
-_ORDER, _FACTORS, _SOLARIZE = slice(45, 49), slice(49, 53), 53
-UNIFORMS = 54  # random numbers for one view of one image
+_ORDER, _FACTORS, _SOLARIZE, _RAND_AUGMENT = slice(45, 49), slice(49, 53), 53, 54
+UNIFORMS = 55  # random numbers for one view of one image
 _BLOCKS = 14  # of Philox's counter for one position, each of 4 numbers
 _IN_CACHE = 4  # images that a CPU finishes together: 224 x 224 floats of more leave its second-level cache
 
@@ -62,14 +63,25 @@ def draw_uniforms(seed: int, epoch: int, view: int, first: int, count: int) -> n
 def crop_view(views: Views, image: Tensor, size: int, uniforms: np.ndarray) -> Tensor:
     """The worker's half: cut and resize a uint8 image (3, H, W) to (3, size, size).
 
+    With ``rand_augment`` the flip, which comes before that, belongs to it, too.
+
     Args:
-        views: how views are made.
+        views: how a view is made, with numbers in place of lists.
         image: decoded.
         size: side of the view in pixels.
         uniforms: (UNIFORMS,), the row of ``draw_uniforms`` for this view.
     """
     if views.kind == "none":
         return crops.central(image, size, views.center)
+    view = _random_crop(views, image, size, uniforms)
+    if views.rand_augment is None:
+        return view
+    if uniforms[_FLIP] < views.flip:
+        view = view.flip(-1)
+    return rand_augmented(view, views.rand_augment, views.mean, int(uniforms[_RAND_AUGMENT] * 2**53))
+
+
+def _random_crop(views: Views, image: Tensor, size: int, uniforms: np.ndarray) -> Tensor:
     height, width = image.shape[1:]
     if views.kind != "cifar":
         return crops.resized(image, crop_box(views, height, width, size, uniforms), (size, size))
@@ -103,7 +115,7 @@ def augment_params(views: Views, uniforms: np.ndarray) -> AugmentParams:
 def _view_params(views: Views, uniforms: np.ndarray) -> AugmentParams:
     n = len(uniforms)
     simclr = views.kind == "simclr"
-    flipped = (uniforms[:, _FLIP] < views.flip) & (views.kind != "none")
+    flipped = (uniforms[:, _FLIP] < views.flip) & (views.kind != "none") & (views.rand_augment is None)
     jittered = (uniforms[:, _JITTER] < views.jitter_probability) & simclr
     grayscale = (uniforms[:, _GRAYSCALE] < views.grayscale) & simclr
     blurred = (uniforms[:, _BLUR] < views.blur) & simclr

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from framework.config.views import Views
+from framework.data.augment.mixing import Mixer
 from framework.data.augment.views import finish_views
 from framework.data.batch import Batch
 from framework.data.loading.memory import Resident
@@ -60,6 +61,7 @@ class TrainLoader:
         device: torch.device | str,
         window: int = 0,
         in_memory: bool = False,
+        mixer: Mixer | None = None,
         max_broken: float = 0.01,
     ) -> None:
         """
@@ -78,18 +80,24 @@ class TrainLoader:
             window: samples among which the order is mixed, so that few shards are in use at a time; 0 mixes
                 the whole epoch.
             in_memory: decode every image now and keep it on the device.
+            mixer: mixes images and labels, of which there is one view.
             max_broken: fraction of the images drawn above which broken ones stop the run.
 
         Raises:
-            UserError: fewer samples than ``batch_size``; it is no multiple of ``world_size * accumulation``; a list
-                in ``views`` too short for ``views_per_image``; images that cannot be kept in memory (see
-                ``Resident``).
+            UserError: fewer samples than ``batch_size``; it is no multiple of ``world_size * accumulation``, or of
+                twice that where images are mixed; a list in ``views`` too short for ``views_per_image``; images that
+                cannot be kept in memory (see ``Resident``).
         """
         views.of(views_per_image - 1)
         if batch_size % (world_size * accumulation):
             raise UserError(
                 f"batch_size={batch_size} must be a multiple of ranks (a stage's) times micro-batches "
                 f"({world_size} x {accumulation} = {world_size * accumulation})"
+            )
+        if mixer is not None and (count := batch_size // (world_size * accumulation)) % 2:
+            raise UserError(
+                f"train.batch_size={batch_size}: mixing pairs images, and a rank's micro-batch has {count}; "
+                f"must be a multiple of {2 * world_size * accumulation}"
             )
         if len(shards) < batch_size:
             raise UserError(
@@ -104,7 +112,7 @@ class TrainLoader:
         self._loader = _data_loader(
             draw(views, image_size, views_per_image, seed), self._jobs, workers, self._device
         )
-        self._tally = _Tally(shards, max_broken)
+        self._tally, self._mixer = _Tally(shards, max_broken), mixer
 
     @property
     def skipped(self) -> int:
@@ -121,17 +129,21 @@ class TrainLoader:
         """
         self._jobs.steps = range(start, stop)
         batches = finished(map(_raised, from_workers(self._loader)), self._images, self._device)
-        for _ in range(start, stop):
+        for step in range(start, stop):
             watchdog.sign()
-            yield [self._batch(*next(batches)) for _ in range(self._accumulation)]
+            yield [self._batch(*next(batches), step, micro) for micro in range(self._accumulation)]
 
     def _images(self, drawn: WorkerBatch) -> Tensor:
         crops = self._resident.crops(drawn, self._views, self._size) if self._resident else drawn.crops
         return finish_views(self._views, crops, drawn.params, self._device)
 
-    def _batch(self, drawn: WorkerBatch, images: Tensor) -> Batch:
+    def _batch(self, drawn: WorkerBatch, images: Tensor, step: int, micro: int) -> Batch:
         self._tally.add(drawn)
-        return Batch(images, _labels(self._shards, drawn.samples, self._device), self._views_per_image)
+        labels = _labels(self._shards, drawn.samples, self._device)
+        if self._mixer is not None and labels is not None:
+            place = step * self._jobs.batch_size
+            images, labels = self._mixer.mixed(images, labels, place, place + self._jobs.offset(micro))
+        return Batch(images, labels, self._views_per_image)
 
 
 class EvalLoader:

@@ -109,9 +109,13 @@ class TrainJobs:
                 epoch, order = now, self._order(now)
                 ahead = Ahead(self.shard[order]) if self.window else None
             for micro in range(self.accumulation):
-                first = step_in_epoch * self.batch_size + micro * self.micro_batch + self.rank * self.count
+                first = step_in_epoch * self.batch_size + self.offset(micro)
                 samples = order.take(range(first, first + self.count + _SPARES), mode="wrap")
                 yield Job(epoch, first, self.count, samples, ahead.at(first + self.count) if ahead else ())
+
+    def offset(self, micro: int) -> int:
+        """Of a micro-batch's first image on this rank from the first of the step."""
+        return micro * self.micro_batch + self.rank * self.count
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.window:

@@ -71,6 +71,7 @@ class Decoder(Dataset[WorkerBatch | UserError]):
     def __init__(self, shards: ShardSet, views: Views, size: int, views_per_image: int, seed: int) -> None:
         self.shards, self.views, self.size = shards, views, size
         self.views_per_image, self.seed = views_per_image, seed
+        self.by_view = [views.of(view) for view in range(views_per_image)]
 
     def __getitem__(self, job: Job) -> WorkerBatch | UserError:
         self.shards.prefetch(job.ahead)
@@ -78,8 +79,10 @@ class Decoder(Dataset[WorkerBatch | UserError]):
         crops = np.empty((self.views_per_image, job.size, 3, self.size, self.size), np.uint8)
         try:
             for row, image in draws.images(lambda sample: decode(self.shards.read(sample)), self.shards):
-                for view, uniforms in enumerate(draws.uniforms[:, row]):
-                    crops[view, row] = crop_view(self.views, image, self.size, uniforms).numpy()
+                for view, (views, uniforms) in enumerate(
+                    zip(self.by_view, draws.uniforms[:, row], strict=True)
+                ):
+                    crops[view, row] = crop_view(views, image, self.size, uniforms).numpy()
         except UserError as error:
             return error.alone()
         return draws.done(self.views, crops)

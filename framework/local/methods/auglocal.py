@@ -60,8 +60,8 @@ def _head(network: NetworkInfo, segment: int, depth: int) -> Head:
 
     blocks, channels = _sampled_blocks(network, segment, depth)
     norm = [nn.BatchNorm1d(channels)] if depth == 1 else []
-    classifier = nn.Linear(channels, network.num_classes)
-    return TrunkHead(nn.Sequential(*blocks, GlobalAveragePool(), *norm, classifier), CrossEntropy())
+    classifier, objective = nn.Linear(channels, network.num_classes), CrossEntropy(network.label_smoothing)
+    return TrunkHead(nn.Sequential(*blocks, GlobalAveragePool(), *norm, classifier), objective)
 
 
 def _sampled_blocks(network: NetworkInfo, segment: int, depth: int) -> tuple[list[nn.Module], int]:

@@ -11,6 +11,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import nn
 
 from framework.execution import LocalNetwork
+from framework.execution.weight_average import PREFIX
 from framework.local.units import LocalUnit
 from framework.network import Segment
 from framework.optim.groups import exempt_parameters, rate_scales
@@ -78,7 +79,10 @@ class Stage(PipelineModule):
 
 
 def owners(net: LocalNetwork, placement: Placement) -> dict[str, int]:
-    """The stage of each entry of ``net.state_dict()``; entries of no segment and no head belong to the first stage."""
+    """The stage of each entry of ``net.state_dict()``: an average's is that of what it follows.
+
+    Entries of no segment and no head belong to the first stage.
+    """
     stages: dict[int, int] = {}
     for s, segment in enumerate(net.segments):
         layer = _Layer(segment, [unit for unit in net.plan.units if unit.last == s])
@@ -86,4 +90,7 @@ def owners(net: LocalNetwork, placement: Placement) -> dict[str, int]:
         for tensor in [*layer.parameters(), *layer.buffers(), *averages]:
             stages[id(tensor)] = placement.stage_of(s)
     entries = net.state_dict(keep_vars=True)
-    return {name: stages.get(id(tensor), 0) for name, tensor in entries.items()}
+    return {
+        name: stages.get(id(entries.get(name.removeprefix(PREFIX), tensor)), 0)
+        for name, tensor in entries.items()
+    }

@@ -1,0 +1,104 @@
+"""The moving average of a network's weights, which is scored and exported in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from framework.local.copies import follow
+
+PREFIX = "average."  # of its names in a network's state
+
+
+class WeightAverage(nn.Module):
+    """average <- d average + (1 - d) weights after every optimizer step; the first one sets it to the weights.
+
+    As timm's ``ModelEmaV3`` in timm's training, floating-point buffers (BatchNorm's statistics) are averaged, too, and
+    others copied. All are buffers, named like what they follow, so checkpoints have them, whole, under every engine.
+
+    Args:
+        net: whose weights it begins with.
+        parts: the modules in it that are averaged, by name.
+        decay: d.
+
+    Attributes:
+        updates: those that were made.
+    """
+
+    def __init__(self, net: nn.Module, parts: Iterable[str], decay: float) -> None:
+        super().__init__()
+        self._rate = 1.0 - decay
+        entries, prefixes = net.state_dict(), tuple(f"{part}." for part in parts)
+        self._names = [name for name in entries if name.startswith(prefixes)]
+        for name in self._names:
+            place, _, own = name.rpartition(".")
+            _module(self, place).register_buffer(own, entries[name].clone())
+        self._followed = self._names
+        self.updates: Tensor
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def follow_only(self, names: Iterable[str]) -> None:
+        """Follow what this process trains of the network, by name in its state; ``update`` leaves the rest alone."""
+        trained = set(names)
+        self._followed = [name for name in self._names if name in trained]
+
+    def shard_like(self, net: nn.Module) -> None:
+        """Be sharded as FSDP2 has sharded the weights, so that an update sends nothing."""
+        for name, live in _entries(net, self._names):
+            if isinstance(live, DTensor):
+                whole = self.get_buffer(name)
+                place, _, own = name.rpartition(".")
+                sharded = distribute_tensor(whole, live.device_mesh, live.placements, src_data_rank=None)
+                self.get_submodule(place).register_buffer(own, sharded)
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, taken: Tensor | float = 1.0) -> None:
+        """The optimizer has just stepped; ``taken`` is 0 where it skipped the step. Nothing is sent or read."""
+        pairs = [(_own(self.get_buffer(name)), _own(live)) for name, live in _entries(net, self._followed)]
+        first = (self.updates == 0).double()
+        rate = taken * first.clamp(min=self._rate)
+        follow([pair for pair in pairs if pair[0].is_floating_point()], rate)
+        if others := [pair for pair in pairs if not pair[0].is_floating_point()]:
+            averages, live = map(list, zip(*others, strict=True))
+            torch._foreach_copy_(averages, live)
+        self.updates += rate > 0
+
+    @torch.no_grad()
+    def exchange(self, net: nn.Module) -> None:
+        """Weights and averages change places; a second call puts both back, to the last bit."""
+        once = {live: name for name, live in _entries(net, self._names)}  # what a state has under two names
+        for live, name in once.items():
+            own, average = _own(live), _own(self.get_buffer(name))
+            before = own.clone()
+            own.copy_(average)
+            average.copy_(before)
+
+
+def evaluated_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone in a network's state that is scored and exported, averaged if it has averages; timm's names."""
+    averages = f"{PREFIX}backbone."
+    prefix = averages if any(name.startswith(averages) for name in state) else "backbone."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _module(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, made where there is none."""
+    for name in path.split("."):
+        if name not in dict(root.named_children()):
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    return root
+
+
+def _entries(net: nn.Module, names: Iterable[str]) -> list[tuple[str, Tensor]]:
+    """Tensors of a network's state, themselves."""
+    entries = net.state_dict(keep_vars=True)
+    return [(name, entries[name]) for name in names]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Of what is sharded this rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
