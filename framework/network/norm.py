@@ -67,7 +67,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         own = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-        count = x.new_tensor([x.numel() // x.shape[1]])
+        count = x.new_full((1,), x.numel() // x.shape[1])
         ranks = distributed.gather_with_gradient(torch.cat([count, *own])[None])
         counts, variances, means = ranks.split([1, self.num_features, self.num_features], dim=1)
         n = counts.sum()

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from framework.optim.skipping import local_part, step_unless
+
 
 class Piece(NamedTuple):
     """The part of a parameter that a rank's flat tensor contains.
@@ -67,7 +69,7 @@ class LARS(torch.optim.Optimizer):
         trust: trust coefficient.
     """
 
-    skip = False
+    skip: bool | Tensor = False
 
     def __init__(
         self,
@@ -89,17 +91,19 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step, or none if ``skip`` is set. ZeRO calls this once per group."""
-        if not self.skip:
-            for group in self.param_groups:
-                self._update(group)
+        step_unless(self.skip, self, self._update_groups)
+
+    def _update_groups(self) -> None:
+        for group in self.param_groups:
+            self._update(group)
 
     def _update(self, group: dict[str, Any]) -> None:
         trained = [p for p in group["params"] if p.grad is not None]
         if not trained:
             return
-        weights = [_local(p) for p in trained]
-        gradients = [_local(p.grad) for p in trained]
-        velocities = [_local(self._velocity(p)) for p in trained]
+        weights = [local_part(p) for p in trained]
+        gradients = [local_part(p.grad) for p in trained]
+        velocities = [local_part(self._velocity(p)) for p in trained]
         if shard := group.get("shard"):
             (weights, gradients, velocities) = map(shard.views, (weights[0], gradients[0], velocities[0]))
         if not weights:  # nothing but padding here, but the all-reduce needs this rank
@@ -123,10 +127,6 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _adapted_rates(
     group: dict[str, Any], like: Tensor, weights: list[Tensor], decayed: list[Tensor]
 ) -> list[Tensor]:
@@ -134,7 +134,7 @@ def _adapted_rates(
     shard: Shard | None = group.get("shard")
     count = shard.parameters if shard else len(weights)
     owners = [piece.parameter for piece in shard.pieces] if shard else range(count)
-    norms = [torch.zeros((), dtype=torch.float64, device=_local(like).device)] * (2 * count)
+    norms = [torch.zeros((), dtype=torch.float64, device=local_part(like).device)] * (2 * count)
     for offset, tensors in ((0, weights), (count, decayed)):
         if tensors:
             for owner, norm in zip(owners, torch._foreach_norm(tensors, 2, torch.float64), strict=True):

@@ -100,7 +100,7 @@ def test_one_head_on_two_segments_gets_the_sum_of_both_gradients() -> None:
 def test_one_head_on_two_segments_in_float16() -> None:
     """Each run of the head has a loss scale of its own."""
     half, full = shared_head(precision="fp16"), shared_head()
-    assert half.scales is not None and len(set(half.scales.current())) == 2
+    assert half.scales is not None and len(half.scales.scale.unique()) == 2
     data = networks.batch(full, size=64)
     data = data._replace(images=data.images.float())
     ours, theirs = networks.routed(half, data), networks.routed(full, data)
