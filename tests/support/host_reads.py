@@ -24,11 +24,18 @@ class NoHostReads(TorchDispatchMode):
     """Fails at a read of the device by the host, and at a copy from the host to the device.
 
     ``torch.tensor([1.0], device="cuda")``, ``new_tensor``, ``x[[0, 1]]`` and ``.to("cuda")`` copy from pageable memory
-    and wait until the copy is done (``at::cuda::memcpy_and_sync``), for which ``set_sync_debug_mode`` raises. With
-    ``non_blocking=True`` it says nothing, but CUDA itself may wait for the stream until it has staged pageable memory
-    ("API synchronization behavior" in its manual), so a step has none of these either. Scalars on the CPU are
-    arguments of a kernel in element-wise operations, and may be there.
+    and wait until that is done (``at::cuda::memcpy_and_sync``), so ``torch.cuda.set_sync_debug_mode`` raises. With
+    ``non_blocking=True`` it says nothing, but CUDA itself may wait for the stream before it stages pageable memory
+    ("API synchronization behavior" in its manual), so a step has none of these either. Scalars of the CPU are arguments
+    of an element-wise kernel, and may be there.
+
+    Args:
+        uploads: allow copies with ``non_blocking=True``, as the loader makes them on a stream of its own.
     """
+
+    def __init__(self, uploads: bool = False) -> None:
+        super().__init__()
+        self._uploads = uploads
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,7 +49,8 @@ class NoHostReads(TorchDispatchMode):
                 raise AssertionError(f"{func} of tensors on the host and on the device")
         result = func(*args, **kwargs)
         found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if func in COPIES and on_host and any(tensor.is_meta for tensor in found):
+        waits = not (self._uploads and kwargs.get("non_blocking"))
+        if func in COPIES and on_host and waits and any(tensor.is_meta for tensor in found):
             raise AssertionError(f"{func} from the host to the device")
         return result
 
@@ -69,9 +77,9 @@ class _Generator:
 
 
 @contextmanager
-def no_host_reads() -> Iterator[None]:
-    """Within the context, whatever makes the host wait for ``meta`` raises."""
-    with pytest.MonkeyPatch.context() as patch, NoHostReads():
+def no_host_reads(uploads: bool = False) -> Iterator[None]:
+    """Within the context, whatever makes the host wait for ``meta`` raises; see ``NoHostReads``."""
+    with pytest.MonkeyPatch.context() as patch, NoHostReads(uploads):
         patch.setattr(torch, "autocast", _Autocast)
         patch.setattr(torch, "Generator", _Generator)
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
