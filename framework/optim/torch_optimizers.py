@@ -40,7 +40,7 @@ class AdamW(torch.optim.AdamW):
                 self._update(group, trained, self.skip)
 
     @torch.no_grad()
-    def _update(self, group: dict[str, Any], trained: list[Tensor], skip: Tensor) -> None:
+    def _update(self, group: dict[str, Any], trained: list[Any], skip: Tensor) -> None:
         states = [self._state(p) for p in trained]
         weights, gradients = [local_part(p) for p in trained], [local_part(p.grad) for p in trained]
         means, squares = ([local_part(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq"))
