@@ -167,10 +167,6 @@ def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetw
         network=replace(recipe.network, sync_bn=False),
         execution=Execution(),
         faults=Faults(),
-        train=replace(
-            recipe.train,
-            precision="bf16" if recipe.train.precision == "fp16" else recipe.train.precision,
-        ),
     )
     net = recipe_network(recipe, num_classes)
     return net, recipe_network(end_to_end(recipe, net.plan), num_classes)

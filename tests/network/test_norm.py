@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from framework.network.norm import Kernels, synchronize
+from framework.network.norm import Kernels, RunningStatistics, synchronize
 from framework.runtime.distributed import rank, world_size
 
 PoolOf = Callable[[int], Any]
@@ -79,6 +79,21 @@ def test_a_large_mean_costs_no_digits(pool: PoolOf, ranks: int) -> None:
     exact = normalized(1e3, torch.float64, 1)
     theirs = worst([normalized(1e3, torch.float32, 1)], exact)
     assert worst(pool(ranks).run(normalized, 1e3, torch.float32, ranks), exact) < 3 * theirs < 0.01
+
+
+@pytest.mark.parametrize("skipped", [True, torch.tensor(True), torch.tensor(False)], ids=str)
+def test_statistics_are_put_back_where_a_step_was_skipped(skipped: bool | Tensor) -> None:
+    net = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS))
+    kept = RunningStatistics(net)
+    net(torch.ones(4, CHANNELS, 2, 2))
+    kept.remember()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    net(torch.full((4, CHANNELS, 2, 2), torch.nan))
+    kept.put_back(skipped)
+    same = [
+        torch.equal(value, before[name]) for name, value in net.state_dict().items() if "weight" not in name
+    ]
+    assert all(same) == bool(skipped)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="these kernels are CUDA's")
