@@ -285,6 +285,15 @@ def main() -> None:
     parser.add_argument("--no-naive", action="store_true", help="leave the repeated forwards out")
     parser.add_argument("--channels-last", action="store_true", help="all networks in channels-last order")
     parser.add_argument("--threads", type=bounded(int, 1), default=1, help="CPU threads")
+    parser.add_argument(
+        "--wire",
+        type=bounded(float, 0, 0.9),
+        help="in place of the rest: what part of the communication between ranks is hidden behind computation, on a "
+        "wire that takes this share of a step in which none is, and no processor",
+    )
+    parser.add_argument(
+        "--ranks", type=bounded(int, 1), default=1, help="the same over gloo, between so many processes"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--csv", type=Path, help="add them here, without what --breakdown adds")
     arguments = parser.parse_args()
@@ -300,6 +309,14 @@ def main() -> None:
     methods = arguments.method.split(",")
     for method in methods:
         check(method, arguments.head)
+    if arguments.wire or arguments.ranks > 1:
+        import wired_steps
+
+        found = wired_steps.rows(methods, arguments)
+        wired_steps.show(found)
+        if arguments.json:
+            write_whole(arguments.json, json.dumps(found, indent=1) + "\n")
+        return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(arguments.threads)
     rows = []

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
+from framework.engines.host_copy import Pending, copied_to_host
 from framework.execution import LocalNetwork, StepOutput
 from framework.optim import SkippableOptimizer
-from framework.runtime.distributed import broadcast_weights, device, mean_over_ranks, world_size
+from framework.runtime.distributed import broadcast_weights, device, start_mean_over_ranks, world_size
 from framework.runtime.errors import UserError
 
 OptimizerFactory = Callable[[nn.Module], SkippableOptimizer]
@@ -38,18 +39,11 @@ class EngineSettings:
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Pending(Protocol):
-    """An operation that has been started, such as a collective's ``Work``."""
-
-    def wait(self) -> object:
-        """Return when it is complete."""
-
-
 class StepResult(NamedTuple):
     """Outcome of one optimizer step.
 
     Attributes:
-        unit_losses: (U,) averaged over micro-batches and ranks; still on the device.
+        unit_losses: (U,) averaged over micro-batches and ranks.
         skipped: overflow in some micro-batch on some rank: weights and optimizer are as before.
         pending: must complete before ``unit_losses`` is read; ``losses`` waits for it.
         hopeless: numbers of the units for whose gradients the step was skipped, where no lower loss scale would help
@@ -158,10 +152,15 @@ class Outputs:
 
     def result(self) -> StepResult:
         """Averages over micro-batches and ranks. Where overflow is looked for, this waits for the GPU."""
-        losses = mean_over_ranks(torch.stack(self._unit_losses).mean(0))
+        losses, pending = copied_to_host(*start_mean_over_ranks(torch.stack(self._unit_losses).mean(0)))
         skipped = bool(self._overflows) and bool(torch.stack(self._overflows).any())
         hopeless = numbers_of(torch.stack(self._hopeless).any(0)) if skipped and self._hopeless else ()
-        return StepResult(losses, skipped, hopeless=hopeless)
+        return StepResult(losses, skipped, pending, hopeless)
+
+
+def lag_of(net: LocalNetwork) -> int:
+    """``Engine.lag`` where the losses travel by themselves: 1, or 0 where the host has to know of every overflow."""
+    return 0 if net.may_skip else 1
 
 
 def numbers_of(units: Tensor) -> tuple[int, ...]:

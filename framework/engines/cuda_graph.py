@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from framework.data.batch import Batch
 from framework.engines.base import Engine, EngineSettings, OptimizerFactory, StepResult
-from framework.engines.plain import PlainEngine
+from framework.engines.host_copy import copied_to_host
+from framework.engines.plain import PlainEngine, UpdatesAtTheEnd
 from framework.execution import LocalNetwork
 from framework.execution.graph import RecordedStep, Recorder, record_graph
 from framework.runtime.distributed import device, world_size
@@ -36,7 +34,9 @@ def build(
     if net.plan.noise or net.plan.masking:
         what = "noise of one step (method.noise)" if net.plan.noise else "masks of one step"
         raise UserError(f"execution.cuda_graph=true: would repeat the {what} for ever")
-    return PlainEngine(net, make_optimizer(net), settings.clip, _Replayed(net, record), lag=1)
+    optimizer = make_optimizer(net)
+    steps = UpdatesAtTheEnd(net, optimizer, settings.clip, _Replayed(net, record))
+    return PlainEngine(net, optimizer, steps, lag=1)
 
 
 def check_one_gpu() -> None:
@@ -65,24 +65,7 @@ class _Replayed:
         self._recorded.run(batch)
         for parameter, gradient in self._recorded.gradients.items():
             parameter.grad = gradient
-        return _copied_to_host(self._recorded.unit_losses)
-
-
-class _CopyToHost:
-    """``Pending``: waits for a copy, not until the device is idle."""
-
-    def __init__(self) -> None:
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def wait(self) -> None:
-        """Return when the copy is complete."""
-        self._event.synchronize()
-
-
-def _copied_to_host(unit_losses: Tensor) -> StepResult:
-    if not unit_losses.is_cuda:
-        return StepResult(unit_losses.clone(), False)
-    host = torch.empty(unit_losses.shape, dtype=unit_losses.dtype, pin_memory=True)
-    host.copy_(unit_losses, non_blocking=True)
-    return StepResult(host, False, _CopyToHost())
+        losses, pending = copied_to_host(
+            self._recorded.unit_losses.clone()
+        )  # which the next replay overwrites
+        return StepResult(losses, False, pending)

@@ -21,6 +21,7 @@ from framework.engines.base import (
     OptimizerState,
     Outputs,
     StepResult,
+    lag_of,
     marked,
     set_learning_rate,
 )
@@ -42,13 +43,13 @@ def build(net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineS
 class DeepSpeedEngine:
     """See ``Engine``. DeepSpeed runs in float32: autocast and loss scales belong to the network."""
 
-    loads, lag = True, 0
+    loads = True
 
     def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineSettings) -> None:
         config = merged_config(settings, sum(p.numel() for p in net.parameters()), world_size())
         join_ranks()
         checked_config(config)
-        self.net = net
+        self.net, self.lag = net, lag_of(net)
         self.optimizer = make_optimizer(net)
         self._engine, *_ = deepspeed.initialize(model=net, optimizer=self.optimizer, config=config)
         wrapped = self._engine.optimizer

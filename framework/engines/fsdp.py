@@ -10,8 +10,8 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from framework.data.batch import Batch
-from framework.engines.base import Engine, EngineSettings, OptimizerFactory
-from framework.engines.plain import PlainEngine, averaged
+from framework.engines.base import Engine, EngineSettings, OptimizerFactory, lag_of
+from framework.engines.plain import PlainEngine, UpdatesAtTheEnd, averaged
 from framework.execution import LocalNetwork, StepOutput
 from framework.runtime.distributed import device, world_size
 from framework.runtime.errors import UserError
@@ -36,4 +36,6 @@ def build(net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineS
         output: StepOutput = net(batch)
         return output
 
-    return PlainEngine(net, make_optimizer(net), settings.clip, averaged(forward))
+    optimizer = make_optimizer(net)
+    steps = UpdatesAtTheEnd(net, optimizer, settings.clip, averaged(forward))
+    return PlainEngine(net, optimizer, steps, lag_of(net))

@@ -1,8 +1,9 @@
-"""The engine of a plain PyTorch loop: averaged gradients in ``parameter.grad``, then one step of the optimizer."""
+"""The engines of a plain PyTorch loop: averaged gradients in ``parameter.grad``, then a step of the optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,18 +14,72 @@ from framework.execution import LocalNetwork, StepOutput
 from framework.optim import SkippableOptimizer
 
 
+class Steps(Protocol):
+    """Makes a plain engine's steps."""
+
+    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+        """See ``Engine``; updates of weights may be left to the next step."""
+
+    def finish(self) -> None:
+        """Make those updates."""
+
+    def close(self) -> None:
+        """Make them, and free what is held."""
+
+
 class PlainEngine:
-    """See ``Engine``. DDP, FSDP2 and CUDA graphs differ in what computes the gradients.
+    """See ``Engine``. DDP, FSDP2 and CUDA graphs differ in how they make a step.
 
     Args:
         net: the network; its parameters may be FSDP2's DTensors.
         optimizer: of its parameters.
-        clip: largest norm of the averaged gradient; 0 for no clipping.
-        backward: runs a step's micro-batches and leaves their gradients, averaged over ranks, in ``parameter.grad``.
+        steps: makes the steps.
         lag: see ``Engine``.
     """
 
     loads = True
+
+    def __init__(self, net: LocalNetwork, optimizer: SkippableOptimizer, steps: Steps, lag: int) -> None:
+        self.net, self.optimizer, self.lag = net, optimizer, lag
+        self._steps = steps
+
+    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+        return self._steps.step(micro_batches, lr)
+
+    def whole_net(self) -> LocalNetwork:
+        self._steps.finish()
+        return self.net
+
+    def model_state(self) -> dict[str, Tensor]:
+        self._steps.finish()
+        return state.read_model(self.net)
+
+    def load_model_state(self, full: dict[str, Tensor]) -> None:
+        self._steps.finish()
+        state.write_model(self.net, full)
+
+    def optimizer_state(self) -> OptimizerState:
+        self._steps.finish()
+        return state.read_optimizer(self.optimizer, self.net)
+
+    def load_optimizer_state(self, full: OptimizerState) -> None:
+        self._steps.finish()
+        state.write_optimizer(self.optimizer, self.net, full)
+
+    def close(self) -> None:
+        self._steps.close()
+        self.net.zero_grad()
+
+
+class UpdatesAtTheEnd:
+    """``Steps`` whose gradients are there when the backward pass is done.
+
+    Args:
+        net: the network.
+        optimizer: of its parameters.
+        clip: largest norm of the averaged gradient; 0 for no clipping.
+        backward: runs a step's micro-batches and leaves their gradients, averaged over ranks, in ``parameter.grad``.
+    """
 
     def __init__(
         self,
@@ -32,38 +87,23 @@ class PlainEngine:
         optimizer: SkippableOptimizer,
         clip: float,
         backward: Callable[[list[Batch]], StepResult],
-        lag: int = 0,
     ) -> None:
-        self.net, self.optimizer, self.lag = net, optimizer, lag
-        self._clip, self._backward = clip, backward
+        self._net, self._optimizer, self._clip, self._backward = net, optimizer, clip, backward
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         result = self._backward(micro_batches)
-        update(self.optimizer, self.net, result, lr, self._clip)
+        update(self._optimizer, self._net, result, lr, self._clip)
         return result
 
-    def whole_net(self) -> LocalNetwork:
-        return self.net
-
-    def model_state(self) -> dict[str, Tensor]:
-        return state.read_model(self.net)
-
-    def load_model_state(self, full: dict[str, Tensor]) -> None:
-        state.write_model(self.net, full)
-
-    def optimizer_state(self) -> OptimizerState:
-        return state.read_optimizer(self.optimizer, self.net)
-
-    def load_optimizer_state(self, full: OptimizerState) -> None:
-        state.write_optimizer(self.optimizer, self.net, full)
+    def finish(self) -> None:
+        """Nothing is left over."""
 
     def close(self) -> None:
-        self.net.zero_grad()
-        del self._backward  # and with it DDP's buckets or the recorded graph
+        del self._backward  # and with it a recorded graph
 
 
 def averaged(forward: Callable[[Batch], StepOutput]) -> Callable[[list[Batch]], StepResult]:
-    """``PlainEngine``'s ``backward`` where the backward pass of a step's last micro-batch averages over ranks."""
+    """A ``backward`` in which the backward pass of a step's last micro-batch averages over ranks."""
 
     def backward(micro_batches: list[Batch]) -> StepResult:
         outputs = Outputs()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution.compilation import compiled
+from framework.execution.hooks import EarlyGradients, Finishing, StepHooks
 from framework.execution.masks import Masks
 from framework.execution.noise import Noise
 from framework.execution.precision import LossScales
@@ -103,6 +104,23 @@ class LocalNetwork(nn.Module):
         self.taken: Tensor | float = 1.0
         self.noise: Noise | None = None
         self.masks: Masks | None = None
+        self._finishing: tuple[StepHooks, Finishing] | None = None
+
+    def attach(self, hooks: StepHooks) -> Finishing:
+        """From now on training steps give their gradients to ``hooks``, and ``loss.backward()`` has none.
+
+        Returns:
+            When they will be finished.
+        """
+        finishing = Finishing(self.program, self._top_first)
+        for head in (head for head in self.plan.heads if head.penalizes):
+            finishing.hold_back([*head.parameters(), *head.read_parameters(self.segments)])
+        self._finishing = hooks, finishing
+        return finishing
+
+    def detach(self) -> None:
+        """The end of ``attach``."""
+        self._finishing = None
 
     @property
     def plan(self) -> Plan:
@@ -158,6 +176,7 @@ class LocalNetwork(nn.Module):
         self.noise = self.noise.of(self.noise.micro_batch + 1) if self.noise is not None else None
         self.masks = self.masks.of(self.masks.micro_batch + 1) if self.masks is not None else None
         if self._between_steps:
+            self._before_reading()
             self.noise = Noise.next(self.plan.noise, self.noise)
             self.masks = Masks.next(self.plan.masking, self.masks)
             if self.teacher is not None:
@@ -203,6 +222,11 @@ class LocalNetwork(nn.Module):
         return x if x.dtype == torch.float64 else x.float()
 
     @property
+    def may_skip(self) -> bool:
+        """Whether steps report overflows, for which they are skipped."""
+        return self.scales is not None or self.skip_nonfinite
+
+    @property
     def _top_first(self) -> bool:
         return self.plan.execution.kind == "top first"
 
@@ -243,15 +267,33 @@ class LocalNetwork(nn.Module):
         """The teacher's forward pass over a batch, where there is a teacher."""
         return self.teacher.start(batch) if self.teacher is not None else None
 
+    def _before_reading(self) -> None:
+        """Heads that look at weights between two steps, and a teacher, see them after the first."""
+        if self._finishing is None:
+            return
+        reading = [unit for unit in self.plan.units if unit.head.reads]
+        seen = {s for unit in reading for s in (*unit.head.reads, unit.last)}
+        if self.teacher is not None:
+            seen.update(range(self.teacher.last + 1))
+        for s in sorted(seen):
+            self._finishing[0].before_use(s)
+
     def routed_step(self, batch: Batch) -> tuple[RoutedStep, Tensor | None]:
-        """A batch's losses and finished gradients, and the penalty, whose gradient is added to them."""
+        """A batch's losses and finished gradients, and the penalty, whose gradient is added to them.
+
+        Of a network with hooks those have the gradients, unless somebody has to look at all of them first.
+        """
         batch = self.masked(batch)
+        early = None
+        if self._finishing is not None and not self.skip_nonfinite:
+            early = EarlyGradients(*self._finishing)
         step = RoutedStep(
             self.program,
             batch,
             scales=self.scales.current() if self.scales is not None else None,
             teacher=self.teacher_pass(batch),
             noise=self.noise,
+            early=early,
         )
         if self.turns is not None:
             self.turns.run(step)
@@ -271,6 +313,9 @@ class LocalNetwork(nn.Module):
         penalty = self.penalty()
         if penalty is not None:
             add_gradients(penalty, step.gradients)
+            if early is not None:
+                early.added(list(step.gradients))
+                step.release()
         return step, None if penalty is None else penalty.detach()
 
     def _laid_out(self, images: Tensor) -> Tensor:
@@ -287,11 +332,16 @@ class LocalNetwork(nn.Module):
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step, penalty = self.routed_step(batch)
         result = step_output(self.weights, step.losses, penalty)
-        loss = handed_over(result.loss, step.gradients)
+        nonfinite = self._nonfinite(step) if self.skip_nonfinite else None
+        if self._finishing is None:
+            loss = handed_over(result.loss, step.gradients)
+        else:
+            loss = result.loss
+            self._finishing[0].finished(step.gradients)
         if self.scales is not None:
             overflow, hopeless = self.scales.update(step.take_overflows(), batch.last)
             return StepOutput(loss, result.unit_losses, overflow, self.program.by_unit(hopeless))
-        return StepOutput(loss, result.unit_losses, self._nonfinite(step) if self.skip_nonfinite else None)
+        return StepOutput(loss, result.unit_losses, nonfinite)
 
     @staticmethod
     def _nonfinite(step: RoutedStep) -> Tensor:

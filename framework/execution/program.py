@@ -82,6 +82,11 @@ class SegmentProgram:
     heads: tuple[HeadCall, ...]
     walk: tuple[InputGradient | WeightGradient, ...]
 
+    @property
+    def freed(self) -> tuple[int, ...]:
+        """Segments whose weight gradients ``walk`` takes."""
+        return tuple(step.segment for step in self.walk if isinstance(step, WeightGradient))
+
     def crossing(self, segment: int) -> tuple[GradientRoute, ...]:
         """Routes whose cotangents ``walk`` takes from ``segment`` down to the one below it, in order."""
         return tuple(step.route for step in self.walk if step.segment == segment and step.route is not None)
@@ -126,6 +131,10 @@ class Program:
         return frozenset(
             call for call in self.calls if any(units[i].first <= segment <= units[i].last for i in call.units)
         )
+
+    def trained(self, s: int) -> list[nn.Parameter]:
+        """Those of segment ``s``, as they are now."""
+        return list(self.segments[s].parameters())
 
     def weight(self, call: HeadCall) -> float:
         """The largest weight of the units that share a head call."""

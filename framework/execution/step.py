@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
+from framework.execution.hooks import EarlyGradients
 from framework.execution.masks import visible_tokens
 from framework.execution.noise import Noise
 from framework.execution.precision import Scale, smaller, summed, unscale_
@@ -43,10 +44,11 @@ class RoutedStep:
         scales: the loss scale of every head call, scalars on the device (float16 only).
         teacher: runs beside the segments.
         noise: on their outputs.
+        early: takes gradients as soon as they are finished, and is told which weights come next.
 
     Attributes:
         losses: by number of the unit, unweighted and detached.
-        gradients: finished ones, by parameter.
+        gradients: by parameter; those that ``early`` took are gone.
         outgoing: cotangents for the segment below the span, by route.
     """
 
@@ -58,8 +60,9 @@ class RoutedStep:
         scales: Sequence[Tensor] | None = None,
         teacher: TeacherPass | None = None,
         noise: Noise | None = None,
+        early: EarlyGradients | None = None,
     ) -> None:
-        self.teacher, self.noise = teacher, noise
+        self.teacher, self.noise, self.early = teacher, noise, early
         self.program, self.batch, self.plan, self.scales = program, batch, program.plan, scales
         self.span = range(self.plan.segments) if span is None else span
         self.inputs: dict[int, Tensor] = {}
@@ -76,6 +79,8 @@ class RoutedStep:
 
     def forward(self, s: int, x: Tensor) -> Tensor:
         """Run segment ``s`` on the detached output of the one below; its own output, detached."""
+        if self.early is not None:
+            self.early.before_use(s)
         self.inputs[s] = x.detach().requires_grad_(s in self._crossed)
         with self.program.autocast(x):
             output = self.program.runners[s](self.inputs[s])
@@ -103,12 +108,19 @@ class RoutedStep:
             start = self._scale(call, self.program.weight(call)).like(loss)
             cotangent, *gradients = torch.autograd.grad(loss, [x, *call.parameters], start)
             self._collect(s, call, cotangent, gradients)
+        self.release()
 
     def walk(self, s: int) -> None:
         """This process' part of the passes that follow the forward of segment ``s``."""
         for work in self.program.segment_programs[s].walk:
             if work.segment in self.span:
                 self.backward(work)
+        self.release()
+
+    def release(self) -> None:
+        """Give away the gradients that are finished."""
+        if self.early is not None:
+            self.early.release(self.gradients)
 
     def backward(self, work: InputGradient | WeightGradient) -> None:
         """One pass through one segment."""
@@ -218,7 +230,7 @@ class RoutedStep:
             self.accumulated[s] = cotangent.plus(self.accumulated[s])
 
     def _weight_gradient(self, s: int, route: GradientRoute | None) -> None:
-        parameters = list(self.program.segments[s].parameters())
+        parameters = self.program.trained(s)
         output, x = self.outputs.pop(s), self.inputs.pop(s)
         accumulated, self.accumulated[s] = self.accumulated[s], None
         cotangent = self.in_flight[s].pop(route) if route is not None else accumulated
@@ -243,6 +255,8 @@ class RoutedStep:
             torch._foreach_div_(gradients, scale.factor)
         for p, g in zip(parameters, gradients, strict=True):
             self.gradients[p] = self.gradients[p] + g if p in self.gradients else g
+        if self.early is not None:
+            self.early.added(parameters)
         return overflow
 
 

@@ -156,6 +156,14 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x / world_size()
 
 
+def start_mean_over_ranks(x: Tensor) -> tuple[Tensor, dist.Work | None]:
+    """The average of ``x`` over the ranks, which is there when the operation beside it is complete."""
+    if world_size() == 1:
+        return x, None
+    mean = x.detach() / world_size()
+    return mean, dist.all_reduce(mean, async_op=True)
+
+
 def from_first(x: Tensor) -> Tensor:
     """The first rank's ``x``, on every rank; of all ranks it must have one shape."""
     if world_size() > 1:

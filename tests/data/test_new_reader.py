@@ -61,7 +61,7 @@ def test_a_file_among_the_readers_is_a_new_data_set(tmp_path, another, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == [
         f"{source}: read as 'split-txt': train 3 images, test 2 images; 2 classes, big dog, cat",
-        f"{source}: not packed: 1 .png, 1 rows without an image",
+        f"{source}: not packed: 1 .png, 1 row without an image (images/9.png)",
     ]
     for split, labels in {"train": [1, 2], "test": [1, 1]}.items():
         shards = ShardSet.open(tmp_path / "out" / split)

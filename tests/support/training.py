@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from framework import engines
 from framework.data.batch import Batch
 from framework.engines.base import EngineSettings, marked, set_learning_rate
 from framework.execution import StepOutput
+from framework.execution.hooks import StepHooks
 from framework.local import methods
 from framework.model import local_network
 from framework.optim import build_optimizer
@@ -70,24 +72,41 @@ class Run(NamedTuple):
 class Dyadic(nn.Module):
     """Gradients are small multiples of 1/256: averages over 2, 4 or 8 parts are exact, whatever the order.
 
-    An image whose first pixel is infinite makes the step overflow, as float16 would.
+    Each weight is a segment of its own. An image whose first pixel is infinite makes the step overflow, as float16
+    would, if steps may be skipped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, may_skip: bool = False) -> None:
         super().__init__()
+        self.may_skip, self._hooks = may_skip, None
         generator = torch.Generator().manual_seed(0)
         # No size fits a partition; the largest spans several of them.
         shapes = [(5, 3), (3,), (31, 7), (1,), (2, 2, 3, 3), (6,)]
         self.weights = nn.ParameterList(torch.randn(shape, generator=generator) for shape in shapes)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
+    def attach(self, hooks: StepHooks) -> Any:
+        self._hooks = hooks
+        users = {weight: number for number, weight in enumerate(self.weights)}
+        return SimpleNamespace(order=[[weight] for weight in reversed(self.weights)], users=users)
+
+    def detach(self) -> None:
+        self._hooks = None
+
     def forward(self, batch: Batch) -> StepOutput:
         digits = (batch.images.flatten(1)[:, :8] * 16).round() / 256
         loss = digits.new_zeros(())
         for number, weight in enumerate(self.weights):
+            if self._hooks is not None:
+                self._hooks.before_use(number)
             pattern = torch.arange(weight.numel()).remainder(number + 3).view_as(weight) - 1
             loss = loss + (weight * pattern).sum() * digits[:, number].mean()
         self.seen += 1
+        if self._hooks is not None:
+            for weight in reversed(self.weights):
+                self._hooks.finished({weight: torch.autograd.grad(loss, weight, retain_graph=True)[0]})
+        if not self.may_skip:
+            return StepOutput(loss.detach() if self._hooks is not None else loss, digits.mean(0))
         overflow = (~torch.isfinite(batch.images)).any().float()
         if world_size() > 1:
             torch.distributed.all_reduce(overflow)
@@ -186,7 +205,8 @@ def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:
     for step in steps:
         torch.manual_seed(step)
         batches = micro_batches(case, step, rank(), world_size())
-        results.append(engine.step(batches, learning_rate(case, step)).unit_losses)
+        result = engine.step(batches, learning_rate(case, step))
+        results.append(torch.tensor(result.losses(), dtype=result.unit_losses.dtype))
     return torch.stack(results) if results else torch.empty(0)
 
 

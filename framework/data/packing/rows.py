@@ -70,8 +70,9 @@ def reading_of_rows(name: str, place: Place, rows: Iterable[Row], tables: Collec
     check_column(place, "class", {row.label for row in listed.values()}, {row.label for row in found})
     classes = sorted_classes({row.label for row in found} - {""})
     unpacked = place.unpacked([*tables, *(row.file for row in found)])
-    if missing := len(listed) - len(found):
-        unpacked["rows without an image"] = missing
+    if missing := [row.name for row in listed.values() if row.file not in there]:
+        rows_without = "row" if len(missing) == 1 else "rows"
+        unpacked[f"{rows_without} without an image ({printable(missing[0])})"] = len(missing)
     return Reading(
         name,
         summary((row.split for row in found), classes),

@@ -1,0 +1,95 @@
+"""Between a step and its engine: gradients go as soon as they are finished, weights come as late as they are used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from framework.execution.program import Program
+
+
+class StepHooks(Protocol):
+    """What an engine does in the middle of a step."""
+
+    def before_use(self, s: int) -> None:
+        """From now on the step uses the weights of segment ``s`` and of the heads on it."""
+
+    def finished(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """To these gradients of the micro-batch nothing is added any more, and the step keeps none of them."""
+
+
+class Finishing:
+    """When the gradients of a micro-batch are finished; worked out once, from the program.
+
+    Args:
+        program: of the step.
+        top_first: whether heads and gradients wait for the forward pass of all segments.
+
+    Attributes:
+        parts: how many gradients are added up for each parameter.
+        users: the lowest segment at which a step uses a parameter.
+        order: the parameters as their gradients are finished, in groups with one user. Of those that are finished at
+            once the lowest come first, because the next step needs them first.
+    """
+
+    def __init__(self, program: Program, top_first: bool = False) -> None:
+        self.parts: Counter[nn.Parameter] = Counter()
+        self.users: dict[nn.Parameter, int] = {}
+        self._finished: dict[nn.Parameter, int] = {}
+        segments = range(len(program.segments))
+        for place, s in enumerate(reversed(segments) if top_first else segments):
+            now = program.segment_programs[s]
+            self._add(2 * place, s, [p for call in now.heads for p in call.parameters])
+            for freed in now.freed:
+                self._add(2 * place + 1, freed, program.trained(freed))
+
+    def hold_back(self, parameters: Iterable[nn.Parameter]) -> None:
+        """To the gradients of these one more is added, at the end of the micro-batch."""
+        end = max(self._finished.values()) + 1
+        for parameter in set(parameters) & self.parts.keys():
+            if self._finished[parameter] < end:
+                self.parts[parameter] += 1
+            self._finished[parameter] = end
+
+    @property
+    def order(self) -> Sequence[Sequence[nn.Parameter]]:
+        groups: dict[tuple[int, int], list[nn.Parameter]] = {}
+        for parameter, moment in self._finished.items():
+            groups.setdefault((moment, self.users[parameter]), []).append(parameter)
+        return [groups[key] for key in sorted(groups)]
+
+    def _add(self, moment: int, user: int, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            self.parts[parameter] += 1
+            self.users[parameter] = min(user, self.users.get(parameter, user))
+            self._finished[parameter] = moment
+
+
+class EarlyGradients:
+    """Sees to it that hooks get the gradients of one micro-batch, each when it is finished.
+
+    Args:
+        hooks: of the engine.
+        finishing: of the network's program.
+    """
+
+    def __init__(self, hooks: StepHooks, finishing: Finishing) -> None:
+        self.before_use = hooks.before_use
+        self._hooks, self._missing = hooks, Counter(finishing.parts)
+        self._complete: list[nn.Parameter] = []
+
+    def added(self, parameters: Iterable[nn.Parameter]) -> None:
+        """To the gradients of these a part was added."""
+        for parameter in parameters:
+            self._missing[parameter] -= 1
+            if not self._missing[parameter]:
+                self._complete.append(parameter)
+
+    def release(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Hand over what is complete, and take it out of ``gradients``."""
+        complete, self._complete = self._complete, []
+        if complete:
+            self._hooks.finished({parameter: gradients.pop(parameter) for parameter in complete})
