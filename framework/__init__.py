@@ -16,7 +16,7 @@ The rooms, from the top floor down; a module imports from its own room and from 
 * ``local``: local units and plans, heads, objectives, one file per method
 * ``network``: any network as a list of segments; the networks that timm lacks
 * ``data``: shards, packing, loading, views
-* ``optim``: LARS, parameter groups, the learning rate
+* ``optim``: LARS, steps that are skipped, parameter groups, the learning rate
 * ``tracking``: the log of a run, progress, trackers, status
 * ``config``: recipes: their schema, composition and checks
 * ``runtime``: ranks, launch, requests and signals, watchdog, the lock of a run, errors, files

@@ -67,7 +67,7 @@ def _check_execution(recipe: Recipe) -> None:
             "execution.compile=true": execution.compile,
             "pipeline stages": recipe.pipelined,
             "train.accumulation above 1": recipe.train.accumulation > 1,
-            "train.precision=fp16, whose loss scales the host reads": recipe.train.precision == "fp16",
+            "train.precision=fp16, where the host looks at every step": recipe.train.precision == "fp16",
             "faults.nonfinite=skip, where the host looks at every step": recipe.faults.nonfinite == "skip",
             "method.async_mode=buffer, where the host draws the batches": buffered,
             "keys of deepspeed:, in whose place it steps": bool(recipe.deepspeed),

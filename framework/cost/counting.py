@@ -185,10 +185,6 @@ def _countable(recipe: Recipe) -> Recipe:
         network=replace(recipe.network, sync_bn=False),
         execution=Execution(),
         faults=Faults(),
-        train=replace(
-            recipe.train,
-            precision="bf16" if recipe.train.precision == "fp16" else recipe.train.precision,
-        ),
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from framework.engines.base import Engine
 from framework.engines.host_copy import copied_to_host
 from framework.execution import LocalNetwork
-from framework.optim.lars import Shard, local_part
+from framework.optim.lars import Shard
+from framework.optim.skipping import local_part
 from framework.runtime.distributed import device, is_main, world_size
 
 KINDS = ("gradient_norms", "weight_norms", "update_norms")
@@ -103,7 +104,7 @@ class UnitNorms:
     @torch.no_grad()
     def _before_step(self, optimizer: Any, args: object, kwargs: object) -> None:
         """Called by the optimizer; ZeRO steps one group after the other, late updates one bucket."""
-        if self._squares is None or self._before is not None or optimizer.skip:
+        if self._squares is None or self._before is not None or optimizer.skip is True:
             return  # the second: an optimizer of PyTorch's whose class has hooks itself, inside ours
         pieces = self._pieces(optimizer)
         self._before = [piece.weight.detach().clone() for piece in pieces]

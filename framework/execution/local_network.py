@@ -94,8 +94,10 @@ class LocalNetwork(nn.Module):
         self.teacher = Teacher(backbone, segments, plan, names) if plan.teacher is not None else None
         self.average: WeightAverage | None = None
         self.layout = torch.channels_last if channels_last else torch.preserve_format
-        weights = [self.program.weight(call) for call in self.program.calls]
-        self.scales = LossScales(weights) if precision == "fp16" else None
+        self.weights: Tensor
+        self.register_buffer("weights", _weights(plan), persistent=False)
+        of_calls = [self.program.weight(call) for call in self.program.calls]
+        self.scales = LossScales(of_calls) if precision == "fp16" else None
         replays = plan.execution.kind == "replay buffer"
         # "turns" is part of names in checkpoints.
         self.turns = ReplayBufferStrategy(plan.segments, plan.execution) if replays else None
@@ -342,7 +344,7 @@ class LocalNetwork(nn.Module):
     def _train(self, batch: Batch) -> StepOutput:
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step, penalty = self.routed_step(batch)
-        result = step_output(self.plan, step.losses, penalty)
+        result = step_output(self.weights, step.losses, penalty)
         nonfinite = self._nonfinite(step) if self.skip_nonfinite else None
         if self._finishing is None:
             loss = handed_over(result.loss, step.gradients)
@@ -375,4 +377,9 @@ class LocalNetwork(nn.Module):
                     call, features, key = waiting.pop()
                     loss = call.head(features, batch._replace(teacher=key))
                     losses.update(dict.fromkeys(call.units, loss))
-        return step_output(self.plan, losses, self.penalty())
+        return step_output(self.weights, losses, self.penalty())
+
+
+def _weights(plan: Plan) -> Tensor:
+    """Of the units (U,), in float64."""
+    return torch.tensor([unit.weight for unit in plan.units], dtype=torch.float64)

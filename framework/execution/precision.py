@@ -39,6 +39,27 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[o
     return torch.autocast(device, dtype=dtype, cache_enabled=False)
 
 
+class Scale(NamedTuple):
+    """The number that the true value of a gradient is multiplied by: ``factor``, in float16 times a loss scale.
+
+    Attributes:
+        factor: on the host.
+        loss: a float64 scalar on the device, which the host does not read.
+    """
+
+    factor: float
+    loss: Tensor | None = None
+
+    def on_device(self) -> Tensor:
+        """The number as a float64 scalar on the device (float16 only)."""
+        assert self.loss is not None
+        return self.loss * self.factor
+
+    def like(self, loss: Tensor) -> Tensor:
+        """The number as a scalar of a loss's type, on its device: the gradient that the scaled loss begins with."""
+        return torch.full_like(loss, self.factor) if self.loss is None else self.on_device().to(loss.dtype)
+
+
 class Overflow(NamedTuple):
     """What overflowed in a micro-batch, on whatever rank.
 
@@ -72,9 +93,9 @@ class LossScales(nn.Module):
         self.register_buffer("clean_steps", torch.zeros(len(weights), dtype=torch.int64))
         self._overflowed: Tensor | None = None  # (calls,) bool, in earlier micro-batches of this step
 
-    def current(self) -> list[float]:
-        """The scales as Python numbers; synchronizes with the device."""
-        return self.scale.tolist()
+    def current(self) -> tuple[Tensor, ...]:
+        """The scale of each head call as it is now: float64 scalars on the device."""
+        return self.scale.to(torch.float64, copy=True).unbind()
 
     @torch.no_grad()
     def update(self, overflowed: Tensor, last: bool = True) -> Overflow:
@@ -102,9 +123,31 @@ class LossScales(nn.Module):
         return Overflow(overflowed.any(), overflowed & helpless)
 
 
-def unscale_(gradients: list[Tensor], scale: float) -> Tensor:
-    """Divide by ``scale`` in place; returns whether any element is infinite or NaN (bool scalar)."""
+def smaller(a: Scale, b: Scale) -> Scale:
+    """Of two scales."""
+    if a.loss is b.loss:
+        return a if a.factor <= b.factor else b
+    return Scale(1.0, torch.minimum(a.on_device(), b.on_device()))
+
+
+def summed(a: Tensor, scale_a: Scale, b: Tensor, scale_b: Scale) -> tuple[Tensor, Scale]:
+    """The sum of two scaled tensors in the smaller of their scales, so that scaling up never overflows; that scale."""
+    scale = smaller(scale_a, scale_b)
+    if scale is scale_a:
+        return torch.add(a, b, alpha=scale.factor / scale_b.factor), scale
+    if scale is scale_b:
+        return torch.add(b, a, alpha=scale.factor / scale_a.factor), scale
+    # One ratio is 1, but the host doesn't know which. As vectors they make the products float32, and only the sum is
+    # rounded to float16.
+    ratios = (scale.on_device() / own.on_device() for own in (scale_a, scale_b))
+    exact = torch.promote_types(a.dtype, torch.float32)
+    of_a, of_b = (ratio.to(exact).reshape(1) for ratio in ratios)
+    return torch.addcmul(a * of_a, b, of_b).to(a.dtype), scale
+
+
+def unscale_(gradients: list[Tensor], scale: Scale) -> Tensor:
+    """Divide by a loss scale in place; returns whether any element is infinite or NaN (bool scalar)."""
     found = gradients[0].new_zeros(1, dtype=torch.float32)
-    inverse = torch.full_like(found, 1.0 / scale)
+    inverse = (1.0 / scale.on_device()).to(torch.float32).reshape(1)
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, inverse)
     return found[0] > 0

@@ -125,6 +125,13 @@ class Program:
         """All head calls, by number."""
         return tuple(call for program in self.segment_programs for call in program.heads)
 
+    def covering(self, segment: int) -> frozenset[HeadCall]:
+        """Head calls with a segment in one of their windows."""
+        units = self.plan.units
+        return frozenset(
+            call for call in self.calls if any(units[i].first <= segment <= units[i].last for i in call.units)
+        )
+
     def trained(self, s: int) -> list[nn.Parameter]:
         """Those of segment ``s``, as they are now."""
         return list(self.segments[s].parameters())
@@ -136,7 +143,8 @@ class Program:
     def by_unit(self, by_call: Tensor) -> Tensor:
         """Values of the head calls (calls,) as those of the units that share them (U,)."""
         calls = {unit: call.number for call in self.calls for unit in call.units}
-        return by_call[[calls[unit] for unit in range(len(calls))]]
+        values = by_call.unbind()
+        return torch.stack([values[calls[unit]] for unit in range(len(calls))])
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The precision in which segments and heads run on the device of ``x``."""

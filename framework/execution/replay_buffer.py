@@ -39,6 +39,7 @@ class ReplayBufferStrategy(nn.Module):
         self.outputs = [ReplayBuffer(execution.buffer_size) for _ in range(modules - 1)]
         self.taken: Tensor
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
+        self._known = (self.taken, self.taken._version, 0)
 
     def run(self, step: RoutedStep) -> None:
         """Every module once: draw an input, forward, losses, gradients; then store the output for the next module."""
@@ -50,13 +51,20 @@ class ReplayBufferStrategy(nn.Module):
             step.walk(s)
             if s < self.count - 1:
                 self.outputs[s].put(x, step.batch)
+        done = self._done() + 1
         self.taken += 1
+        self._known = (self.taken, self.taken._version, done)
 
     def order(self) -> list[int]:
         """Order of the modules in the coming step, the same on all ranks; from the first up while a buffer is empty."""
         if not self.shuffled or any(not buffer.entries for buffer in self.outputs):
             return list(range(self.count))
-        return np.random.default_rng(int(self.taken)).permutation(self.count).tolist()
+        return np.random.default_rng(self._done()).permutation(self.count).tolist()
+
+    def _done(self) -> int:
+        """``taken``, which the host reads only where somebody else has written it: when it was loaded or moved."""
+        tensor, version, done = self._known
+        return done if self.taken is tensor and self.taken._version == version else int(self.taken)
 
     def clear(self) -> None:
         """Empty the buffers."""

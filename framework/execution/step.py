@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from framework.data.batch import Batch
 from framework.execution.hooks import EarlyGradients
 from framework.execution.masks import visible_tokens
 from framework.execution.noise import Noise
-from framework.execution.precision import unscale_
+from framework.execution.precision import Scale, smaller, summed, unscale_
 from framework.execution.program import GradientRoute, HeadCall, InputGradient, Program, WeightGradient
 from framework.execution.teacher import TeacherPass
 from framework.local.head import Head
@@ -20,15 +21,14 @@ from framework.local.head import Head
 class Cotangent:
     """Gradient at a segment's output, ``scale`` times the true one."""
 
-    def __init__(self, value: Tensor, scale: float) -> None:
+    def __init__(self, value: Tensor, scale: Scale) -> None:
         self.value, self.scale = value, scale
 
     def plus(self, other: Cotangent | None) -> Cotangent:
-        """The sum, in the smaller of the two scales, so that scaling up never overflows."""
+        """The sum, in the smaller of the two scales."""
         if other is None:
             return self
-        low, high = (self, other) if self.scale <= other.scale else (other, self)
-        return Cotangent(torch.add(low.value, high.value, alpha=low.scale / high.scale), low.scale)
+        return Cotangent(*summed(self.value, self.scale, other.value, other.scale))
 
 
 class RoutedStep:
@@ -41,7 +41,7 @@ class RoutedStep:
         batch: the micro-batch; heads see its labels and images. What its masks hide is dropped behind segment 0.
         span: segments of this process. Cotangents for the segment below it end up in ``outgoing``, those from the
             segment above it are handed to ``receive``.
-        scales: the loss scale of every head call (float16 only).
+        scales: the loss scale of every head call, scalars on the device (float16 only).
         teacher: runs beside the segments.
         noise: on their outputs.
         early: takes gradients as soon as they are finished, and is told which weights come next.
@@ -57,7 +57,7 @@ class RoutedStep:
         program: Program,
         batch: Batch,
         span: range | None = None,
-        scales: Sequence[float] | None = None,
+        scales: Sequence[Tensor] | None = None,
         teacher: TeacherPass | None = None,
         noise: Noise | None = None,
         early: EarlyGradients | None = None,
@@ -75,7 +75,7 @@ class RoutedStep:
         self.outgoing: dict[GradientRoute, Cotangent] = {}
         self._keys: dict[Head, Tensor] = {}
         self._crossed = {s for unit in self.plan.units for s in range(unit.first + 1, unit.last + 1)}
-        self._overflows: list[tuple[Tensor, list[bool]]] = []
+        self._overflows: list[tuple[Tensor, frozenset[HeadCall]]] = []
 
     def forward(self, s: int, x: Tensor) -> Tensor:
         """Run segment ``s`` on the detached output of the one below; its own output, detached."""
@@ -105,8 +105,8 @@ class RoutedStep:
             with self.program.autocast(x):
                 loss = call.head(call.head.seen(self.program.segments[s], x), self._seen_by(call.head))
             self.losses.update(dict.fromkeys(call.units, loss.detach()))
-            factor = self.program.weight(call) * self._scale(call)
-            cotangent, *gradients = torch.autograd.grad(loss * factor, [x, *call.parameters])
+            start = self._scale(call, self.program.weight(call)).like(loss)
+            cotangent, *gradients = torch.autograd.grad(loss, [x, *call.parameters], start)
             self._collect(s, call, cotangent, gradients)
         self.release()
 
@@ -140,7 +140,7 @@ class RoutedStep:
                 for unit, other in zip(call.units, call.routes, strict=True)
                 if other == route
             )
-            self._add(top, route, Cotangent(value, min(scales)))
+            self._add(top, route, Cotangent(value, reduce(smaller, scales)))
 
     def take_overflows(self) -> Tensor:
         """(calls,) bool: head calls to which an overflow since the last call of this method is attributed.
@@ -148,11 +148,9 @@ class RoutedStep:
         An overflow in a segment is attributed to every head whose window the segment is in.
         """
         found, self._overflows = self._overflows, []
-        device = self.batch.images.device
-        if not found:
-            return torch.zeros(len(self.program.calls), dtype=torch.bool, device=device)
-        flags, attributed = zip(*found, strict=True)
-        return (torch.stack(flags)[:, None] & torch.tensor(attributed, device=device)).any(0)
+        none = torch.zeros((), dtype=torch.bool, device=self.batch.images.device)
+        flags = [[flag for flag, calls in found if call in calls] for call in self.program.calls]
+        return torch.stack([torch.stack(own).any() if own else none for own in flags])
 
     @staticmethod
     def contrast(steps: Sequence[RoutedStep], s: int) -> None:
@@ -176,8 +174,8 @@ class RoutedStep:
             )
             with program.autocast(whole):
                 loss = call.head.score(whole, batch)
-            factor = program.weight(call) * first._scale(call) * len(steps)
-            gradients = torch.autograd.grad(loss * factor, parts)
+            start = first._scale(call, program.weight(call) * len(steps)).like(loss)
+            gradients = torch.autograd.grad(loss, parts, start)
             for step, gradient in zip(steps, gradients, strict=True):
                 step._backward_embedding(s, call, loss.detach(), gradient)
 
@@ -196,22 +194,22 @@ class RoutedStep:
     def _seen_by(self, head: Head) -> Batch:
         return self.batch._replace(teacher=self._keys.pop(head, None))
 
-    def _scale(self, call: HeadCall) -> float:
-        return self.scales[call.number] if self.scales is not None else 1.0
+    def _scale(self, call: HeadCall, factor: float) -> Scale:
+        return Scale(factor, self.scales[call.number] if self.scales is not None else None)
 
-    def _unit_scale(self, unit: int, call: HeadCall) -> float:
+    def _unit_scale(self, unit: int, call: HeadCall) -> Scale:
         """Units that share a head share its cotangent; it is scaled for the heaviest, and more for the others."""
-        return self._scale(call) * self.program.weight(call) / self.plan.units[unit].weight
+        return self._scale(call, self.program.weight(call) / self.plan.units[unit].weight)
 
     def _collect(self, s: int, call: HeadCall, cotangent: Tensor, gradients: Sequence[Tensor]) -> None:
         """Take in the gradients of a head call: those of its parameters, and that of its input for each unit."""
         total = sum(self.plan.units[i].weight for i in call.units)
-        scale = self._scale(call) * self.program.weight(call) / total
+        scale = self._scale(call, self.program.weight(call) / total)
         overflow = self._finish(call.parameters, gradients, scale)
         if self.scales is not None:
             infinite = ~torch.isfinite(cotangent).all()
-            own = [other is call for other in self.program.calls]
-            self._overflows.append((infinite if overflow is None else infinite | overflow, own))
+            flag = infinite if overflow is None else infinite | overflow
+            self._overflows.append((flag, frozenset({call})))
         for unit, route in zip(call.units, call.routes, strict=True):
             self._add(s, route, Cotangent(cotangent, self._unit_scale(unit, call)))
 
@@ -243,22 +241,18 @@ class RoutedStep:
             self._add(s - 1, route, Cotangent(gradients.pop(), cotangent.scale))
         overflow = self._finish(parameters, gradients, cotangent.scale)
         if overflow is not None:
-            units = self.plan.units
-            covering = [
-                any(units[i].first <= s <= units[i].last for i in call.units) for call in self.program.calls
-            ]
-            self._overflows.append((overflow, covering))
+            self._overflows.append((overflow, self.program.covering(s)))
 
     def _finish(
-        self, parameters: list[nn.Parameter], gradients: Sequence[Tensor], scale: float
+        self, parameters: list[nn.Parameter], gradients: Sequence[Tensor], scale: Scale
     ) -> Tensor | None:
         """Divide gradients by their scale and add them up; whether one is infinite or NaN, with loss scales."""
         gradients = [_laid_out_like(p, g) for p, g in zip(parameters, gradients, strict=True)]
         overflow = None
         if self.scales is not None and gradients:
             overflow = unscale_(gradients, scale)
-        elif scale != 1.0 and gradients:
-            torch._foreach_div_(gradients, scale)
+        elif scale.factor != 1.0 and gradients:
+            torch._foreach_div_(gradients, scale.factor)
         for p, g in zip(parameters, gradients, strict=True):
             self.gradients[p] = self.gradients[p] + g if p in self.gradients else g
         if self.early is not None:

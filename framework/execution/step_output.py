@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from framework.local.units import Plan
-
 
 class StepOutput(NamedTuple):
     """The result of a forward; a named tuple, so that FSDP2 finds the loss in it.
@@ -57,9 +55,8 @@ class _HandOver(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-def step_output(plan: Plan, losses: dict[int, Tensor], penalty: Tensor | None) -> StepOutput:
-    """The units' losses, by number, summed with their weights; without gradients."""
-    unit_losses = torch.stack([losses[i] for i in range(len(plan.units))])
-    weights = unit_losses.new_tensor([unit.weight for unit in plan.units])
-    loss = unit_losses @ weights
+def step_output(weights: Tensor, losses: dict[int, Tensor], penalty: Tensor | None) -> StepOutput:
+    """The units' losses, by number, summed with their weights (U,), which are on the device; without gradients."""
+    unit_losses = torch.stack([losses[i] for i in range(len(weights))])
+    loss = unit_losses @ weights.to(unit_losses.dtype)
     return StepOutput(loss if penalty is None else loss + penalty, unit_losses)

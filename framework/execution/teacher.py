@@ -98,7 +98,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def before_step(self, taken: Tensor | float) -> None:
         """Note that an optimizer step follows; ``taken`` is 0 where it is skipped."""
-        self.due.copy_(torch.as_tensor(taken))
+        self.due.fill_(taken)
 
     @torch.no_grad()
     def catch_up(self, segments: Sequence[Segment]) -> None:

@@ -75,7 +75,7 @@ class MoCo(Objective):
             return
         keys = torch.cat(self._entering).to(self.queue.dtype)
         rows = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        take = torch.as_tensor(taken, device=keys.device) > 0
+        take = keys.new_ones(()) * taken > 0
         self.queue[rows] = torch.where(take, keys, self.queue[rows])
         self.oldest.copy_((self.oldest + take * len(keys)) % len(self.queue))
         self._entering = []

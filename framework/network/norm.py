@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as _PyTorchs
 
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
@@ -20,34 +21,30 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
 def synchronize(network: nn.Module) -> nn.Module:
     """Let every BatchNorm of ``network`` use the statistics of all ranks; parameter names are kept.
 
-    On GPUs it becomes PyTorch's own SyncBatchNorm (through timm, whose BatchNorm may include an activation). That one
-    refuses CPU tensors, and weights that are buffers as in ``EmaCopy``; for these there is ``SyncBatchNorm`` below.
+    PyTorch's own SyncBatchNorm waits for the GPU in every forward pass, and refuses CPU tensors.
 
     Raises:
-        UserError: a kind of BatchNorm that can't be synchronized on the CPU.
+        UserError: a kind of BatchNorm that can't be synchronized.
     """
-    native = torch.cuda.is_available()  # the network is still on the CPU when this is called
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
-                setattr(module, name, _synchronized(child, native))
+                setattr(module, name, _synchronized(child))
     return network
 
 
-def _synchronized(norm: nn.modules.batchnorm._BatchNorm, native: bool) -> nn.Module:
-    if native and isinstance(norm.weight, nn.Parameter | None):
-        return convert_sync_batchnorm(norm)
+def _synchronized(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
     if type(norm) in _PLAIN:
         return SyncBatchNorm.like(norm)
     if isinstance(norm, BatchNormAct2d):
         return SyncBatchNormAct.like(norm)
-    raise UserError(f"network.sync_bn=true can't synchronize {type(norm).__name__} on the CPU")
+    raise UserError(f"network.sync_bn=true can't synchronize {type(norm).__name__}")
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batch of all ranks: one differentiable all-gather of their counts, means and variances.
 
-    They are combined as Chan et al. (1983) do, without a difference of large numbers.
+    They are combined as Chan et al. (1983) do, without a difference of large numbers. On GPUs PyTorch's kernels do it.
     """
 
     @classmethod
@@ -65,9 +62,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         """(N, C, ...) -> the same, normalized; one collective in training, none in evaluation."""
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
+        if input.is_cuda:
+            return self._by_kernels(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         own = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-        count = x.new_tensor([x.numel() // x.shape[1]])
+        count = x.new_full((1,), x.numel() // x.shape[1])
         ranks = distributed.gather_with_gradient(torch.cat([count, *own])[None])
         counts, variances, means = ranks.split([1, self.num_features, self.num_features], dim=1)
         n = counts.sum()
@@ -81,15 +80,75 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         scale = scale * self.weight
         return ((x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
 
+    def _by_kernels(self, input: Tensor) -> Tensor:
+        moved: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            moved = (self.running_mean, self.running_var, self._momentum(self.num_batches_tracked))
+        mean, variance, momentum = moved
+        output: Tensor = Kernels.apply(
+            input,
+            self.weight,
+            self.bias,
+            mean,
+            variance,
+            self.eps,
+            momentum,
+            distributed.group(),
+            distributed.world_size(),
+        )
+        return output
+
+    def _momentum(self, batches: Tensor) -> float:
+        """That of timm's networks is a number; ``None``, the mean over all batches, is read from the device."""
+        return self.momentum if self.momentum is not None else 1.0 / float(batches)
+
     @torch.no_grad()
     def _move_statistics(self, mean: Tensor, variance: Tensor, n: Tensor) -> None:
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
-        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        momentum = self._momentum(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_((variance * n / (n - 1)).to(self.running_var.dtype), momentum)
+
+
+class Kernels(_PyTorchs):
+    """PyTorch's function for GPUs, with its backward pass.
+
+    PyTorch's forward pass waits for the GPU, to leave out ranks without images; here every rank has some.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        eps: float,
+        momentum: float,
+        process_group: dist.ProcessGroup | None,
+        world_size: int,
+    ) -> Tensor:
+        if not input.is_contiguous(memory_format=torch.channels_last):
+            input = input.contiguous()
+        channels = input.shape[1]
+        mean, inverse = torch.batch_norm_stats(input, eps)
+        own = torch.cat([mean, inverse, mean.new_full((1,), input.numel() // channels)])
+        parts = [torch.empty_like(own) for _ in range(world_size)]
+        dist.all_gather(parts, own, group=process_group)
+        ranks = torch.stack(parts).split([channels, channels, 1], 1)
+        means, inverses, counts = (part.contiguous() for part in ranks)
+        like = counts.dtype if running_mean is None else running_mean.dtype
+        mean, inverse = torch.batch_norm_gather_stats_with_counts(
+            input, means, inverses, running_mean, running_var, momentum, eps, counts.flatten().to(like)
+        )
+        ctx.save_for_backward(input, weight, mean, inverse, counts.to(torch.int32))
+        ctx.process_group = process_group
+        return torch.batch_norm_elemt(input, weight, bias, mean, inverse, eps)
 
 
 class SyncBatchNormAct(SyncBatchNorm):
@@ -157,7 +216,11 @@ class RunningStatistics:
             torch._foreach_copy_(copies, buffers)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """After a step that was skipped."""
+    def put_back(self, skipped: bool | Tensor = True) -> None:
+        """After a step, if it was skipped; a bool scalar on the device is not read by the host."""
         for copies, buffers in zip(self._copies, self._kinds, strict=True):
-            torch._foreach_copy_(buffers, copies)
+            if isinstance(skipped, Tensor):
+                for copy, buffer in zip(copies, buffers, strict=True):
+                    torch.where(skipped, copy, buffer, out=buffer)
+            elif skipped:
+                torch._foreach_copy_(buffers, copies)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from framework.optim.groups import Decay, parameter_groups
 from framework.optim.lars import LARS
 from framework.optim.learning_rate import learning_rate, learning_rate_of_epoch
+from framework.optim.torch_optimizers import SGD, AdamW
 from framework.runtime.errors import UserError
 
 __all__ = [
@@ -26,9 +26,13 @@ __all__ = [
 
 
 class SkippableOptimizer(Protocol):
-    """A ``torch.optim.Optimizer`` whose ``step`` leaves weights, state and counters alone while ``skip`` is set."""
+    """A ``torch.optim.Optimizer`` whose ``step`` leaves weights, state and counters alone while ``skip`` is set.
 
-    skip: bool
+    ``skip`` may be a bool scalar on the device, which the host does not read. From the first one on it must always be,
+    because AdamW then counts its steps there.
+    """
+
+    skip: bool | Tensor
     param_groups: list[dict[str, Any]]
     state: Any
 
@@ -39,28 +43,6 @@ class SkippableOptimizer(Protocol):
     def register_step_pre_hook(self, hook: Any) -> Any: ...
 
     def register_step_post_hook(self, hook: Any) -> Any: ...
-
-
-class SGD(torch.optim.SGD):
-    """PyTorch's SGD, skippable."""
-
-    skip = False
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step, or none if ``skip`` is set."""
-        if not self.skip:
-            super().step()
-
-
-class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW, skippable."""
-
-    skip = False
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step, or none if ``skip`` is set."""
-        if not self.skip:
-            super().step()
 
 
 def build_optimizer(

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from framework.optim.skipping import local_part, step_unless
+
 
 class Piece(NamedTuple):
     """The part of a parameter that a rank's flat tensor contains.
@@ -72,7 +74,7 @@ class LARS(torch.optim.Optimizer):
         trust: trust coefficient.
     """
 
-    skip = False
+    skip: bool | Tensor = False
 
     def __init__(
         self,
@@ -94,9 +96,11 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step, or none if ``skip`` is set. ZeRO calls this once per group."""
-        if not self.skip:
-            for group in self.param_groups:
-                self._update(group)
+        step_unless(self.skip, self, self._update_groups)
+
+    def _update_groups(self) -> None:
+        for group in self.param_groups:
+            self._update(group)
 
     def _update(self, group: dict[str, Any]) -> None:
         trained = [p for p in group["params"] if p.grad is not None]
@@ -126,11 +130,6 @@ class LARS(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _adapted_rates(

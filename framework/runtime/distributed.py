@@ -44,6 +44,13 @@ def world_size() -> int:
     return dist.get_world_size(group) if dist.is_initialized() and group != "alone" else 1
 
 
+def group() -> dist.ProcessGroup | None:
+    """The processes, of which there are several; ``None`` stands for all."""
+    seen = _REPLICAS.get()
+    assert seen != "alone"
+    return seen
+
+
 def is_main() -> bool:
     """Whether this is rank 0, which prints and writes files."""
     return rank() == 0
@@ -160,8 +167,7 @@ def start_mean_over_ranks(x: Tensor) -> tuple[Tensor, dist.Work | None]:
 def from_first(x: Tensor) -> Tensor:
     """The first rank's ``x``, on every rank; of all ranks it must have one shape."""
     if world_size() > 1:
-        group = _REPLICAS.get()
-        dist.broadcast(x, group=None if group == "alone" else group, group_src=0)
+        dist.broadcast(x, group=group(), group_src=0)
     return x
 
 

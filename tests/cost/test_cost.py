@@ -125,7 +125,7 @@ def test_what_changes_only_the_execution_changes_no_count(override: str) -> None
 
 @pytest.mark.slow
 def test_fp16_is_counted_as_the_other_type_of_two_bytes() -> None:
-    """Its loss scales are read by the host, and these have no values."""
+    """Its loss scales have no values here, and the host reads none."""
     assert cost(QUICK, 2, "train.precision=fp16") == cost(QUICK, 2, "train.precision=bf16")
 
 

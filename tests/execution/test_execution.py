@@ -110,7 +110,7 @@ def refusal() -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("cuda_graph train.precision=fp16", "train.precision=fp16, whose loss scales the host reads"),
+        ("cuda_graph train.precision=fp16", "train.precision=fp16, where the host looks at every step"),
         ("cuda_graph train.accumulation=2", "train.accumulation above 1"),
         ("cuda_graph faults.nonfinite=skip", "faults.nonfinite=skip, where the host looks at every step"),
         (

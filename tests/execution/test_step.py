@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.execution.naive import naive_gradients
+from framework.execution.precision import Scale, summed
 from framework.execution.program import Program
 from framework.execution.step import RoutedStep
 from framework.local import Classifier, LocalUnit, NetworkInfo, Plan
@@ -100,11 +101,25 @@ def test_one_head_on_two_segments_gets_the_sum_of_both_gradients() -> None:
 def test_one_head_on_two_segments_in_float16() -> None:
     """Each run of the head has a loss scale of its own."""
     half, full = shared_head(precision="fp16"), shared_head()
-    assert half.scales is not None and len(set(half.scales.current())) == 2
+    assert half.scales is not None and len(half.scales.scale.unique()) == 2
     data = networks.batch(full, size=64)
     data = data._replace(images=data.images.float())
     ours, theirs = networks.routed(half, data), networks.routed(full, data)
     assert relative_error(ours["heads.u0.trunk.1.weight"], theirs["heads.u0.trunk.1.weight"]) < 0.02
+
+
+@pytest.mark.parametrize("scales", [(2.0**3, 2.0**20), (2.0**20, 2.0**3), (2.0**9, 2.0**9)])
+def test_float16_cotangents_whose_scales_the_host_does_not_know_add_up_as_if_it_did(
+    scales: tuple[float, float],
+) -> None:
+    """To the last bit, in the smaller scale; in the larger the sum would overflow."""
+    torch.manual_seed(0)
+    a, b = 100 * torch.randn(2, 1000).half()
+    expected, scale = summed(a, Scale(scales[0]), b, Scale(scales[1]))
+    assert scale == Scale(min(scales)) and expected.isfinite().all()
+    on_device = [Scale(2.0, torch.tensor(number / 2, dtype=torch.float64)) for number in scales]
+    found, scale = summed(a, on_device[0], b, on_device[1])
+    assert torch.equal(found, expected) and scale.on_device() == min(scales)
 
 
 def test_a_head_on_two_stages_of_a_pipeline_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""BatchNorm over all ranks on the CPU, against PyTorch's BatchNorm on the whole batch in one process."""
+"""BatchNorm over all ranks, against PyTorch's BatchNorm on the whole batch in one process."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from framework.network.norm import synchronize
+from framework.network.norm import Kernels, RunningStatistics, synchronize
 from framework.runtime.distributed import rank, world_size
 
 PoolOf = Callable[[int], Any]
@@ -78,3 +79,47 @@ def test_a_large_mean_costs_no_digits(pool: PoolOf, ranks: int) -> None:
     exact = normalized(1e3, torch.float64, 1)
     theirs = worst([normalized(1e3, torch.float32, 1)], exact)
     assert worst(pool(ranks).run(normalized, 1e3, torch.float32, ranks), exact) < 3 * theirs < 0.01
+
+
+@pytest.mark.parametrize("skipped", [True, torch.tensor(True), torch.tensor(False)], ids=str)
+def test_statistics_are_put_back_where_a_step_was_skipped(skipped: bool | Tensor) -> None:
+    net = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS))
+    kept = RunningStatistics(net)
+    net(torch.ones(4, CHANNELS, 2, 2))
+    kept.remember()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    net(torch.full((4, CHANNELS, 2, 2), torch.nan))
+    kept.put_back(skipped)
+    same = [
+        torch.equal(value, before[name]) for name, value in net.state_dict().items() if "weight" not in name
+    ]
+    assert all(same) == bool(skipped)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="these kernels are CUDA's")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_its_kernels_for_gpus_are_batch_norm_and_do_not_wait(layout: torch.memory_format) -> None:
+    """One rank, because there is one GPU."""
+    x = images(1.0, torch.float32).cuda().contiguous(memory_format=layout)
+    found = []
+    dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        dist.all_reduce(torch.zeros(1, device="cuda"))  # connects
+        for ours in (True, False):
+            torch.manual_seed(0)
+            learned = [torch.randn(CHANNELS).cuda().requires_grad_() for _ in range(2)]
+            running = [torch.zeros(CHANNELS, device="cuda"), torch.ones(CHANNELS, device="cuda")]
+            into = x.clone().requires_grad_()
+            torch.cuda.set_sync_debug_mode("error" if ours else "default")
+            if ours:
+                output = Kernels.apply(into, *learned, *running, 1e-5, 0.1, None, 1)
+            else:
+                output = nn.functional.batch_norm(into, *running, *learned, True, 0.1, 1e-5)
+            output.sin().sum().backward()
+            torch.cuda.set_sync_debug_mode("default")
+            found.append([output, into.grad, *(p.grad for p in learned), *running])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
