@@ -20,7 +20,7 @@ from framework.execution import StepOutput
 from framework.local import methods
 from framework.model import local_network
 from framework.optim import build_optimizer
-from framework.runtime.distributed import is_main, rank, world_size
+from framework.runtime.distributed import device, is_main, rank, world_size
 from tests.support import networks
 
 BASE_LR = {"lars": 0.5, "sgd": 0.002, "adamw": 0.0005}
@@ -85,7 +85,9 @@ class Dyadic(nn.Module):
         digits = (batch.images.flatten(1)[:, :8] * 16).round() / 256
         loss = digits.new_zeros(())
         for number, weight in enumerate(self.weights):
-            pattern = torch.arange(weight.numel()).remainder(number + 3).view_as(weight) - 1
+            pattern = (
+                torch.arange(weight.numel(), device=weight.device).remainder(number + 3).view_as(weight) - 1
+            )
             loss = loss + (weight * pattern).sum() * digits[:, number].mean()
         self.seen += 1
         overflow = (~torch.isfinite(batch.images)).any().float()
@@ -185,9 +187,10 @@ def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:
     results = []
     for step in steps:
         torch.manual_seed(step)
-        batches = micro_batches(case, step, rank(), world_size())
+        parts = micro_batches(case, step, rank(), world_size())
+        batches = [networks.on(device(), part) for part in parts]
         results.append(engine.step(batches, learning_rate(case, step)).unit_losses)
-    return torch.stack(results) if results else torch.empty(0)
+    return torch.stack(results).cpu() if results else torch.empty(0)
 
 
 def train(case: Case, net: nn.Module | None = None) -> Run | None:

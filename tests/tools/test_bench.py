@@ -206,8 +206,8 @@ def test_the_committed_count_has_the_papers_rows_as_they_are_printed() -> None:
         assert not line["commit"].endswith("-dirty")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
-def test_what_an_earlier_row_left_on_the_gpu_does_not_count() -> None:
+@pytest.mark.gpu
+def test_what_an_earlier_row_left_on_the_gpu_does_not_count(gpu: torch.device) -> None:
     recipe = memory_tables.published_recipe("cifar10/mlaan_r32_k16_cifar10")
     alone = memory_tables._allocated(recipe, 10, 8)
     left = torch.empty(2**28, device="cuda")
