@@ -158,7 +158,7 @@ def test_a_round_on_a_gpu_is_a_block_of_steps(tool: Any, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("path", CSVS, ids=[path.stem for path in CSVS])
 def test_a_row_is_added_below_those_of_earlier_tables(tool: Any, tmp_path: Path, path: Path) -> None:
-    bench = tool("bench_step")
+    bench = tool("csv_rows")
     copy = Path(shutil.copy(path, tmp_path))
     before = bench.read(path)
     assert before and bench.is_in(
