@@ -221,7 +221,8 @@ class Work:
         return f"its process ended with status {process.returncode}"
 
     def _environment(self) -> dict[str, str]:
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+        given = [path for path in [os.environ.get("PYTHONPATH", "")] if path]
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tools"), *given])
         hidden = {} if self.device == "cuda" else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         return {
             **os.environ,

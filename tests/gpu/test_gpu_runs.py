@@ -28,9 +28,10 @@ def trained(folder: Path, name: str, device: torch.device, *overrides: str) -> l
     command = [str(ROOT / "framework" / "train.py"), str(ROOT / "recipes" / "quickstart.yaml")]
     paths = [f"data.path={folder / 'digits'}", f"run_dir={folder / name / 'run'}"]
     hidden = {} if device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, *command, *paths, "data.workers=2", *overrides],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **hidden},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **hidden},
         capture_output=True,
         text=True,
     )
