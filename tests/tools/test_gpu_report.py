@@ -149,7 +149,7 @@ def test_the_rehearsal_comes_to_its_end(tool: Any, tmp_path: Path) -> None:
     pieces = tool("gpu_pieces").pieces("cpu")
     rows = {name: tuple(map(int, numbers[:4])) for name, *numbers in record.summary(pieces)}
     assert all(failed == 0 and todo == 0 for _, failed, _, todo in rows.values())
-    for name in ("CUDA graphs, measuring", "no waiting", "runs", "compile"):
+    for name in ("CUDA graphs, measuring", "no waiting", "runs, compile"):
         assert rows[name][0] == 0 and rows[name][2] > 0  # needs a GPU, and does not pass
     for name in ("methods", "precision", "loading", "engines", "rows"):
         assert rows[name][0] > 0
