@@ -55,6 +55,7 @@ STEPS = {
 MEMORY = {
     "network, method": ("plan", "{}"),
     "images": ("images", "{}"),
+    "precision": ("precision", "{}"),
     "end-to-end, GiB": ("allocated_end_to_end_gib", "{:.2f}"),
     "method, GiB": ("allocated_method_gib", "{:.2f}"),
     "times less": ("allocated_saving", "{:.2f}"),
