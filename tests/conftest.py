@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 pytest.register_assert_rewrite("tests.support")
 
@@ -16,7 +20,23 @@ from tests.support.pool import Pool, start_server  # noqa: E402
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # Each is selected by its own name, so that no test has two.
-LEFT_OUT = {"slow", "soak", "slurm", "detectron2"}
+LEFT_OUT = {"slow", "soak", "slurm", "detectron2", "gpu"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="where the tests marked gpu compute; cpu rehearses those that can do without a GPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # also for the code under test, which takes a GPU that it finds
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,7 +63,7 @@ def _default(config: pytest.Config) -> str:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.option.markexpr == _default(config):
         terminalreporter.write_line(
-            "Left out: the long tests (uv run pytest -m slow) and those marked soak, slurm and detectron2; "
+            "Left out: the long tests (uv run pytest -m slow) and those marked soak, slurm, detectron2 and gpu; "
             "tests/README.md says what they need. .ci/run runs all that CI does."
         )
 
@@ -66,6 +86,34 @@ def pool() -> Iterator[Callable[[int], Pool]]:
     yield get
     for standing in pools.values():
         standing.close()
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where a test marked ``gpu`` computes.
+
+    After a kernel that went wrong every other would fail in this process, too: then the session ends.
+    """
+    import torch
+
+    if request.config.getoption("--device") == "cpu":
+        yield torch.device("cpu")
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU (--device cpu rehearses what can do without)")
+    yield torch.device("cuda")
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        pytest.exit(f"{request.node.nodeid} left the GPU unusable for this process: {error}", returncode=70)
+
+
+@pytest.fixture
+def gpu(device: torch.device) -> torch.device:
+    """The same for what a CPU can't do at all."""
+    if device.type == "cpu":
+        pytest.skip("needs a GPU")
+    return device
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import io
 import json
 import statistics
 import sys
@@ -227,28 +225,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=184).print(table)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV; none if it isn't there."""
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
-def is_in(path: Path, setting: dict[str, Any]) -> bool:
-    """Whether a CSV has a row of these conditions."""
-    return any(all(str(value) == line.get(key) for key, value in setting.items()) for line in read(path))
-
-
-def append(path: Path, result: dict[str, Any]) -> None:
-    """Write a row below those of a CSV, which is whole at any moment."""
-    rows = [*read(path), {key: value for key, value in result.items() if key != "heads"}]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, buffer.getvalue())
-
-
-def main() -> None:
-    """Parse, measure, print."""
+def argument_parser() -> Parser:
+    """Of what is measured, and of where the rows go."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet32", help="any ResNet of timm or of depth 6n+2")
     parser.add_argument(
@@ -296,10 +274,25 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--csv", type=Path, help="add them here, without what --breakdown adds")
+    return parser
+
+
+def set_up(arguments: argparse.Namespace) -> None:
+    """Of the whole process: float32 is float32, and the threads are those asked for."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(arguments.threads)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argument_parser()
     arguments = parser.parse_args()
 
     import torch
     from benched_steps import check
+    from csv_rows import append, is_in
 
     if arguments.cuda_graph and (arguments.compile or not torch.cuda.is_available()):
         parser.error("--cuda-graph needs a GPU, and can't be combined with --compile")
@@ -309,6 +302,7 @@ def main() -> None:
     methods = arguments.method.split(",")
     for method in methods:
         check(method, arguments.head)
+    set_up(arguments)
     if arguments.wire or arguments.ranks > 1:
         import wired_steps
 
@@ -317,8 +311,6 @@ def main() -> None:
         if arguments.json:
             write_whole(arguments.json, json.dumps(found, indent=1) + "\n")
         return
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.set_num_threads(arguments.threads)
     rows = []
     for method in methods:
         if arguments.csv and is_in(arguments.csv, conditions(method, arguments)):

@@ -33,7 +33,9 @@ def busy_seconds(step: Callable[[], None], repeats: int = 3) -> float:
         for _ in range(repeats):
             step()
         torch.cuda.synchronize()
-    ranges = (e.time_range for e in profiler.events() if e.device_type == DeviceType.CUDA)
+    # Regions that a program names, such as an optimizer's step, are events of the GPU, too, idle or not.
+    events = (e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
+    ranges = (e.time_range for e in events)
     return covered((r.start, r.end) for r in ranges) / 1e6 / repeats
 
 

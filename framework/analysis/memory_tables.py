@@ -99,9 +99,18 @@ def measure(recipe: Recipe, num_classes: int, images: int) -> Memory:
     method, end_to_end = counting.peak_bytes(recipe, num_classes, images)
     if not torch.cuda.is_available():
         return Memory((end_to_end, method), None)
+    return Memory((end_to_end, method), allocated(recipe, num_classes, images))
+
+
+def allocated(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]:
+    """Bytes that a GPU's allocator holds at the worst moment of a training step: end-to-end, and the recipe's method.
+
+    Raises:
+        UserError: as ``local_network``.
+    """
+    recipe = replace(recipe, network=replace(recipe.network, sync_bn=False))  # there is one device
     whole = counting.end_to_end(recipe, recipe_network(recipe, num_classes).plan)
-    allocated = _allocated(whole, num_classes, images), _allocated(recipe, num_classes, images)
-    return Memory((end_to_end, method), allocated)
+    return _allocated(whole, num_classes, images), _allocated(recipe, num_classes, images)
 
 
 def published_recipe(name: str) -> Recipe:

@@ -1,8 +1,11 @@
 """Tables of results as Markdown, in files that name them.
 
-A line ``<!-- results TABLE -->`` stands before a table of means over seeds, ``<!-- claims TABLE -->`` before the
-claims, ``<!-- methods TABLE STEPS -->`` before errors beside what a step costs; TABLE and STEPS are files of
-``recipes/results``, without suffix. The tables end at the next empty line.
+Lines of the form ``<!-- KIND FILE -->``, FILE being one of ``recipes/results`` without suffix, stand before tables,
+which end at the next empty line:
+
+* ``results TABLE``: means over seeds; ``claims TABLE``: the claims;
+* ``methods TABLE STEPS``: errors beside what a step costs;
+* ``gpu STEPS``: steps on a GPU; ``memory MEMORY``: the peaks of its allocator.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from framework.analysis.results_runs import Row
 from framework.analysis.results_tables import ResultsTable
 from framework.runtime.errors import UserError
 
-MARK = re.compile(r"^<!-- (results|claims|methods) (\S+)(?: (\S+))? -->\n(?:[^\n]+\n)*", re.MULTILINE)
+MARK = re.compile(
+    r"^<!-- (results|claims|methods|gpu|memory) (\S+)(?: (\S+))? -->\n(?:[^\n]+\n)*", re.MULTILINE
+)
 
 #: column of a CSV -> its heading, and how a line's number is shown
 COLUMNS: dict[str, tuple[str, Callable[[float], float]]] = {
@@ -30,6 +35,36 @@ COLUMNS: dict[str, tuple[str, Callable[[float], float]]] = {
 BASELINES = {
     "untrained": {"error": "linear_top1_random", "knn_top1": "knn_top1_untrained"},
     "pixels": {"knn_top1": "knn_top1_pixels"},
+}
+#: heading -> column of ``bench_step``'s CSV, and how it is shown
+STEPS = {
+    "network": ("network", "{}"),
+    "cut": ("cut", "{}"),
+    "method": ("method", "{}"),
+    "batch": ("batch", "{}"),
+    "precision": ("precision", "{}"),
+    "CUDA graph": ("cuda_graph", "{}"),
+    "images/s": ("images_per_second", "{:.0f}"),
+    "time / end-to-end": ("ratio_time", "{:.2f}"),
+    "speed-up of the graph": ("speedup", "{:.2f}"),
+    "allocator's peak, GiB": ("peak_bytes", "{:.2f}"),
+    "end-to-end / peak": ("ratio_peak", "{:.2f}"),
+    "GPU busy": ("busy", "{:.2f}"),
+}
+#: the same for the allocator's peaks beside the papers'
+MEMORY = {
+    "network, method": ("plan", "{}"),
+    "images": ("images", "{}"),
+    "precision": ("precision", "{}"),
+    "end-to-end, GiB": ("allocated_end_to_end_gib", "{:.2f}"),
+    "method, GiB": ("allocated_method_gib", "{:.2f}"),
+    "times less": ("allocated_saving", "{:.2f}"),
+    "the paper's": ("paper_saving", "{:.2f}"),
+}
+#: what turns a number of a CSV into the one that is shown
+CONVERTED: dict[str, Callable[[float], float]] = {
+    "peak_bytes": lambda number: number / 2**30,
+    "ratio_peak": lambda number: 1 / number,
 }
 SCORES = {"test_top1": "test", "linear_top1": "linear evaluation"}
 
@@ -134,6 +169,9 @@ def up_to_date(text: str, folder: Path) -> str:
 
     def table(found: re.Match[str]) -> str:
         kind, name, steps = found.groups()
+        if kind in ("gpu", "memory"):
+            cells = measured(folder / f"{name}.csv", STEPS if kind == "gpu" else MEMORY)
+            return f"{found.group(0).splitlines()[0]}\n{_markdown(cells)}"
         recorded = Recorded(folder, name)
         if kind == "methods":
             cells = recorded.methods(steps)
@@ -142,6 +180,23 @@ def up_to_date(text: str, folder: Path) -> str:
         return f"{found.group(0).splitlines()[0]}\n{_markdown(cells)}"
 
     return MARK.sub(table, text)
+
+
+def measured(path: Path, columns: dict[str, tuple[str, str]]) -> list[list[str]]:
+    """Columns of a CSV, with their headings; one line that says so, where there is no CSV yet."""
+    if not path.exists():
+        return [list(columns), ["not run yet", *[""] * (len(columns) - 1)]]
+    cells = [list(columns)]
+    for line in csv.DictReader(path.read_text().splitlines()):
+        shown = []
+        for key, form in columns.values():
+            value = line.get(key) or ""
+            if value and form != "{}":
+                shown.append(form.format(CONVERTED.get(key, float)(float(value))))
+            else:
+                shown.append({"True": "yes", "False": ""}.get(value, value))
+        cells.append(shown)
+    return cells
 
 
 def _markdown(cells: Sequence[Sequence[str]]) -> str:

@@ -43,7 +43,14 @@ def _processor() -> str:
 
 def versions() -> dict[str, str]:
     """Version of Python and of every package that can move a number."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # such as this package, where a checkout is run as it lies
+        return "not installed"
 
 
 def commit(root: Path = ROOT) -> str | None:

@@ -86,9 +86,9 @@ def test_a_recorded_step_has_the_layout_of_the_network() -> None:
         assert torch.allclose(step.gradients[ours], theirs.grad, rtol=1e-9, atol=1e-12), name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_cuda_graph_equals_eager_steps(case: Case) -> None:
+def test_a_cuda_graph_equals_eager_steps(gpu: torch.device, case: Case) -> None:
     found = training.differences(graphed(case, record_graph, "cuda"), graphed(case, record_nothing, "cuda"))
     assert all(error < 1e-9 for error in found.values()), found
 
@@ -169,8 +169,8 @@ def test_overlapping_kernels_count_once() -> None:
     assert covered([]) == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
-def test_what_a_step_takes_of_a_gpu() -> None:
+@pytest.mark.gpu
+def test_what_a_step_takes_of_a_gpu(gpu: torch.device) -> None:
     """A weight and its momentum of 4 MB each, its gradient, and one temporary of 64 MB; busy for some of the time."""
     layer = torch.nn.Linear(1024, 1024, bias=False, device="cuda")
     held = torch.empty(2**20, device="cuda")  # of others

@@ -14,7 +14,7 @@ from framework.execution import LocalNetwork
 from framework.local import NetworkInfo
 from framework.local.head import Head
 from framework.local.heads import Classifier, Projection
-from framework.local.methods import blockwise, dgl, gim, infopro, loco, mim, mlaan, scpl, sign, simclr
+from framework.local.methods import blockwise, dgl, gim, infopro, loco, mim, mlaan, names, scpl, sign, simclr
 from framework.local.reconstruction import Reconstruction
 from framework.model import local_network
 from framework.network import create, cut
@@ -123,6 +123,12 @@ CASES: dict[str, tuple[str, Any, str]] = {
     "man": ("man", None, "block"),
 }
 
+#: one case a method, with its own heads
+OF_METHODS = {
+    method: method if method in CASES else next(case for case, (name, *_) in CASES.items() if name == method)
+    for method in names()
+}
+
 #: cases whose losses are recorded: one a method, and MLAAN's other window
 GOLDEN = (
     "bp",
@@ -173,6 +179,12 @@ def batch(net: LocalNetwork, size: int = 8, image_size: int = 16, seed: int = 0)
     images = torch.from_numpy(generator.standard_normal((size * net.plan.views, 3, image_size, image_size)))
     labels = torch.from_numpy(generator.integers(CLASSES, size=size))
     return Batch(images, labels if net.plan.supervised else None, net.plan.views)
+
+
+def on(device: str | torch.device, data: Batch, dtype: torch.dtype | None = None) -> Batch:
+    """A batch on a device, its images in ``dtype``."""
+    labels = None if data.labels is None else data.labels.to(device)
+    return data._replace(images=data.images.to(device, dtype), labels=labels)
 
 
 def taught_by(net: LocalNetwork, data: Batch) -> dict[Head, Batch]:

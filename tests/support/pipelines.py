@@ -104,16 +104,16 @@ def rate(run: Run, step: int) -> float:
     return RATES[step % 3] * {"sgd": 1.0, "lars": 20.0, "adamw": 0.05}[run.optimizer]
 
 
-def alone(run: Run) -> Outcome:
+def alone(run: Run, device: str | torch.device = "cpu") -> Outcome:
     """The definition: the routed network in one process, on the same micro-batches, with accumulation."""
-    net = network(run)
+    net = network(run).to(device)
     optimizer = factory(run)(net)
     history = []
     for step in range(run.steps):
         torch.manual_seed(step)  # of noise
         outputs = []
         for batch in marked(micro_batches(run, net, step)):
-            output = net(batch)
+            output = net(networks.on(device, batch))
             (output.loss / run.micro_batches).backward()
             outputs.append(output.unit_losses)
         if run.clip:
@@ -122,8 +122,13 @@ def alone(run: Run) -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
         history.append(torch.stack(outputs).mean(0))
-    states = {name: dict(optimizer.state[p]) for name, p in net.named_parameters() if optimizer.state.get(p)}
-    return Outcome({k: v.detach().clone() for k, v in net.state_dict().items()}, states, torch.stack(history))
+    states = {
+        name: {key: torch.as_tensor(value).cpu() for key, value in optimizer.state[p].items()}
+        for name, p in net.named_parameters()
+        if optimizer.state.get(p)
+    }
+    model = {name: value.detach().cpu().clone() for name, value in net.state_dict().items()}
+    return Outcome(model, states, torch.stack(history).cpu())
 
 
 def build(run: Run, timeout: float = 60.0, net: LocalNetwork | None = None) -> PipelinedEngine:

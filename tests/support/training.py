@@ -22,7 +22,7 @@ from framework.execution.hooks import StepHooks
 from framework.local import methods
 from framework.model import local_network
 from framework.optim import build_optimizer
-from framework.runtime.distributed import is_main, rank, world_size
+from framework.runtime.distributed import device, is_main, rank, world_size
 from tests.support import networks
 
 BASE_LR = {"lars": 0.5, "sgd": 0.002, "adamw": 0.0005}
@@ -101,7 +101,9 @@ class Dyadic(nn.Module):
         for number, weight in enumerate(self.weights):
             if self._hooks is not None:
                 self._hooks.before_use(number)
-            pattern = torch.arange(weight.numel()).remainder(number + 3).view_as(weight) - 1
+            pattern = (
+                torch.arange(weight.numel(), device=weight.device).remainder(number + 3).view_as(weight) - 1
+            )
             loss = loss + (weight * pattern).sum() * digits[:, number].mean()
         self.seen += 1
         if self._hooks is not None:
@@ -206,8 +208,8 @@ def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:
     results = []
     for step in steps:
         torch.manual_seed(step)
-        batches = micro_batches(case, step, rank(), world_size())
-        result = engine.step(batches, learning_rate(case, step))
+        parts = micro_batches(case, step, rank(), world_size())
+        result = engine.step([networks.on(device(), part) for part in parts], learning_rate(case, step))
         results.append(torch.tensor(result.losses(), dtype=result.unit_losses.dtype))
     return torch.stack(results) if results else torch.empty(0)
 

@@ -158,7 +158,7 @@ def test_a_round_on_a_gpu_is_a_block_of_steps(tool: Any, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("path", CSVS, ids=[path.stem for path in CSVS])
 def test_a_row_is_added_below_those_of_earlier_tables(tool: Any, tmp_path: Path, path: Path) -> None:
-    bench = tool("bench_step")
+    bench = tool("csv_rows")
     copy = Path(shutil.copy(path, tmp_path))
     before = bench.read(path)
     assert before and bench.is_in(
@@ -206,8 +206,8 @@ def test_the_committed_count_has_the_papers_rows_as_they_are_printed() -> None:
         assert not line["commit"].endswith("-dirty")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
-def test_what_an_earlier_row_left_on_the_gpu_does_not_count() -> None:
+@pytest.mark.gpu
+def test_what_an_earlier_row_left_on_the_gpu_does_not_count(gpu: torch.device) -> None:
     recipe = memory_tables.published_recipe("cifar10/mlaan_r32_k16_cifar10")
     alone = memory_tables._allocated(recipe, 10, 8)
     left = torch.empty(2**28, device="cuda")

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from framework.analysis.curves import loss_curves, read_losses
 from framework.runtime.errors import UserError
+from framework.tracking import environment as surroundings
 from framework.tracking.environment import commit, environment
 from framework.tracking.measuring import PeakMemory, Throughput
 from framework.tracking.metric_log import MetricLog, read_log, write_result
@@ -136,6 +137,14 @@ def test_a_log_waits_for_room_on_the_disk(tmp_path: Path, caplog: pytest.LogCapt
     write_steps(log, range(10, 12))
     log.close()
     assert [e["step"] for e in read_log(tmp_path / "m.jsonl")] == [0, *range(12)]
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as this one, in a checkout that is run as it lies."""
+    monkeypatch.setattr(surroundings, "PACKAGES", ("torch", "no-such-package"))
+    found = environment(1, torch.device("cpu"))["versions"]
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["no-such-package"] == "not installed"
 
 
 def test_throughput_leaves_the_first_step_out() -> None:
