@@ -82,7 +82,8 @@ def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
     from framework.model import recipe_network
     from framework.runtime import joining
     from framework.training.engine_choice import build_engine
-    from framework.training.loop import Loop, Position
+    from framework.training.loop import Loop
+    from framework.training.position import Position
 
     joining.start()
     recipe = loading.load(argv)

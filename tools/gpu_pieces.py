@@ -72,7 +72,7 @@ CHECKS = (
         tests=("tests/gpu/test_gpu_engines.py",),
         rehearsed="lars or loco or deepspeed or nccl",
     ),
-    Piece("no waiting", 0.3, tests=("tests/gpu/test_gpu_waits.py",)),
+    Piece("no waiting", 0.3, tests=("tests/gpu/test_gpu_waits.py", "tests/network/test_norm.py")),
 )
 LATER = (
     Piece(

@@ -26,7 +26,6 @@ class Finishing:
 
     Args:
         program: of the step.
-        top_first: whether heads and gradients wait for the forward pass of all segments.
 
     Attributes:
         parts: how many gradients are added up for each parameter.
@@ -35,18 +34,20 @@ class Finishing:
             once the lowest come first, because the next step needs them first.
     """
 
-    def __init__(self, program: Program, top_first: bool = False) -> None:
+    def __init__(self, program: Program) -> None:
         self.parts: Counter[nn.Parameter] = Counter()
         self.users: dict[nn.Parameter, int] = {}
         self._finished: dict[nn.Parameter, int] = {}
         segments = range(len(program.segments))
-        for place, s in enumerate(reversed(segments) if top_first else segments):
+        for place, s in enumerate(reversed(segments) if program.top_first else segments):
             now = program.segment_programs[s]
             self._add(2 * place, s, [p for call in now.heads for p in call.parameters])
             for freed in now.freed:
                 self._add(2 * place + 1, freed, program.trained(freed))
+        for head in (head for head in program.plan.heads if head.penalizes):
+            self._hold_back([*head.parameters(), *head.read_parameters(program.segments)])
 
-    def hold_back(self, parameters: Iterable[nn.Parameter]) -> None:
+    def _hold_back(self, parameters: Iterable[nn.Parameter]) -> None:
         """To the gradients of these one more is added, at the end of the micro-batch."""
         end = max(self._finished.values()) + 1
         for parameter in set(parameters) & self.parts.keys():
@@ -66,6 +67,31 @@ class Finishing:
             self.parts[parameter] += 1
             self.users[parameter] = min(user, self.users.get(parameter, user))
             self._finished[parameter] = moment
+
+
+class Exchange:
+    """An engine's hooks, and when a network's steps call them.
+
+    Args:
+        hooks: of the engine.
+        program: of the step.
+        taught: the last segment that a teacher follows; -1 where there is none.
+    """
+
+    def __init__(self, hooks: StepHooks, program: Program, taught: int) -> None:
+        self.hooks, self.finishing = hooks, Finishing(program)
+        reading = [unit for unit in program.plan.units if unit.head.reads]
+        read = {s for unit in reading for s in (*unit.head.reads, unit.last)}
+        self._read_between_steps = sorted(read | set(range(taught + 1)))
+
+    def before_step(self) -> None:
+        """Heads that look at weights between two steps, and a teacher, are to see them as they are after the first."""
+        for s in self._read_between_steps:
+            self.hooks.before_use(s)
+
+    def early(self) -> EarlyGradients:
+        """What takes the gradients of a micro-batch."""
+        return EarlyGradients(self.hooks, self.finishing)
 
 
 class EarlyGradients:

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.execution.compilation import compiled
-from framework.execution.hooks import EarlyGradients, Finishing, StepHooks
+from framework.execution.evaluation import evaluated_losses
+from framework.execution.hooks import Exchange, Finishing, StepHooks
 from framework.execution.masks import Masks
 from framework.execution.noise import Noise
 from framework.execution.precision import LossScales
-from framework.execution.program import HeadCall, Program
+from framework.execution.program import Program
 from framework.execution.replay_buffer import ReplayBufferStrategy
 from framework.execution.step import RoutedStep
-from framework.execution.step_output import StepOutput, add_gradients, handed_over, step_output
+from framework.execution.step_output import StepOutput, add_gradients, any_nonfinite, handed_over, step_output
 from framework.execution.teacher import Teacher, TeacherPass
 from framework.execution.weight_average import WeightAverage
 from framework.local.units import Plan
@@ -33,7 +34,6 @@ from framework.network import pooling
 from framework.network.feedback import use_feedback
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
-from framework.runtime.distributed import any_over_ranks
 from framework.runtime.errors import UserError
 
 LOSS_SCALES = "scales."  # how names of float16's loss scales begin, in a network's state
@@ -107,7 +107,7 @@ class LocalNetwork(nn.Module):
         self.taken: Tensor | float = 1.0
         self.noise: Noise | None = None
         self.masks: Masks | None = None
-        self._finishing: tuple[StepHooks, Finishing] | None = None
+        self._exchange: Exchange | None = None
 
     def attach(self, hooks: StepHooks) -> Finishing:
         """From now on training steps give their gradients to ``hooks``, and ``loss.backward()`` has none.
@@ -115,15 +115,13 @@ class LocalNetwork(nn.Module):
         Returns:
             When they will be finished.
         """
-        finishing = Finishing(self.program, self._top_first)
-        for head in (head for head in self.plan.heads if head.penalizes):
-            finishing.hold_back([*head.parameters(), *head.read_parameters(self.segments)])
-        self._finishing = hooks, finishing
-        return finishing
+        last = self.teacher.last if self.teacher is not None else -1
+        self._exchange = Exchange(hooks, self.program, last)
+        return self._exchange.finishing
 
     def detach(self) -> None:
         """The end of ``attach``."""
-        self._finishing = None
+        self._exchange = None
 
     @property
     def plan(self) -> Plan:
@@ -164,7 +162,10 @@ class LocalNetwork(nn.Module):
             self.end_micro_batch(batch, output.overflow)
             return output
         with torch.no_grad(), frozen_statistics(self):
-            return self._evaluate(batch)
+            x, teacher = self.first_input(batch), self.teacher_pass(batch)
+            return step_output(
+                self.weights, evaluated_losses(self.program, x, batch, teacher), self.penalty()
+            )
 
     def compile_segments(self) -> None:
         """Compile what training steps run of the segments; evaluation stays as it is.
@@ -189,7 +190,8 @@ class LocalNetwork(nn.Module):
         self.noise = self.noise.of(self.noise.micro_batch + 1) if self.noise is not None else None
         self.masks = self.masks.of(self.masks.micro_batch + 1) if self.masks is not None else None
         if self._between_steps:
-            self._before_reading()
+            if self._exchange is not None:
+                self._exchange.before_step()
             self.noise = Noise.next(self.plan.noise, self.noise)
             self.masks = Masks.next(self.plan.masking, self.masks)
             if self.teacher is not None:
@@ -240,10 +242,6 @@ class LocalNetwork(nn.Module):
         return self.scales is not None or self.skip_nonfinite
 
     @property
-    def _top_first(self) -> bool:
-        return self.plan.execution.kind == "top first"
-
-    @property
     def classifies(self) -> bool:
         """Whether the last head gives logits, which ``predict`` asks for."""
         return self.plan.units[-1].head.classifies
@@ -280,17 +278,6 @@ class LocalNetwork(nn.Module):
         """The teacher's forward pass over a batch, where there is a teacher."""
         return self.teacher.start(batch) if self.teacher is not None else None
 
-    def _before_reading(self) -> None:
-        """Heads that look at weights between two steps, and a teacher, see them after the first."""
-        if self._finishing is None:
-            return
-        reading = [unit for unit in self.plan.units if unit.head.reads]
-        seen = {s for unit in reading for s in (*unit.head.reads, unit.last)}
-        if self.teacher is not None:
-            seen.update(range(self.teacher.last + 1))
-        for s in sorted(seen):
-            self._finishing[0].before_use(s)
-
     def routed_step(self, batch: Batch) -> tuple[RoutedStep, Tensor | None]:
         """A batch's losses and finished gradients, and the penalty, whose gradient is added to them.
 
@@ -298,8 +285,8 @@ class LocalNetwork(nn.Module):
         """
         batch = self.masked(batch)
         early = None
-        if self._finishing is not None and not self.skip_nonfinite:
-            early = EarlyGradients(*self._finishing)
+        if self._exchange is not None and not self.skip_nonfinite:
+            early = self._exchange.early()
         step = RoutedStep(
             self.program,
             batch,
@@ -310,7 +297,7 @@ class LocalNetwork(nn.Module):
         )
         if self.turns is not None:
             self.turns.run(step)
-        elif self._top_first:
+        elif self.program.top_first:
             x = self.first_input(batch)
             for s in range(self.plan.segments):
                 x = step.forward(s, x)
@@ -345,39 +332,16 @@ class LocalNetwork(nn.Module):
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step, penalty = self.routed_step(batch)
         result = step_output(self.weights, step.losses, penalty)
-        nonfinite = self._nonfinite(step) if self.skip_nonfinite else None
-        if self._finishing is None:
+        nonfinite = any_nonfinite(step.losses, step.gradients) if self.skip_nonfinite else None
+        if self._exchange is None:
             loss = handed_over(result.loss, step.gradients)
         else:
             loss = result.loss
-            self._finishing[0].finished(step.gradients)
+            self._exchange.hooks.finished(step.gradients)
         if self.scales is not None:
             overflow, hopeless = self.scales.update(step.take_overflows(), batch.last)
             return StepOutput(loss, result.unit_losses, overflow, self.program.by_unit(hopeless))
         return StepOutput(loss, result.unit_losses, nonfinite)
-
-    @staticmethod
-    def _nonfinite(step: RoutedStep) -> Tensor:
-        """Whether any loss or gradient on any rank is infinite or NaN (bool scalar)."""
-        seen = [*step.losses.values(), *torch._foreach_norm(list(step.gradients.values()))]
-        return any_over_ranks(~torch.isfinite(torch.stack([x.float() for x in seen])).all())
-
-    def _evaluate(self, batch: Batch) -> StepOutput:
-        losses: dict[int, Tensor] = {}
-        waiting: list[tuple[HeadCall, Tensor, Tensor | None]] = []
-        x, teacher = self.first_input(batch), self.teacher_pass(batch)
-        with self.autocast(x):
-            for s, (segment, program) in enumerate(
-                zip(self.segments, self.program.segment_programs, strict=True)
-            ):
-                x = segment(x)
-                keys = teacher.forward(s) if teacher is not None else {}
-                waiting += [(call, call.head.seen(segment, x), keys.get(call.head)) for call in program.heads]
-                while waiting and (s == self.plan.segments - 1 or not self._top_first):
-                    call, features, key = waiting.pop()
-                    loss = call.head(features, batch._replace(teacher=key))
-                    losses.update(dict.fromkeys(call.units, loss))
-        return step_output(self.weights, losses, self.penalty())
 
 
 def _weights(plan: Plan) -> Tensor:

@@ -120,6 +120,11 @@ class Program:
         whole = tuple(segments)
         return cls(plan, whole, whole, segment_programs(plan), autocast_type(precision))
 
+    @property
+    def top_first(self) -> bool:
+        """Whether heads and gradients wait for the forward pass of all segments."""
+        return self.plan.execution.kind == "top first"
+
     @cached_property
     def calls(self) -> tuple[HeadCall, ...]:
         """All head calls, by number."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from framework.runtime.distributed import any_over_ranks
 
 
 class StepOutput(NamedTuple):
@@ -31,6 +34,12 @@ def add_gradients(penalty: Tensor, gradients: dict[nn.Parameter, Tensor]) -> Non
     for parameter, gradient in zip(list(gradients), found, strict=True):
         if gradient is not None:
             gradients[parameter] = gradients[parameter] + gradient
+
+
+def any_nonfinite(losses: Mapping[int, Tensor], gradients: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """Whether any loss or gradient on any rank is infinite or NaN (bool scalar)."""
+    seen = [*losses.values(), *torch._foreach_norm(list(gradients.values()))]
+    return any_over_ranks(~torch.isfinite(torch.stack([x.float() for x in seen])).all())
 
 
 def handed_over(loss: Tensor, gradients: dict[nn.Parameter, Tensor]) -> Tensor:

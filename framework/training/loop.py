@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,46 +21,19 @@ from framework.data.batch import Batch
 from framework.data.loading.loader import TrainLoader
 from framework.engines import Engine, StepResult
 from framework.engines.norms import Norms, UnitNorms
-from framework.evaluation.run_folder import recipe_values
 from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate, learning_rate_of_epoch
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
-from framework.runtime.files import unlocked, write_whole
+from framework.runtime.files import unlocked
 from framework.runtime.requests import Request, Requests
-from framework.tracking.environment import environment
 from framework.tracking.measuring import PeakMemory, Throughput
-from framework.tracking.metric_log import MetricLog
 from framework.tracking.profiling import StepProfiler, steps_to_profile
 from framework.tracking.progress import Progress
-from framework.tracking.trackers import Logs, noted, open_trackers
-
-
-@dataclass
-class Position:
-    """How far a run has come.
-
-    Attributes:
-        step: steps done, which is also the place in the data.
-        updates: those that changed the weights; skipped ones do not, and the schedule waits for them.
-        skipped: whether the last step did not.
-        broken: images that were skipped because they could not be decoded, over all ranks.
-        nonfinite: steps that were skipped for losses or gradients that were infinite or NaN.
-        images: those that were timed, over all starts.
-        seconds: that their steps took.
-        waited: seconds of them that rank 0 waited for the loader.
-        peak_memory_bytes: the largest of rank 0.
-    """
-
-    step: int = 0
-    updates: int = 0
-    skipped: bool = False
-    broken: int = 0
-    nonfinite: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    peak_memory_bytes: int = 0
+from framework.tracking.trackers import Logs, noted
+from framework.training.log_files import open_logs
+from framework.training.nonfinite import count_nonfinite, nonfinite
+from framework.training.position import Position
 
 
 class Pending(NamedTuple):
@@ -140,7 +110,7 @@ class Loop:
         with (
             Requests(self.run_dir) as requests,
             self.saver,
-            self._open_logs(start) as logs,
+            open_logs(self.recipe, start, self.stop, self.check) as logs,
             Progress(self.stop, start, enabled=distributed.is_main()) as progress,
             StepProfiler(
                 self.profiled, self.run_dir, distributed.device(), self._paused, self.check
@@ -239,33 +209,11 @@ class Loop:
         if logs:
             logs.write(step, epoch=epoch, lr=lr, losses=losses, **speeds, **more)
         progress.update(step, epoch, losses, speeds["images_per_second"], speeds.get("mfu"))
-        self._check_finite(step, losses, result)
-        return answer()
-
-    def _check_finite(self, step: int, losses: dict[str, float], result: StepResult) -> None:
-        """Count a step whose loss or gradient is not finite, and stop where the recipe says so.
-
-        Raises:
-            UserError: a loss or gradient that is not finite and may not be skipped; too many steps that were.
-        """
-        bad = _nonfinite(losses, [self.units[number] for number in result.hopeless])
-        faults, lr = self.recipe.faults, self.recipe.optim.lr
-        if bad and faults.nonfinite == "stop":
-            raise UserError(
-                f"{bad} at step {step}: lower optim.lr={lr}, look at the data, or "
-                f"set faults.nonfinite=skip; the last checkpoint is as it was"
-            )
+        bad = nonfinite(losses, [self.units[number] for number in result.hopeless])
+        count_nonfinite(self.recipe, self.position, step, bad, result.skipped)
         if bad is None and not result.skipped:
             self.since_save.append(float(np.dot(self.weights, list(losses.values()))))
-        # In float16 a gradient may overflow, at other than the lowest loss scale.
-        if bad or (result.skipped and self.recipe.train.precision != "fp16"):
-            self.position.nonfinite += 1
-            if self.position.nonfinite > faults.nonfinite_limit:
-                raise UserError(
-                    f"step {step} is the {self.position.nonfinite}th with a loss or gradient that is not finite"
-                    f"{f' ({bad})' if bad else ''}, and faults.nonfinite_limit={faults.nonfinite_limit}: "
-                    f"lower optim.lr={lr}, or look at the data"
-                )
+        return answer()
 
     def _learning_rate(self) -> float:
         optim = self.recipe.optim
@@ -307,46 +255,6 @@ class Loop:
             or step % (every.every_epochs * self.per_epoch) == 0
             or (every.every_steps is not None and step % every.every_steps == 0)
         )
-
-    def _open_logs(self, start: int) -> AbstractContextManager[Logs | None]:
-        """Put the resolved recipe into the run folder and open the logs there, on rank 0.
-
-        Where no step is left to make, both stay as they are: they tell of the steps that were made.
-        """
-        recipe, log = self.run_dir / "recipe.yaml", self.run_dir / "metrics.jsonl"
-        with distributed.same_outcome():
-            if distributed.is_main() and start >= self.stop and recipe.exists() and log.exists():
-                self._say_that_all_is_done(recipe)
-            elif distributed.is_main():
-                self.check()
-                write_whole(recipe, loading.to_yaml(self.recipe))
-                of_this_start = {
-                    "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "job": os.environ.get("SLURM_JOB_ID"),
-                    **environment(distributed.world_size(), distributed.device()),
-                }
-                trackers = open_trackers(self.recipe, start)
-                every = self.recipe.logging.every_steps
-                return Logs(MetricLog(log, of_this_start, start, self.check), trackers, every, self.stop - 1)
-        return nullcontext()
-
-    def _say_that_all_is_done(self, recipe: Path) -> None:
-        made, asked = recipe_values(recipe.read_text()), recipe_values(loading.to_yaml(self.recipe))
-        changed = [key for key in made.keys() & asked.keys() if made[key] != asked[key]]
-        without_effect = f"; of no effect on them: {', '.join(sorted(changed))}" if changed else ""
-        print(f"all steps are made, by the settings in {recipe}{without_effect}", flush=True)
-
-
-def _nonfinite(losses: dict[str, float], hopeless: list[str]) -> str | None:
-    """What is infinite or NaN, in words: a loss, or the gradients of the units ``hopeless``."""
-    for unit, loss in losses.items():
-        if not math.isfinite(loss):
-            return f"the loss of unit {unit} is {loss}"
-    if hopeless:
-        more = f" and {len(hopeless) - 3} more" if len(hopeless) > 3 else ""
-        units = f"{'unit' if len(hopeless) == 1 else 'units'} {', '.join(hopeless[:3])}{more}"
-        return f"the gradient of {units} is infinite or NaN whatever the loss scale"
-    return None
 
 
 def _seed(seed: int, step: int, stages: int) -> None:

@@ -20,7 +20,7 @@ from framework.evaluation.run_folder import recipe_values
 from framework.execution import LocalNetwork
 from framework.runtime import distributed
 from framework.runtime.errors import UserError
-from framework.training.loop import Position
+from framework.training.position import Position
 
 
 def restore(recipe: Recipe, engine: Engine, steps_per_epoch: int) -> Position:

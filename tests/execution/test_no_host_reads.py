@@ -1,12 +1,12 @@
 """In a training step the host reads nothing of the device and sends it nothing: it launches, and does not wait.
 
-On the device ``meta`` a read is an error; on a GPU, ``torch.cuda.set_sync_debug_mode`` makes it one.
+On the device ``meta`` a read is an error; ``tests/gpu/test_gpu_waits.py`` has the same on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,21 +117,6 @@ def test_ranks_exchange_tensors_without_waiting(two_ranks: None, case: str) -> N
     """BatchNorm's statistics, embeddings, keys of other ranks, masks of the first, overflows."""
     assert world_size() == 2
     steps(Row(case, "lars", {"precision": "fp16", "sync_bn": True}), META, no_host_reads)
-
-
-@contextmanager
-def no_synchronization() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="watches a GPU")
-@pytest.mark.parametrize("row", [*FEW, *MORE], ids=str)
-def test_a_step_on_a_gpu_does_not_synchronize(row: Row) -> None:
-    steps(row, torch.device("cuda"), no_synchronization, before=1)
 
 
 @pytest.mark.parametrize("kind", ["simclr", "cifar"])

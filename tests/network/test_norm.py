@@ -96,9 +96,11 @@ def test_statistics_are_put_back_where_a_step_was_skipped(skipped: bool | Tensor
     assert all(same) == bool(skipped)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="these kernels are CUDA's")
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_its_kernels_for_gpus_are_batch_norm_and_do_not_wait(layout: torch.memory_format) -> None:
+def test_its_kernels_for_gpus_are_batch_norm_and_do_not_wait(
+    layout: torch.memory_format, gpu: torch.device
+) -> None:
     """One rank, because there is one GPU."""
     x = images(1.0, torch.float32).cuda().contiguous(memory_format=layout)
     found = []

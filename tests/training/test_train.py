@@ -24,7 +24,8 @@ from framework.model import recipe_network
 from framework.tracking.measuring import Throughput
 from framework.tracking.metric_log import read_log
 from framework.training.engine_choice import build_engine
-from framework.training.loop import Loop, Position
+from framework.training.loop import Loop
+from framework.training.position import Position
 from tests.support.marks import slow
 from tests.support.pool import Pool
 from tests.support.runs import run
