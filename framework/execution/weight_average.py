@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from framework.local.copies import follow
+from framework.optim.skipping import local_part
 
 PREFIX = "average."  # of its names in a network's state
 
@@ -57,7 +58,7 @@ class WeightAverage(nn.Module):
     @torch.no_grad()
     def update(self, net: nn.Module, taken: Tensor | float = 1.0) -> None:
         """The optimizer has just stepped; ``taken`` is 0 where it skipped the step. Nothing is sent or read."""
-        pairs = [(_own(self.get_buffer(name)), _own(live)) for name, live in _entries(net, self._followed)]
+        pairs = [(local_part(self.get_buffer(name)), local_part(live)) for name, live in _entries(net, self._followed)]
         first = (self.updates == 0).double()
         rate = taken * first.clamp(min=self._rate)
         follow([pair for pair in pairs if pair[0].is_floating_point()], rate)
@@ -71,7 +72,7 @@ class WeightAverage(nn.Module):
         """Weights and averages change places; a second call puts both back, to the last bit."""
         once = {live: name for name, live in _entries(net, self._names)}  # what a state has under two names
         for live, name in once.items():
-            own, average = _own(live), _own(self.get_buffer(name))
+            own, average = local_part(live), local_part(self.get_buffer(name))
             before = own.clone()
             own.copy_(average)
             average.copy_(before)
@@ -97,8 +98,3 @@ def _entries(net: nn.Module, names: Iterable[str]) -> list[tuple[str, Tensor]]:
     """Tensors of a network's state, themselves."""
     entries = net.state_dict(keep_vars=True)
     return [(name, entries[name]) for name in names]
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """Of what is sharded this rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
