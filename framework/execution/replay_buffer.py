@@ -39,7 +39,7 @@ class ReplayBufferStrategy(nn.Module):
         self.outputs = [ReplayBuffer(execution.buffer_size) for _ in range(modules - 1)]
         self.taken: Tensor
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
-        self._known = (self.taken, self.taken._version, 0)
+        self._know(0)
 
     def run(self, step: RoutedStep) -> None:
         """Every module once: draw an input, forward, losses, gradients; then store the output for the next module."""
@@ -51,9 +51,10 @@ class ReplayBufferStrategy(nn.Module):
             step.walk(s)
             if s < self.count - 1:
                 self.outputs[s].put(x, step.batch)
-        done = self._done() + 1
+        before = self._known()
         self.taken += 1
-        self._known = (self.taken, self.taken._version, done)
+        if before is not None:
+            self._know(before + 1)
 
     def order(self) -> list[int]:
         """Order of the modules in the coming step, the same on all ranks; from the first up while a buffer is empty."""
@@ -63,8 +64,16 @@ class ReplayBufferStrategy(nn.Module):
 
     def _done(self) -> int:
         """``taken``, which the host reads only where somebody else has written it: when it was loaded or moved."""
-        tensor, version, done = self._known
-        return done if self.taken is tensor and self.taken._version == version else int(self.taken)
+        if (known := self._known()) is None:
+            self._know(known := int(self.taken))
+        return known
+
+    def _know(self, number: int) -> None:
+        self._seen = (self.taken, self.taken._version, number)
+
+    def _known(self) -> int | None:
+        tensor, version, number = self._seen
+        return number if self.taken is tensor and self.taken._version == version else None
 
     def clear(self) -> None:
         """Empty the buffers."""

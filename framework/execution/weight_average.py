@@ -58,7 +58,10 @@ class WeightAverage(nn.Module):
     @torch.no_grad()
     def update(self, net: nn.Module, taken: Tensor | float = 1.0) -> None:
         """The optimizer has just stepped; ``taken`` is 0 where it skipped the step. Nothing is sent or read."""
-        pairs = [(local_part(self.get_buffer(name)), local_part(live)) for name, live in _entries(net, self._followed)]
+        pairs = [
+            (local_part(self.get_buffer(name)), local_part(live))
+            for name, live in _entries(net, self._followed)
+        ]
         first = (self.updates == 0).double()
         rate = taken * first.clamp(min=self._rate)
         follow([pair for pair in pairs if pair[0].is_floating_point()], rate)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from framework.config.views import Views
 from framework.data.augment.views import UNIFORMS, augment_params, finish_views
@@ -143,8 +144,25 @@ READS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that a dispatch mode sees."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+UNSEEN_BEFORE = ("list of rows", "numbers of the host", "new tensor")  # in PyTorch 2.11, for one
+
+
 @pytest.mark.parametrize("kind", READS)
 def test_what_would_wait_is_found(kind: str) -> None:
+    with Operations() as seen:
+        torch.tensor(1.0, device=META)
+    if kind in UNSEEN_BEFORE and not seen.count:
+        pytest.skip("this PyTorch makes tensors of the host's numbers where no mode can see it")
     with (
         no_host_reads(),
         pytest.raises((AssertionError, RuntimeError)),
