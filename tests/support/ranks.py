@@ -204,14 +204,14 @@ def _record_samples(path: Path, rank: int, trouble: Trouble | None) -> None:
         self.at = start
         return steps(self, start, stop)
 
-    def recorded_batch(self: Any, drawn: Any, images: Any) -> Any:
+    def recorded_batch(self: Any, drawn: Any, images: Any, *place: int) -> Any:
         # A full disk is the run's trouble, not that of who looks on.
         with contextlib.suppress(OSError), path.open("a") as file:
             file.write(json.dumps([rank, self.at, drawn.samples.tolist()]) + "\n")
         if trouble is not None and self.at == trouble.at_step:
             images = _HAPPENS[trouble.kind](images, trouble.path)
         self.at += 1
-        return batch(self, drawn, images)
+        return batch(self, drawn, images, *place)
 
     TrainLoader.steps, TrainLoader._batch = recorded_steps, recorded_batch  # type: ignore[method-assign]
 
