@@ -70,7 +70,11 @@ def test_stages_have_names_of_their_own(name: str) -> None:
     assert [segment.name for segment in cut(network)] == TORCHVISION[name]
 
 
-@pytest.mark.parametrize("name", [*SAMPLE, *slow(ODD)])
+#: of the sample; they take longest
+LARGE = ("vgg11", "mobileone_s0", "eva02_tiny_patch14_224", "repghostnet_050")
+
+
+@pytest.mark.parametrize("name", [*sorted(SAMPLE.keys() - set(LARGE)), *slow([*LARGE, *ODD])])
 @torch.no_grad()
 def test_a_network_of_any_module_is_cut_and_equal(name: str) -> None:
     """Bit for bit in evaluation and training, and what stands between its modules can be copied and pickled."""
