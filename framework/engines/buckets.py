@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-LARGEST, SMALLEST = (
-    25 * 2**20,
-    2**20,
-)  # bytes of a bucket and of the first one, in PyTorch's DistributedDataParallel
+# Bytes of a bucket, and of the first one, in PyTorch's DistributedDataParallel.
+LARGEST, SMALLEST = 25 * 2**20, 2**20
 
 
 class Bucket:

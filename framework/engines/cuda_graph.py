@@ -65,7 +65,6 @@ class _Replayed:
         self._recorded.run(batch)
         for parameter, gradient in self._recorded.gradients.items():
             parameter.grad = gradient
-        losses, pending = copied_to_host(
-            self._recorded.unit_losses.clone()
-        )  # which the next replay overwrites
+        # The next replay overwrites them.
+        losses, pending = copied_to_host(self._recorded.unit_losses.clone())
         return StepResult(losses, False, pending)

@@ -8,7 +8,7 @@ before the next forward that uses them. No weight is ever used stale, and the nu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch.distributed as dist
@@ -114,22 +114,21 @@ class LateUpdates:
 
     def _update(self, bucket: Bucket) -> None:
         if self._arrived(bucket):
-            self._apply([bucket])
+            _give(bucket)
+            self._apply()
 
     def _finish_now(self, skipped: bool) -> None:
         arrived = [bucket for bucket in self._buckets if self._arrived(bucket)]
         if skipped:
             return
-        if self._clip > 0:
-            for bucket in arrived:
-                _give(bucket)
-            nn.utils.clip_grad_norm_(self._net.parameters(), self._clip)
-        self._apply(arrived)
-
-    def _apply(self, arrived: Iterable[Bucket]) -> None:
-        """Step the optimizer, which passes by parameters without a gradient."""
         for bucket in arrived:
             _give(bucket)
+        if self._clip > 0:
+            nn.utils.clip_grad_norm_(self._net.parameters(), self._clip)
+        self._apply()
+
+    def _apply(self) -> None:
+        """Step the optimizer, which passes by parameters without a gradient."""
         self._optimizer.step()
         self._optimizer.zero_grad()
 
