@@ -95,7 +95,7 @@ def saving(argv: list[str], steps: int, rounds: int) -> tuple[float, float]:
 
     def timed_step() -> float:
         start = time.perf_counter()
-        loop.engine.step(next(batches), recipe.optim.lr).unit_losses.tolist()  # waits for the GPU
+        loop.engine.step(next(batches), lambda: recipe.optim.lr).unit_losses.tolist()  # waits for the GPU
         loop.position.step += 1
         return time.perf_counter() - start
 

@@ -281,7 +281,7 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
     for round_ in range(1 + arguments.rounds):
         ours.events = []
         for _ in range(steps):
-            ours.step(batches if ours.loads else [], 1e-3)
+            ours.step(batches if ours.loads else [], lambda: 1e-3)
         ours.whole_net()  # waits until all ranks have come to the end
         events = theirs.run(steps)
         if round_:

@@ -146,7 +146,7 @@ def late(network: LocalNetwork, batch: Batch, wire: Wire) -> Training:
     """This package's data parallelism."""
     optimizer = SGD(network.parameters(), lr=LR, momentum=0.9)
     updates = LateUpdates(network, optimizer, 0.0, wire, max(2, world_size()))
-    return Training(lambda: updates.step([batch], LR), updates.finish)
+    return Training(lambda: updates.step([batch], lambda: LR), updates.finish)
 
 
 def seconds(training: Training, wait: bool) -> float:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
-from framework.engines.host_copy import Pending, copied_to_host
+from framework.engines.host_copy import read_later
 from framework.execution import LocalNetwork, StepOutput
 from framework.optim import SkippableOptimizer
-from framework.runtime.distributed import broadcast_weights, device, start_mean_over_ranks, world_size
+from framework.runtime.distributed import broadcast_weights, device, start_sum_over_ranks, world_size
 from framework.runtime.errors import UserError
 
 OptimizerFactory = Callable[[nn.Module], SkippableOptimizer]
 OptimizerState = dict[str, dict[str, Tensor]]
+Rate = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -40,26 +41,22 @@ class EngineSettings:
 
 
 class StepResult(NamedTuple):
-    """Outcome of one optimizer step.
+    """Outcome of one optimizer step, on the device: the host reads of it what it wants when it wants.
 
     Attributes:
-        unit_losses: (U,) averaged over micro-batches and ranks.
-        skipped: overflow in some micro-batch on some rank: weights and optimizer are as before.
-        pending: must complete before ``unit_losses`` is read; ``losses`` waits for it.
-        hopeless: numbers of the units for whose gradients the step was skipped, where no lower loss scale would help
-            (float16).
+        unit_losses: (U,) this rank's share: summed over the ranks, averages over micro-batches and ranks.
+        overflow: bool scalar, the same on every rank: in some micro-batch on some rank, so that weights and optimizer
+            are as before. ``None`` where no step may be skipped.
+        hopeless: (U,) bool, of float16: units for whose gradients no lower loss scale would help.
     """
 
     unit_losses: Tensor
-    skipped: bool
-    pending: Pending | None = None
-    hopeless: tuple[int, ...] = ()
+    overflow: Tensor | None = None
+    hopeless: Tensor | None = None
 
-    def losses(self) -> list[float]:
-        """The unit losses as numbers; waits for the device, and for pipeline stages that are behind."""
-        if self.pending is not None:
-            self.pending.wait()
-        return self.unit_losses.tolist()
+    def losses(self) -> Callable[[], list[float]]:
+        """Start to sum the unit losses over the ranks, which all must; the function returned waits for them."""
+        return read_later(*start_sum_over_ranks(self.unit_losses))
 
 
 class Engine(Protocol):
@@ -75,12 +72,13 @@ class Engine(Protocol):
     loads: bool
     """Whether this rank needs data; the others get no micro-batches."""
     lag: int
-    """Steps after which the losses of a step can be read without waiting."""
+    """Steps after which the result of a step can be read without waiting."""
 
-    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+    def step(self, micro_batches: list[Batch], lr: Rate) -> StepResult:
         """One optimizer step on this rank's micro-batches, as many as ``accumulation``.
 
-        ``lr`` is the rate of scheduled parameter groups.
+        ``lr`` gives the rate of scheduled parameter groups. It is asked when the gradients are launched, since it may
+        have to wait for whether the step before was skipped.
         """
 
     def finish(self) -> None:
@@ -154,30 +152,21 @@ class Outputs:
             self._hopeless.append(output.hopeless)
 
     def result(self) -> StepResult:
-        """Averages over micro-batches and ranks. Where overflow is looked for, this waits for the GPU."""
-        losses, pending = copied_to_host(*start_mean_over_ranks(torch.stack(self._unit_losses).mean(0)))
-        skipped = bool(self._overflows) and bool(torch.stack(self._overflows).any())
-        hopeless = numbers_of(torch.stack(self._hopeless).any(0)) if skipped and self._hopeless else ()
-        return StepResult(losses, skipped, pending, hopeless)
+        """Over all micro-batches."""
+        return StepResult(
+            torch.stack(self._unit_losses).mean(0) / world_size(),
+            torch.stack(self._overflows).any() if self._overflows else None,
+            torch.stack(self._hopeless).any(0) if self._hopeless else None,
+        )
 
 
-def lag_of(net: LocalNetwork) -> int:
-    """``Engine.lag`` where the losses travel by themselves: 1, or 0 where the host has to know of every overflow."""
-    return 0 if net.may_skip else 1
-
-
-def numbers_of(units: Tensor) -> tuple[int, ...]:
-    """Of the units that are marked in (U,) bool; waits for the device."""
-    return tuple(units.nonzero().flatten().tolist())
-
-
-def update(optimizer: SkippableOptimizer, net: nn.Module, result: StepResult, lr: float, clip: float) -> None:
+def update(optimizer: SkippableOptimizer, net: nn.Module, result: StepResult, lr: Rate, clip: float) -> None:
     """Clip the averaged gradients, step the optimizer unless the step is skipped, and drop the gradients."""
-    set_learning_rate(optimizer, lr)
-    if not result.skipped:
-        if clip > 0:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimizer.step()
+    optimizer.skip = result.overflow
+    set_learning_rate(optimizer, lr())
+    if clip > 0:
+        nn.utils.clip_grad_norm_(net.parameters(), clip)
+    optimizer.step()
     optimizer.zero_grad()
 
 

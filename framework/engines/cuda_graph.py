@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from framework.data.batch import Batch
 from framework.engines.base import Engine, EngineSettings, OptimizerFactory, StepResult
-from framework.engines.host_copy import copied_to_host
 from framework.engines.plain import PlainEngine, UpdatesAtTheEnd
 from framework.execution import LocalNetwork
 from framework.execution.graph import RecordedStep, Recorder, record_graph
@@ -20,8 +19,6 @@ def build(
 ) -> Engine:
     """An engine that stands in for the recipe's: on one GPU there is nothing to average.
 
-    Losses can be read a step later (``lag``): the host prepares the optimizer's step while the graph runs.
-
     Args:
         net: the network, on its device.
         make_optimizer: as for every engine.
@@ -36,7 +33,7 @@ def build(
         raise UserError(f"execution.cuda_graph=true: would repeat the {what} for ever")
     optimizer = make_optimizer(net)
     steps = UpdatesAtTheEnd(net, optimizer, settings.clip, _Replayed(net, record))
-    return PlainEngine(net, optimizer, steps, lag=1)
+    return PlainEngine(net, optimizer, steps)
 
 
 def check_one_gpu() -> None:
@@ -66,5 +63,4 @@ class _Replayed:
         for parameter, gradient in self._recorded.gradients.items():
             parameter.grad = gradient
         # The next replay overwrites them.
-        losses, pending = copied_to_host(self._recorded.unit_losses.clone())
-        return StepResult(losses, False, pending)
+        return StepResult(self._recorded.unit_losses.clone())

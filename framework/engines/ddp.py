@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from framework.engines.base import Engine, EngineSettings, OptimizerFactory, lag_of
+from framework.engines.base import Engine, EngineSettings, OptimizerFactory
 from framework.engines.late import LateUpdates, Ranks
 from framework.engines.plain import PlainEngine
 from framework.execution import LocalNetwork
@@ -13,4 +13,4 @@ def build(net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineS
     """An engine that averages gradients as they are finished, and updates weights before they are used next."""
     optimizer = make_optimizer(net)
     steps = LateUpdates(net, optimizer, settings.clip, Ranks(), world_size())
-    return PlainEngine(net, optimizer, steps, lag_of(net))
+    return PlainEngine(net, optimizer, steps)

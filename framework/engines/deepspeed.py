@@ -20,8 +20,8 @@ from framework.engines.base import (
     OptimizerFactory,
     OptimizerState,
     Outputs,
+    Rate,
     StepResult,
-    lag_of,
     marked,
     set_learning_rate,
 )
@@ -43,14 +43,13 @@ def build(net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineS
 class DeepSpeedEngine:
     """See ``Engine``. DeepSpeed runs in float32: autocast and loss scales belong to the network."""
 
-    loads = True
+    loads, lag = True, 1
 
     def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineSettings) -> None:
         config = merged_config(settings, sum(p.numel() for p in net.parameters()), world_size())
         join_ranks()
         checked_config(config)
-        self.net, self.lag = net, lag_of(net)
-        self.optimizer = make_optimizer(net)
+        self.net, self.optimizer = net, make_optimizer(net)
         self._engine, *_ = deepspeed.initialize(model=net, optimizer=self.optimizer, config=config)
         wrapped = self._engine.optimizer
         self._zero = wrapped if isinstance(wrapped, DeepSpeedZeroOptimizer) else None
@@ -58,7 +57,7 @@ class DeepSpeedEngine:
         for group, partitioned in zip(self.optimizer.param_groups, self._groups, strict=False):
             group["shard"] = partitioned.shard()
 
-    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+    def step(self, micro_batches: list[Batch], lr: Rate) -> StepResult:
         outputs = Outputs()
         for batch in marked(micro_batches):
             output = self._engine(batch)
@@ -67,11 +66,10 @@ class DeepSpeedEngine:
             if not batch.last:
                 self._engine.step()  # only counts
         result = outputs.result()
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.skip = result.skipped
+        self.optimizer.skip = result.overflow
+        set_learning_rate(self.optimizer, lr())
         self._engine.step()
-        if not result.skipped and not self._engine.was_step_applied():
-            raise UserError("the norm of the gradient is not finite: lower optim.lr, or check the data")
+        check_applied(self._engine, result.overflow)
         return result
 
     def finish(self) -> None:
@@ -101,6 +99,16 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+def check_applied(engine: deepspeed.DeepSpeedEngine, overflow: Tensor | None) -> None:
+    """Refuse steps that DeepSpeed leaves out by itself: ZeRO reads the norm by which it clips.
+
+    Raises:
+        UserError: it is not finite, and the step is none that is to be skipped.
+    """
+    if not engine.was_step_applied() and (overflow is None or not overflow):
+        raise UserError("the norm of the gradient is not finite: lower optim.lr, or check the data")
 
 
 def join_ranks() -> None:

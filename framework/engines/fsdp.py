@@ -10,7 +10,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from framework.data.batch import Batch
-from framework.engines.base import Engine, EngineSettings, OptimizerFactory, lag_of
+from framework.engines.base import Engine, EngineSettings, OptimizerFactory
 from framework.engines.plain import PlainEngine, UpdatesAtTheEnd, averaged
 from framework.execution import LocalNetwork, StepOutput
 from framework.runtime.distributed import device, world_size
@@ -41,4 +41,4 @@ def build(net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineS
 
     optimizer = make_optimizer(net)
     steps = UpdatesAtTheEnd(net, optimizer, settings.clip, averaged(forward))
-    return PlainEngine(net, optimizer, steps, lag_of(net))
+    return PlainEngine(net, optimizer, steps)

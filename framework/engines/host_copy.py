@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,15 +28,30 @@ class _Copy:
         self._event.synchronize()
 
 
-def copied_to_host(x: Tensor, pending: Pending | None = None) -> tuple[Tensor, Pending | None]:
-    """A tensor in the host's memory, and what must complete before it is read.
+def read_later(x: Tensor, pending: Pending | None = None) -> Callable[[], Any]:
+    """Start to copy a tensor to the host.
 
     The copy goes on a stream of its own, so that the step's kernels don't wait for it either.
 
     Args:
-        x: on any device; the device must not write to it before the copy is made, unless in the order of its stream.
+        x: on any device; nothing must write to it any more.
         pending: must complete before ``x`` is read.
+
+    Returns:
+        A function that waits for the copy, and gives the numbers as ``x.tolist()`` would.
     """
+    host, complete = _copied_to_host(x, pending)
+
+    def numbers() -> Any:
+        if complete is not None:
+            complete.wait()
+        return host.tolist()
+
+    return numbers
+
+
+def _copied_to_host(x: Tensor, pending: Pending | None) -> tuple[Tensor, Pending | None]:
+    """A tensor in the host's memory, and what must complete before it is read."""
     if not x.is_cuda:
         return x, pending
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)

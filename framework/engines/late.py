@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
-from framework.engines.base import Outputs, StepResult, marked, set_learning_rate
+from framework.engines.base import Outputs, Rate, StepResult, marked, set_learning_rate
 from framework.engines.buckets import Bucket, buckets
 from framework.engines.host_copy import Pending
 from framework.execution import LocalNetwork
@@ -36,8 +36,9 @@ class Wire(Protocol):
 class LateUpdates:
     """Runs the steps of a network whose weights, gradients and optimizer are whole on every rank.
 
-    Where gradients are clipped, or steps may be skipped, all of a step's gradients must be there first: then the update
-    is made at the end of the step, and only what is averaged earlier is hidden.
+    Where gradients are clipped, all of a step's gradients must be there first: then the update is made at the end of
+    the step, and only what is averaged earlier is hidden. A step that is to be skipped is known as such at its end,
+    before any of its updates.
 
     Args:
         net: the network; it is given hooks.
@@ -61,10 +62,9 @@ class LateUpdates:
             if bucket not in users:
                 users.append(bucket)
         self._travelling: dict[Bucket, Pending] = {}
-        self._at_end = clip > 0 or net.may_skip
         self._micro_batches, self._first, self._last = 1, True, True
 
-    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+    def step(self, micro_batches: list[Batch], lr: Rate) -> StepResult:
         """One optimizer step, some updates of which the next step makes."""
         outputs = Outputs()
         self._micro_batches = len(micro_batches)
@@ -72,9 +72,10 @@ class LateUpdates:
             self._first, self._last = number == 0, batch.last
             outputs.add(self._net(batch))
         result = outputs.result()
-        set_learning_rate(self._optimizer, lr)
-        if self._at_end:
-            self._finish_now(result.skipped)
+        self._optimizer.skip = result.overflow
+        set_learning_rate(self._optimizer, lr())
+        if self._clip > 0:
+            self._clip_and_finish()
         return result
 
     def finish(self) -> None:
@@ -117,14 +118,11 @@ class LateUpdates:
             _give(bucket)
             self._apply()
 
-    def _finish_now(self, skipped: bool) -> None:
-        arrived = [bucket for bucket in self._buckets if self._arrived(bucket)]
-        if skipped:
-            return
-        for bucket in arrived:
-            _give(bucket)
-        if self._clip > 0:
-            nn.utils.clip_grad_norm_(self._net.parameters(), self._clip)
+    def _clip_and_finish(self) -> None:
+        for bucket in self._buckets:
+            if self._arrived(bucket):
+                _give(bucket)
+        nn.utils.clip_grad_norm_(self._net.parameters(), self._clip)
         self._apply()
 
     def _apply(self) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.engines.base import Engine
-from framework.engines.host_copy import copied_to_host
+from framework.engines.host_copy import read_later
 from framework.execution import LocalNetwork
 from framework.optim.lars import Shard
 from framework.optim.skipping import local_part
@@ -83,15 +83,12 @@ class UnitNorms:
         if squares is None:
             return dict
         work = dist.all_reduce(squares.div_(self._copies), async_op=True) if self._spread else None
-        host, pending = copied_to_host(squares, work)
+        rows = read_later(squares, work)
 
         def norms() -> Norms:
-            if pending is not None:
-                pending.wait()
-            rows = host.tolist()
             return {
                 kind: {name: math.sqrt(row[number]) for number, name in self._units.items()}
-                for kind, row in zip(KINDS, rows, strict=True)
+                for kind, row in zip(KINDS, rows(), strict=True)
             }
 
         return norms
@@ -104,7 +101,7 @@ class UnitNorms:
     @torch.no_grad()
     def _before_step(self, optimizer: Any, args: object, kwargs: object) -> None:
         """Called by the optimizer; ZeRO steps one group after the other, late updates one bucket."""
-        if self._squares is None or self._before is not None or optimizer.skip is True:
+        if self._squares is None or self._before is not None:
             return  # the second: an optimizer of PyTorch's whose class has hooks itself, inside ours
         pieces = self._pieces(optimizer)
         self._before = [piece.weight.detach().clone() for piece in pieces]

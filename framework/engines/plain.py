@@ -9,7 +9,7 @@ from torch import Tensor
 
 from framework.data.batch import Batch
 from framework.engines import state
-from framework.engines.base import OptimizerState, Outputs, StepResult, marked, update
+from framework.engines.base import OptimizerState, Outputs, Rate, StepResult, marked, update
 from framework.execution import LocalNetwork, StepOutput
 from framework.optim import SkippableOptimizer
 
@@ -17,7 +17,7 @@ from framework.optim import SkippableOptimizer
 class Steps(Protocol):
     """Makes a plain engine's steps."""
 
-    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+    def step(self, micro_batches: list[Batch], lr: Rate) -> StepResult:
         """See ``Engine``; updates of weights may be left to the next step."""
 
     def finish(self) -> None:
@@ -34,16 +34,14 @@ class PlainEngine:
         net: the network; its parameters may be FSDP2's DTensors.
         optimizer: of its parameters.
         steps: makes the steps.
-        lag: see ``Engine``.
     """
 
-    loads = True
+    loads, lag = True, 1
 
-    def __init__(self, net: LocalNetwork, optimizer: SkippableOptimizer, steps: Steps, lag: int) -> None:
-        self.net, self.optimizer, self.lag = net, optimizer, lag
-        self._steps = steps
+    def __init__(self, net: LocalNetwork, optimizer: SkippableOptimizer, steps: Steps) -> None:
+        self.net, self.optimizer, self._steps = net, optimizer, steps
 
-    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+    def step(self, micro_batches: list[Batch], lr: Rate) -> StepResult:
         return self._steps.step(micro_batches, lr)
 
     def finish(self) -> None:
@@ -93,7 +91,7 @@ class UpdatesAtTheEnd:
     ) -> None:
         self._net, self._optimizer, self._clip, self._backward = net, optimizer, clip, backward
 
-    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+    def step(self, micro_batches: list[Batch], lr: Rate) -> StepResult:
         result = self._backward(micro_batches)
         update(self._optimizer, self._net, result, lr, self._clip)
         return result

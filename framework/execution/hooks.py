@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from framework.execution.program import Program
@@ -89,9 +90,9 @@ class Exchange:
         for s in self._read_between_steps:
             self.hooks.before_use(s)
 
-    def early(self) -> EarlyGradients:
+    def early(self, measured: bool) -> EarlyGradients:
         """What takes the gradients of a micro-batch."""
-        return EarlyGradients(self.hooks, self.finishing)
+        return EarlyGradients(self.hooks, self.finishing, measured)
 
 
 class EarlyGradients:
@@ -100,10 +101,16 @@ class EarlyGradients:
     Args:
         hooks: of the engine.
         finishing: of the network's program.
+        measured: whether to take their norms.
+
+    Attributes:
+        norms: of those that were handed over.
     """
 
-    def __init__(self, hooks: StepHooks, finishing: Finishing) -> None:
+    def __init__(self, hooks: StepHooks, finishing: Finishing, measured: bool) -> None:
         self.before_use = hooks.before_use
+        self.norms: list[Tensor] = []
+        self._measured = measured
         self._hooks, self._missing = hooks, Counter(finishing.parts)
         self._complete: list[nn.Parameter] = []
 
@@ -116,6 +123,9 @@ class EarlyGradients:
 
     def release(self, gradients: dict[nn.Parameter, Tensor]) -> None:
         """Hand over what is complete, and take it out of ``gradients``."""
-        complete, self._complete = self._complete, []
+        complete = {parameter: gradients.pop(parameter) for parameter in self._complete}
+        self._complete = []
+        if complete and self._measured:
+            self.norms += torch._foreach_norm(list(complete.values()))
         if complete:
-            self._hooks.finished({parameter: gradients.pop(parameter) for parameter in complete})
+            self._hooks.finished(complete)

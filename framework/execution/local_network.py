@@ -237,11 +237,6 @@ class LocalNetwork(nn.Module):
         return x if x.dtype == torch.float64 else x.float()
 
     @property
-    def may_skip(self) -> bool:
-        """Whether steps report overflows, for which they are skipped."""
-        return self.scales is not None or self.skip_nonfinite
-
-    @property
     def classifies(self) -> bool:
         """Whether the last head gives logits, which ``predict`` asks for."""
         return self.plan.units[-1].head.classifies
@@ -281,12 +276,10 @@ class LocalNetwork(nn.Module):
     def routed_step(self, batch: Batch) -> tuple[RoutedStep, Tensor | None]:
         """A batch's losses and finished gradients, and the penalty, whose gradient is added to them.
 
-        Of a network with hooks those have the gradients, unless somebody has to look at all of them first.
+        Of a network with hooks those have the gradients.
         """
         batch = self.masked(batch)
-        early = None
-        if self._exchange is not None and not self.skip_nonfinite:
-            early = self._exchange.early()
+        early = self._exchange.early(measured=self.skip_nonfinite) if self._exchange is not None else None
         step = RoutedStep(
             self.program,
             batch,
@@ -332,7 +325,10 @@ class LocalNetwork(nn.Module):
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step, penalty = self.routed_step(batch)
         result = step_output(self.weights, step.losses, penalty)
-        nonfinite = any_nonfinite(step.losses, step.gradients) if self.skip_nonfinite else None
+        nonfinite = None
+        if self.skip_nonfinite:
+            sent = step.early.norms if step.early is not None else []
+            nonfinite = any_nonfinite(step.losses, step.gradients, sent)
         if self._exchange is None:
             loss = handed_over(result.loss, step.gradients)
         else:

@@ -216,11 +216,8 @@ class RunningStatistics:
             torch._foreach_copy_(copies, buffers)
 
     @torch.no_grad()
-    def put_back(self, skipped: bool | Tensor = True) -> None:
-        """After a step, if it was skipped; a bool scalar on the device is not read by the host."""
+    def put_back(self, skipped: Tensor) -> None:
+        """After a step, if it was skipped (bool scalar, which the host doesn't read)."""
         for copies, buffers in zip(self._copies, self._kinds, strict=True):
-            if isinstance(skipped, Tensor):
-                for copy, buffer in zip(copies, buffers, strict=True):
-                    torch.where(skipped, copy, buffer, out=buffer)
-            elif skipped:
-                torch._foreach_copy_(buffers, copies)
+            for copy, buffer in zip(copies, buffers, strict=True):
+                torch.where(skipped, copy, buffer, out=buffer)

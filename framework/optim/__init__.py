@@ -28,11 +28,11 @@ __all__ = [
 class SkippableOptimizer(Protocol):
     """A ``torch.optim.Optimizer`` whose ``step`` leaves weights, state and counters alone while ``skip`` is set.
 
-    ``skip`` may be a bool scalar on the device, which the host does not read. From the first one on it must always be,
-    because AdamW then counts its steps there.
+    ``skip`` is a bool scalar on the device, which the host does not read, or ``None`` where no step may be skipped. If
+    it is a tensor once, it must be from the first step on, because AdamW then counts its steps there.
     """
 
-    skip: bool | Tensor
+    skip: Tensor | None
     param_groups: list[dict[str, Any]]
     state: Any
 

@@ -74,7 +74,7 @@ class LARS(torch.optim.Optimizer):
         trust: trust coefficient.
     """
 
-    skip: bool | Tensor = False
+    skip: Tensor | None = None
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Steps of an optimizer that are skipped, also where only the device knows it."""
+"""Steps of an optimizer that are skipped, which only the device knows."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def step_unless(skip: bool | Tensor, optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
+def step_unless(skip: Tensor | None, optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
     """Make a step, or none if ``skip`` is set.
 
-    A tensor (bool scalar) is not read by the host: the step is made, and undone where it is set. This takes as much
-    memory again as the optimizer's weights and state have, until the step is done.
+    The host doesn't read it: the step is made, and undone where it is set. This takes as much memory again as the
+    optimizer's weights and state have, until the step is done.
 
     Args:
-        skip: whether to make none.
+        skip: whether to make none (bool scalar); ``None`` for no.
         optimizer: whose state is tensors only, which begin as zeros.
         step: makes it.
     """
-    if not isinstance(skip, Tensor):
-        if not skip:
-            step()
+    if skip is None:
+        step()
         return
     before = {place: tensor.clone() for place, tensor in _tensors(optimizer).items()}
     step()

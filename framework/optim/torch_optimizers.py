@@ -13,7 +13,7 @@ from framework.optim.skipping import local_part, put_back, step_unless
 class SGD(torch.optim.SGD):
     """PyTorch's SGD, skippable."""
 
-    skip: bool | Tensor = False
+    skip: Tensor | None = None
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step, or none if ``skip`` is set."""
@@ -28,12 +28,12 @@ class AdamW(torch.optim.AdamW):
     counters on the device (``capturable``) are float32, which leaves four digits of the first corrections.
     """
 
-    skip: bool | Tensor = False
+    skip: Tensor | None = None
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step, or none if ``skip`` is set."""
-        if not isinstance(self.skip, Tensor):
-            step_unless(self.skip, self, super().step)
+        if self.skip is None:
+            super().step()
             return
         for group in self.param_groups:
             if trained := [p for p in group["params"] if p.grad is not None]:

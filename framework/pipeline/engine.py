@@ -15,12 +15,12 @@ from framework.engines.base import (
     EngineSettings,
     OptimizerFactory,
     OptimizerState,
+    Rate,
     StepResult,
     marked,
     prepare,
-    set_learning_rate,
 )
-from framework.engines.deepspeed import checked_config, join_ranks
+from framework.engines.deepspeed import check_applied, checked_config, join_ranks
 from framework.engines.deepspeed_config import merged_config
 from framework.execution import LocalNetwork
 from framework.network.norm import synchronize_among
@@ -31,8 +31,7 @@ from framework.pipeline.scheduling.placement import Placement
 from framework.pipeline.scheduling.schedule import Layout, drain_instructions, step_instructions
 from framework.pipeline.scheduling.simulation import AHEAD, Event
 from framework.pipeline.scheduling.weight_readers import WeightReaders
-from framework.runtime.distributed import device, gather_tensors, is_main, new_group, rank, world_size
-from framework.runtime.errors import UserError
+from framework.runtime.distributed import device, gather_tensors, is_main, rank, world_size
 
 
 class PipelinedEngine:
@@ -98,25 +97,22 @@ class PipelinedEngine:
         if net.average is not None:
             net.average.follow_only(n for n, stage in self._owners.items() if stage == self._worker.stage)
         self._parked = False
-        self._reports = new_group()
         self._steps = 0
         self.lag = 1 + -(-(placement.stages - 1) * (1 + AHEAD) // settings.micro_batches)
         self.loads = self._worker.stage == 0
         self.events: list[Event] | None = None
         self._park()
 
-    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+    def step(self, micro_batches: list[Batch], lr: Rate) -> StepResult:
         self._park()
-        set_learning_rate(self.optimizer, lr)
+        self._engine.learning_rate = lr
         self._worker.begin_step(list(marked(micro_batches)))
         self._engine.run(step_instructions(self.layout, self._worker.stage, self._steps), self.events)
         self._steps += 1
-        skipped = self._engine.skipped
-        if not skipped and not self._engine.was_step_applied():
-            raise UserError("the norm of the gradient is not finite: lower optim.lr, or check the data")
-        losses = self._worker.unit_losses / (self.layout.micro_batches * self._engine.dp_world_size)
-        pending = dist.all_reduce(losses, group=self._reports, async_op=True)
-        return StepResult(losses, skipped, pending, self._worker.hopeless)
+        worker = self._worker
+        check_applied(self._engine, worker.overflow)
+        losses = worker.unit_losses / (self.layout.micro_batches * self._engine.dp_world_size)
+        return StepResult(losses, worker.overflow, worker.hopeless)
 
     def finish(self) -> None:
         """Nothing is left over."""
@@ -173,7 +169,7 @@ class PipelinedEngine:
         self._drain()
         self._engine.destroy()
         groups.mpu = None  # DeepSpeed keeps the grid in a global, where the next engine would find it
-        for group in (*self._worker.groups, *self._stage.process_groups(), self._reports):
+        for group in (*self._worker.groups, *self._stage.process_groups()):
             dist.destroy_process_group(group)  # each has threads
 
     @property

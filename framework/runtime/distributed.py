@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -156,12 +156,17 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x / world_size()
 
 
-def start_mean_over_ranks(x: Tensor) -> tuple[Tensor, dist.Work | None]:
-    """The average of ``x`` over the ranks, which is there when the operation beside it is complete."""
-    if world_size() == 1:
-        return x, None
-    mean = x.detach() / world_size()
-    return mean, dist.all_reduce(mean, async_op=True)
+def start_sum_over_ranks(x: Tensor) -> tuple[Tensor, dist.Work | None]:
+    """The sum of ``x`` over the ranks, which is there when the operation beside it is complete."""
+    total = x.detach().clone()
+    return total, dist.all_reduce(total, async_op=True) if world_size() > 1 else None
+
+
+def start_max_over_ranks(x: Tensor) -> tuple[Tensor, dist.Work | None]:
+    """Likewise the largest of every element."""
+    largest = x.detach().clone()
+    work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True) if world_size() > 1 else None
+    return largest, work
 
 
 def from_first(x: Tensor) -> Tensor:
@@ -180,20 +185,6 @@ def any_over_ranks(flags: Tensor) -> Tensor:
     return seen > 0
 
 
-def max_over_ranks(number: int) -> Callable[[], int]:
-    """Start to find the largest of the ranks' whole numbers; the function returned waits for it."""
-    if world_size() == 1:
-        return lambda: number
-    largest = torch.tensor(number, device=device())
-    work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True)
-
-    def answer() -> int:
-        work.wait()
-        return int(largest)
-
-    return answer
-
-
 def new_group(**options: Any) -> dist.ProcessGroup:
     """A process group of all ranks; ``options`` are those of ``torch.distributed.new_group``."""
     group = dist.new_group(**options)
@@ -204,9 +195,15 @@ def new_group(**options: Any) -> dist.ProcessGroup:
 
 def sum_over_ranks(number: int) -> int:
     """Sum of a whole number over the ranks."""
-    return round(
-        float(mean_over_ranks(torch.tensor(number, dtype=torch.float64, device=device()))) * world_size()
-    )
+    return round(total_over_ranks(number))
+
+
+def total_over_ranks(number: float) -> float:
+    """Sum of a number over the ranks."""
+    total = torch.tensor(number, dtype=torch.float64, device=device())
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return float(total)
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
@@ -61,15 +60,9 @@ class Requests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def ask(self) -> Callable[[], Request]:
-        """The most urgent request on any rank by now; collective, so that all ranks act at the same step.
-
-        Returns:
-            A function that waits for the other ranks and gives the request.
-        """
-        mine = Request.LEAVE if self._signaled else self._touched()
-        largest = distributed.max_over_ranks(mine)
-        return lambda: Request(largest())
+    def on_this_rank(self) -> Request:
+        """The most urgent one that this rank knows of by now; ranks agree by the most urgent of all."""
+        return Request.LEAVE if self._signaled else self._touched()
 
     def done(self, request: Request) -> None:
         """Delete the file of a request that was carried out."""

@@ -63,7 +63,7 @@ class Progress:
         images_per_second: float,
         mfu: float | None = None,
     ) -> None:
-        """Show that step ``step`` (counted from 0) is done."""
+        """Show that step ``step`` (counted from 0) is done; without losses where they are not known."""
         if not self._enabled:
             return
         text = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
@@ -71,10 +71,11 @@ class Progress:
             self._bar.update(
                 self._task, completed=step + 1, epoch=epoch, speed=_speed(images_per_second, mfu)
             )
-            self._live.update(Group(self._bar, Text(text, style="dim")))
+            if losses:
+                self._live.update(Group(self._bar, Text(text, style="dim")))
             return
         now = time.monotonic()
-        if now - self._printed >= self._interval or step + 1 == self._steps:
+        if losses and (now - self._printed >= self._interval or step + 1 == self._steps):
             self._printed = now
             speed = f"  {_speed(images_per_second, mfu)}" if images_per_second else ""
             head = f"step {step + 1}/{self._steps}  epoch {epoch:.1f}{speed}"

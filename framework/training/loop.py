@@ -19,7 +19,7 @@ from framework.config.recipe import Recipe
 from framework.cost.utilization import Utilization
 from framework.data.batch import Batch
 from framework.data.loading.loader import TrainLoader
-from framework.engines import Engine, StepResult
+from framework.engines import Engine
 from framework.engines.norms import Norms, UnitNorms
 from framework.network.norm import RunningStatistics
 from framework.optim import learning_rate, learning_rate_of_epoch
@@ -31,6 +31,7 @@ from framework.tracking.measuring import PeakMemory, Throughput
 from framework.tracking.profiling import StepProfiler, steps_to_profile
 from framework.tracking.progress import Progress
 from framework.tracking.trackers import Logs, noted
+from framework.training.late_numbers import LateNumbers, most_urgent
 from framework.training.log_files import open_logs
 from framework.training.nonfinite import count_nonfinite, nonfinite
 from framework.training.position import Position
@@ -41,10 +42,9 @@ class Pending(NamedTuple):
 
     step: int
     lr: float
-    result: StepResult
+    numbers: LateNumbers
     speeds: dict[str, float]
     unit_norms: Callable[[], Norms]
-    answer: Callable[[], Request]
 
 
 class Loop:
@@ -87,7 +87,10 @@ class Loop:
         self.unit_norms = UnitNorms(engine, recipe.pipeline.stages) if recipe.logging.norms else None
         self.profiled = steps_to_profile(recipe.logging.profile, position.step, self.stop)
         self.broken_before = position.broken
-        self.since_save: list[float] = []
+        self.since_save: list[float] = []  # this rank's shares of the steps' losses
+        self.uncounted: LateNumbers | None = (
+            None  # of the last step, if nobody has asked whether it was skipped
+        )
         every = recipe.checkpoint.keep_every_epochs
         keep = Keep(recipe.checkpoint.keep, every and every * self.per_epoch, recipe.checkpoint.keep_best)
         self.saver = Saver(self.run_dir, keep, check)
@@ -137,12 +140,13 @@ class Loop:
             except UserError:
                 if request is not Request.LEAVE:  # the next start goes on from an earlier one
                     raise
-            last = requests.ask()()
+            last = most_urgent(requests.on_this_rank())
             requests.done(last)
             return max(request, last)
 
     def save(self) -> None:
         """Begin to write a checkpoint of the current step; all ranks must call it."""
+        self._count_updates()
         self.position.broken = self.broken_before + distributed.sum_over_ranks(self.loader.skipped)
         self.position.images, self.position.seconds = self.speed.images, self.speed.seconds
         self.position.waited = self.speed.waited
@@ -151,7 +155,9 @@ class Loop:
             "position": asdict(self.position),
             "ranks": distributed.world_size(),
             "steps_per_epoch": self.per_epoch,
-            "loss": float(np.mean(self.since_save)) if self.since_save else None,
+            "loss": distributed.total_over_ranks(float(np.mean(self.since_save)))
+            if self.since_save
+            else None,
             "recipe": loading.to_yaml(self.recipe),
         }
         self.since_save = []
@@ -179,43 +185,52 @@ class Loop:
 
     def _step(self, step: int, batches: list[Batch], requests: Requests) -> Pending:
         _seed(self.recipe.seed, step, self.recipe.pipeline.stages)
-        lr = self._learning_rate()
         if self.norms:
             self.norms.remember()
-        measured = self.unit_norms if noted(step, self.recipe.logging.every_steps, self.stop - 1) else None
+        written = noted(step, self.recipe.logging.every_steps, self.stop - 1)
+        measured = self.unit_norms if written else None
         if measured:
             measured.measure()
-        result = self.engine.step(batches, lr)
+        result = self.engine.step(batches, self._learning_rate)
+        lr = self._learning_rate()
         unit_norms = measured.result() if measured else dict
-        if self.norms and result.skipped:
-            self.norms.put_back()
+        if self.norms and result.overflow is not None:
+            self.norms.put_back(result.overflow)
         if self.engine.net.average is not None:
             self.engine.finish()
-            self.engine.net.average.update(self.engine.net, float(not result.skipped))
+            self.engine.net.average.update(self.engine.net, self.engine.net.taken)
         self.memory.step()
         speed = self.speed.step(self.recipe.train.batch_size)
         self.position.step += 1
-        self.position.updates += not result.skipped
-        self.position.skipped = result.skipped
         speeds = self._speeds(speed, self.speed.waited_lately)
-        return Pending(step, lr, result, speeds, unit_norms, requests.ask())
+        self.uncounted = LateNumbers(result, requests.on_this_rank(), written)
+        return Pending(step, lr, self.uncounted, speeds, unit_norms)
 
     def _read(self, pending: Pending, logs: Logs | None, progress: Progress) -> Request:
         """Log a step, and check its losses; returns what people have asked for."""
-        step, lr, result, speeds, unit_norms, answer = pending
-        losses, norms = dict(zip(self.units, result.losses(), strict=True)), unit_norms()
+        step, lr, numbers, speeds, unit_norms = pending
+        skipped, norms, found = numbers.skipped(), unit_norms(), numbers.losses()
+        losses = dict(zip(self.units, found, strict=True)) if found is not None else {}
         epoch = (step + 1) / self.per_epoch
-        more = {"skipped": result.skipped} | ({} if result.skipped else norms)
+        more = {"skipped": skipped} | ({} if skipped else norms)
         if logs:
             logs.write(step, epoch=epoch, lr=lr, losses=losses, **speeds, **more)
         progress.update(step, epoch, losses, speeds["images_per_second"], speeds.get("mfu"))
-        bad = nonfinite(losses, [self.units[number] for number in result.hopeless])
-        count_nonfinite(self.recipe, self.position, step, bad, result.skipped)
-        if bad is None and not result.skipped:
-            self.since_save.append(float(np.dot(self.weights, list(losses.values()))))
-        return answer()
+        bad = nonfinite(losses, [self.units[number] for number in numbers.hopeless()])
+        count_nonfinite(self.recipe, self.position, step, bad, skipped)
+        if bad is None and not skipped:
+            self.since_save.append(float(np.dot(self.weights, numbers.share())))
+        return numbers.request()
+
+    def _count_updates(self) -> None:
+        """Count the last step if it was made; waits for it where steps may be skipped."""
+        if self.uncounted is not None:
+            self.position.skipped, self.uncounted = self.uncounted.skipped(), None
+            self.position.updates += not self.position.skipped
 
     def _learning_rate(self) -> float:
+        """Of a step whose gradients are launched; it depends on how many before it were made."""
+        self._count_updates()
         optim = self.recipe.optim
         if optim.schedule == "cosine_of_epochs":
             epoch = self.position.updates // self.per_epoch

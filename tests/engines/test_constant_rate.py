@@ -46,7 +46,7 @@ def changes(overrides: Sequence[str], data: int, parts: int) -> dict[str, Tensor
     engine = build_engine(recipe, net, networks.CLASSES)
     before = engine.model_state()
     batches = [part(net, data + (rank() if parts == 2 else 0))] if engine.loads else []
-    engine.step(batches, LR * FACTOR)
+    engine.step(batches, lambda: LR * FACTOR)
     after = engine.model_state()
     engine.close()
     return {name: after[name] - before[name] for name in names if name in after}

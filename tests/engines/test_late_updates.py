@@ -50,7 +50,7 @@ def traced(method: str) -> tuple[Any, Log, LateUpdates]:
 
 
 def step(updates: LateUpdates) -> list[float]:
-    return updates.step([Batch(torch.randn(8, 3, 32, 32), None, 2)], 0.1).losses()
+    return updates.step([Batch(torch.randn(8, 3, 32, 32), None, 2)], lambda: 0.1).losses()()
 
 
 @pytest.mark.parametrize(("method", "ahead"), [("gim", 1), ("loco", 2)])

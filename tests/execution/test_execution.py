@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -57,8 +58,8 @@ def graphed(case: Case, record: Callable[..., object], device: str) -> training.
     for step in range(case.steps):
         (batch,) = training.micro_batches(case, step)
         batch = batch._replace(images=batch.images.to(device), labels=batch.labels.to(device))
-        results.append(engine.step([batch], training.learning_rate(case, step)))
-    losses = torch.tensor([result.losses() for result in results], dtype=torch.float64)
+        results.append(engine.step([batch], partial(training.learning_rate, case, step)))
+    losses = torch.tensor([result.losses()() for result in results], dtype=torch.float64)
     run = training.Run(engine.model_state(), engine.optimizer_state(), losses)
     engine.close()
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from framework.engines.base import EngineSettings
 from framework.execution import LocalNetwork
 from framework.local import methods
 from framework.model import local_network
+from framework.network.norm import RunningStatistics
 from framework.optim import build_optimizer
 from framework.runtime.distributed import world_size
 from tests.support import networks
@@ -76,7 +78,7 @@ def steps(
                 (output.loss / 2).backward()
                 overflows += [] if output.overflow is None else [output.overflow]
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.skip = torch.stack(overflows).any() if overflows else False
+            optimizer.skip = torch.stack(overflows).any() if overflows else None
             optimizer.step()
             optimizer.zero_grad()
 
@@ -93,15 +95,38 @@ def test_a_step_is_launched_without_waiting(row: Row) -> None:
     steps(row, META, no_host_reads)
 
 
-@pytest.mark.parametrize(("case", "clip"), [("mlaan", 0.0), *slow([("loco-soft", 1.0), ("gim-byol", 0.0)])])
-def test_an_engine_launches_steps_without_waiting(case: str, clip: float) -> None:
-    """Losses stay on the device; only where steps may be skipped, the host asks whether they are."""
-    net = Row(case, "lars").network(META)
+SKIPPING = {"precision": "fp16", "skip_nonfinite": True}
+ENGINES: list[tuple[Row, float]] = [(Row("mlaan"), 0.0), (Row("loco-soft", more=SKIPPING), 0.0)]
+MORE_ENGINES = [(Row("loco-soft"), 1.0), (Row("gim-byol", "adamw"), 0.0)]
+MORE_ENGINES += [(Row("gim-byol", "adamw", {"precision": "fp16"}), 1.0)]
+MORE_ENGINES += [(Row("mlaan", "lars", {"skip_nonfinite": True}), 0.0)]
+
+
+@pytest.mark.parametrize(("row", "clip"), [*ENGINES, *slow(MORE_ENGINES)], ids=str)
+def test_an_engine_launches_steps_without_waiting(row: Row, clip: float) -> None:
+    """Losses and whether steps are skipped stay on the device; averages of weights follow there, too."""
+    net = row.network(META)
+    net.keep_average(0.9)
     data = [batch(net, META)] * 2
-    engine = ddp.build(net, build_optimizer, EngineSettings(batch_size=8, micro_batches=2, clip=clip))
+    make_optimizer = partial(build_optimizer, name=row.optimizer)
+    engine = ddp.build(net, make_optimizer, EngineSettings(batch_size=8, micro_batches=2, clip=clip))
+    statistics, launched = RunningStatistics(net), []
+    net.register_forward_hook(lambda *_: launched.append("gradients"))
+
+    def lr() -> float:
+        launched.append("rate")  # which may wait for the step before
+        return 0.1
+
     with no_host_reads():
-        results = [engine.step(data, 0.1) for _ in range(2)]
-    assert engine.lag and all(result.unit_losses.is_meta for result in results)
+        for _ in range(2):
+            statistics.remember()
+            result = engine.step(data, lr)
+            if result.overflow is not None:
+                statistics.put_back(result.overflow)
+            engine.finish()
+            net.average.update(net, net.taken)
+            assert result.unit_losses.is_meta and (result.overflow is not None) == bool(row.more)
+    assert launched == ["gradients", "gradients", "rate"] * 2 and engine.lag
 
 
 @pytest.fixture

@@ -81,8 +81,8 @@ def test_a_large_mean_costs_no_digits(pool: PoolOf, ranks: int) -> None:
     assert worst(pool(ranks).run(normalized, 1e3, torch.float32, ranks), exact) < 3 * theirs < 0.01
 
 
-@pytest.mark.parametrize("skipped", [True, torch.tensor(True), torch.tensor(False)], ids=str)
-def test_statistics_are_put_back_where_a_step_was_skipped(skipped: bool | Tensor) -> None:
+@pytest.mark.parametrize("skipped", [torch.tensor(True), torch.tensor(False)], ids=str)
+def test_statistics_are_put_back_where_a_step_was_skipped(skipped: Tensor) -> None:
     net = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS))
     kept = RunningStatistics(net)
     net(torch.ones(4, CHANNELS, 2, 2))

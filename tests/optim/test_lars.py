@@ -137,7 +137,7 @@ def test_a_skipped_step_leaves_weights_state_and_counters(name: str) -> None:
     step_all(optimizer, params, steps=1)
     before = [p.detach().clone() for p in params]
     states = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in params]
-    optimizer.skip = True
+    optimizer.skip = torch.tensor(True)
     step_all(optimizer, params, steps=1)
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     assert all(
@@ -145,7 +145,7 @@ def test_a_skipped_step_leaves_weights_state_and_counters(name: str) -> None:
         for p, s in zip(params, states, strict=True)
         for k, v in s.items()
     )
-    optimizer.skip = False
+    optimizer.skip = torch.tensor(False)
     step_all(optimizer, params, steps=1)
     assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 

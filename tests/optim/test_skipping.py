@@ -32,8 +32,10 @@ def train(net: nn.Module, name: str, on_device: bool) -> LARS | SGD | AdamW:
             net[-1].zero_grad()
         for group in stepper.param_groups:
             group["lr"] = 0.1 / (1 + step)
-        stepper.skip = torch.tensor(skip) if on_device else skip
-        stepper.step()
+        if on_device:
+            stepper.skip = torch.tensor(skip)
+        if on_device or not skip:
+            stepper.step()
     return stepper
 
 

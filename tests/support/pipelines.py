@@ -147,8 +147,8 @@ def advance(engine: PipelinedEngine, run: Run, steps: range) -> Tensor:
         replicas = world_size() // run.stages
         torch.manual_seed(step)  # of noise
         batches = micro_batches(run, engine.net, step, rank() % replicas, replicas) if engine.loads else []
-        results.append(engine.step(batches, rate(run, step)))
-    return torch.tensor([result.losses() for result in results], dtype=torch.float64)
+        results.append(engine.step(batches, partial(rate, run, step)))
+    return torch.tensor([result.losses()() for result in results], dtype=torch.float64)
 
 
 def train(run: Run) -> Outcome | None:

@@ -209,8 +209,10 @@ def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:
     for step in steps:
         torch.manual_seed(step)
         parts = micro_batches(case, step, rank(), world_size())
-        result = engine.step([networks.on(device(), part) for part in parts], learning_rate(case, step))
-        results.append(torch.tensor(result.losses(), dtype=result.unit_losses.dtype))
+        result = engine.step(
+            [networks.on(device(), part) for part in parts], partial(learning_rate, case, step)
+        )
+        results.append(torch.tensor(result.losses()(), dtype=result.unit_losses.dtype))
     return torch.stack(results) if results else torch.empty(0)
 
 

@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import PipeSchedule
 from torch import Tensor
 
+from framework.engines.base import Rate, set_learning_rate
 from framework.pipeline.rank.stage_worker import StageWorker
 from framework.pipeline.scheduling import schedule as do
 from framework.pipeline.scheduling.schedule import Instruction
@@ -55,11 +56,11 @@ class BoundaryEngine(PipelineEngine):
 
     Attributes:
         worker: of this rank's stage.
-        skipped: whether the last step left the weights as they were (float16).
+        learning_rate: gives that of the step at hand.
     """
 
     worker: StageWorker
-    skipped = False
+    learning_rate: Rate
 
     def run(self, instructions: Iterable[Instruction], events: list[Event] | None = None) -> None:
         """Carry out instructions."""
@@ -81,7 +82,9 @@ class BoundaryEngine(PipelineEngine):
             gradient.copy_(mean.view_as(gradient))
 
     def _exec_step(self) -> None:
-        self.skipped = self.basic_optimizer.skip = self.worker.finish_step()
+        self.worker.finish_step()
+        self.basic_optimizer.skip = self.worker.overflow
+        set_learning_rate(self.basic_optimizer, self.learning_rate())
         self._exec_optimizer_step()
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {

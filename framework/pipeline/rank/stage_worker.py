@@ -11,7 +11,6 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
-from framework.engines.base import numbers_of
 from framework.execution import LocalNetwork
 from framework.execution.masks import Masks
 from framework.execution.noise import Noise
@@ -40,7 +39,8 @@ class StageWorker:
         micro_batches: of the current step; first stage only.
         groups: process groups of the messages, one for each direction.
         unit_losses: (U,) sum over the step's micro-batches, 0 for units of other stages.
-        hopeless: see ``StepResult``, of the last step.
+        overflow: see ``StepResult``, of the last step.
+        hopeless: likewise.
     """
 
     def __init__(
@@ -58,9 +58,11 @@ class StageWorker:
         self._grid, self._timeout = grid, timeout
         self._images_here = any(_needs_images(net, s) for s in range(self.span.start, len(net.segments)))
         self._images_above = any(_needs_images(net, s) for s in range(self.span.stop, len(net.segments)))
-        self._skips: deque[bool] = deque()  # of steps whose weights of other stages have not arrived yet
+        # Of steps whose weights of other stages have not arrived yet: whether they were made.
+        self._taken: deque[Tensor | float] = deque()
         self._x = torch.empty(0)  # output of the segment run last
-        self.hopeless: tuple[int, ...] = ()
+        self.overflow: Tensor | None = None
+        self.hopeless: Tensor | None = None
         self._noise: Noise | None = None
         self._masks: Masks | None = None
         self._connect()
@@ -81,7 +83,7 @@ class StageWorker:
         self.unit_losses = next(self.net.parameters()).new_zeros(len(self.net.plan.units))
         self._scales = self.net.scales.current() if self.net.scales is not None else None
         self._live: dict[int, RoutedStep] = {}
-        self._overflow: Tensor | None = None
+        self._overflows: Tensor | None = None
 
     def load(self, micro_batch: int) -> None:
         """First stage: take a micro-batch of ``begin_step``."""
@@ -166,9 +168,9 @@ class StageWorker:
             for weight, values in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
                 weight.copy_(values.view_as(weight))
         if owner == max(self._from_owners):
-            skipped = self._skips.popleft()
+            taken = self._taken.popleft()
             for head in self.readers.remote[self.stage]:
-                head.before_step(self.net.segments, float(not skipped))
+                head.before_step(self.net.segments, taken)
 
     def finish_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Add the gradients of the heads' penalties, once a step."""
@@ -182,25 +184,23 @@ class StageWorker:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
 
-    def finish_step(self) -> bool:
-        """Move the loss scales and call the heads' ``before_step``; whether to skip the optimizer step.
+    def finish_step(self) -> None:
+        """Move the loss scales and call the heads' ``before_step``.
 
-        In float16 this waits for all stages: an overflow on one skips the step on all.
+        In float16 the device waits for all stages: an overflow on one skips the step on all.
         """
-        skip, self.hopeless = False, ()
+        self.net.taken = 1.0
         if self.net.scales is not None:
-            assert self._overflow is not None
-            overflow = self.net.scales.update(self._overflow)
-            if skip := bool(overflow.skip):
-                self.hopeless = numbers_of(self.net.program.by_unit(overflow.hopeless))
-        self.net.taken = float(not skip)
+            assert self._overflows is not None
+            self.overflow, hopeless = self.net.scales.update(self._overflows)
+            self.hopeless = self.net.program.by_unit(hopeless)
+            self.net.taken = (~self.overflow).float()
         if self.net.teacher is not None:
             self.net.teacher.before_step(self.net.taken)
         for head in self.readers.local[self.stage]:
             head.before_step(self.net.segments, self.net.taken)
         if self._from_owners:
-            self._skips.append(skip)
-        return skip
+            self._taken.append(self.net.taken)
 
     def flush(self) -> None:
         """Wait until every message sent has been received."""
@@ -253,7 +253,7 @@ class StageWorker:
         step.losses = {}
         if step.scales is not None:
             flags = step.take_overflows()
-            self._overflow = flags if self._overflow is None else self._overflow | flags
+            self._overflows = flags if self._overflows is None else self._overflows | flags
 
 
 def _needs_images(net: LocalNetwork, segment: int) -> bool:
