@@ -96,8 +96,8 @@ def test_a_step_is_launched_without_waiting(row: Row) -> None:
 
 
 SKIPPING = {"precision": "fp16", "skip_nonfinite": True}
-ENGINES: list[tuple[Row, float]] = [(Row("mlaan"), 0.0), (Row("loco-soft", more=SKIPPING), 0.0)]
-MORE_ENGINES = [(Row("loco-soft"), 1.0), (Row("gim-byol", "adamw"), 0.0)]
+ENGINES = [(Row("mlaan", more=SKIPPING), 0.0)]
+MORE_ENGINES = [(Row("mlaan"), 0.0), (Row("loco-soft"), 1.0), (Row("gim-byol", "adamw"), 0.0)]
 MORE_ENGINES += [(Row("gim-byol", "adamw", {"precision": "fp16"}), 1.0)]
 MORE_ENGINES += [(Row("mlaan", "lars", {"skip_nonfinite": True}), 0.0)]
 
@@ -107,6 +107,7 @@ def test_an_engine_launches_steps_without_waiting(row: Row, clip: float) -> None
     """Losses and whether steps are skipped stay on the device; averages of weights follow there, too."""
     net = row.network(META)
     net.keep_average(0.9)
+    net.to(META)
     data = [batch(net, META)] * 2
     make_optimizer = partial(build_optimizer, name=row.optimizer)
     engine = ddp.build(net, make_optimizer, EngineSettings(batch_size=8, micro_batches=2, clip=clip))
