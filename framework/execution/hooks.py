@@ -81,7 +81,7 @@ class Exchange:
 
     def __init__(self, hooks: StepHooks, program: Program, taught: int) -> None:
         self.hooks, self.finishing = hooks, Finishing(program)
-        reading = [unit for unit in program.plan.units if unit.head.reads]
+        reading = [unit for unit in program.plan.units if unit.head.reads and unit.head.reads_after]
         read = {s for unit in reading for s in (*unit.head.reads, unit.last)}
         self._read_between_steps = sorted(read | set(range(taught + 1)))
 
@@ -90,9 +90,9 @@ class Exchange:
         for s in self._read_between_steps:
             self.hooks.before_use(s)
 
-    def early(self, measured: bool) -> EarlyGradients:
+    def early(self, watch: bool) -> EarlyGradients:
         """What takes the gradients of a micro-batch."""
-        return EarlyGradients(self.hooks, self.finishing, measured)
+        return EarlyGradients(self.hooks, self.finishing, watch)
 
 
 class EarlyGradients:
@@ -101,18 +101,18 @@ class EarlyGradients:
     Args:
         hooks: of the engine.
         finishing: of the network's program.
-        measured: whether to take their norms.
+        watch: whether to look at the gradients on their way.
 
     Attributes:
-        norms: of those that were handed over.
+        norms: of the gradients that went, if they are looked at.
     """
 
-    def __init__(self, hooks: StepHooks, finishing: Finishing, measured: bool) -> None:
+    def __init__(self, hooks: StepHooks, finishing: Finishing, watch: bool = False) -> None:
         self.before_use = hooks.before_use
-        self.norms: list[Tensor] = []
-        self._measured = measured
         self._hooks, self._missing = hooks, Counter(finishing.parts)
         self._complete: list[nn.Parameter] = []
+        self._watch = watch
+        self.norms: list[Tensor] = []
 
     def added(self, parameters: Iterable[nn.Parameter]) -> None:
         """To the gradients of these a part was added."""
@@ -123,9 +123,10 @@ class EarlyGradients:
 
     def release(self, gradients: dict[nn.Parameter, Tensor]) -> None:
         """Hand over what is complete, and take it out of ``gradients``."""
-        complete = {parameter: gradients.pop(parameter) for parameter in self._complete}
-        self._complete = []
-        if complete and self._measured:
-            self.norms += torch._foreach_norm(list(complete.values()))
-        if complete:
-            self._hooks.finished(complete)
+        complete, self._complete = self._complete, []
+        if not complete:
+            return
+        finished = {parameter: gradients.pop(parameter) for parameter in complete}
+        if self._watch:
+            self.norms += torch._foreach_norm(list(finished.values()))
+        self._hooks.finished(finished)

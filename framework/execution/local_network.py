@@ -279,7 +279,7 @@ class LocalNetwork(nn.Module):
         Of a network with hooks those have the gradients.
         """
         batch = self.masked(batch)
-        early = self._exchange.early(measured=self.skip_nonfinite) if self._exchange is not None else None
+        early = self._exchange.early(self.skip_nonfinite) if self._exchange is not None else None
         step = RoutedStep(
             self.program,
             batch,
@@ -327,13 +327,13 @@ class LocalNetwork(nn.Module):
         result = step_output(self.weights, step.losses, penalty)
         nonfinite = None
         if self.skip_nonfinite:
-            sent = step.early.norms if step.early is not None else []
-            nonfinite = any_nonfinite(step.losses, step.gradients, sent)
-        if self._exchange is None:
-            loss = handed_over(result.loss, step.gradients)
-        else:
-            loss = result.loss
-            self._exchange.hooks.finished(step.gradients)
+            norms = (
+                step.early.norms
+                if step.early is not None
+                else torch._foreach_norm([*step.gradients.values()])
+            )
+            nonfinite = any_nonfinite(step.losses, norms)
+        loss = result.loss if self._exchange is not None else handed_over(result.loss, step.gradients)
         if self.scales is not None:
             overflow, hopeless = self.scales.update(step.take_overflows(), batch.last)
             return StepOutput(loss, result.unit_losses, overflow, self.program.by_unit(hopeless))

@@ -36,18 +36,9 @@ def add_gradients(penalty: Tensor, gradients: dict[nn.Parameter, Tensor]) -> Non
             gradients[parameter] = gradients[parameter] + gradient
 
 
-def any_nonfinite(
-    losses: Mapping[int, Tensor], gradients: Mapping[nn.Parameter, Tensor], norms: Sequence[Tensor]
-) -> Tensor:
-    """Whether any loss or gradient on any rank is infinite or NaN (bool scalar).
-
-    Args:
-        losses: by unit.
-        gradients: those that are here.
-        norms: of the others.
-    """
-    here = torch._foreach_norm(list(gradients.values())) if gradients else []
-    seen = [*losses.values(), *here, *norms]
+def any_nonfinite(losses: Mapping[int, Tensor], norms: Sequence[Tensor]) -> Tensor:
+    """Whether any loss, or any gradient with one of these norms, is infinite or NaN on any rank (bool scalar)."""
+    seen = [*losses.values(), *norms]
     return any_over_ranks(~torch.isfinite(torch.stack([x.float() for x in seen])).all())
 
 

@@ -44,6 +44,8 @@ class Head(nn.Module):
         borrows: names of the network's parameters that the head trains besides its own and those below it.
         may_lag: whether ``before_step`` may be called later than the optimizer's step, as long as it is called with
             the same weights and before the head's next forward. Pipeline stages then need not wait for each other.
+        reads_after: of heads with ``reads``: whether ``after_step`` looks at weights. Where it does not, no step begins
+            with waiting for them.
     """
 
     needs: frozenset[Need] = frozenset()
@@ -58,6 +60,7 @@ class Head(nn.Module):
     native: bool = False
     borrows: tuple[str, ...] = ()
     may_lag: bool = True
+    reads_after: bool = True
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """The loss.
@@ -297,6 +300,7 @@ class WeightedHeads(Head):
         self.reads = tuple(dict.fromkeys(s for head in heads for s in head.reads))
         self.penalizes = any(head.penalizes for head in heads)
         self.may_lag = all(head.may_lag for head in heads)
+        self.reads_after = any(head.reads_after for head in heads if head.reads)
         self.kind = ", ".join(dict.fromkeys(head.kind for head in heads if head.kind))
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:

@@ -111,9 +111,9 @@ def refusal() -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("cuda_graph train.precision=fp16", "train.precision=fp16, where the host looks at every step"),
+        ("cuda_graph train.precision=fp16", "train.precision=fp16, whose skipped steps are not recorded"),
         ("cuda_graph train.accumulation=2", "train.accumulation above 1"),
-        ("cuda_graph faults.nonfinite=skip", "faults.nonfinite=skip, where the host looks at every step"),
+        ("cuda_graph faults.nonfinite=skip", "faults.nonfinite=skip, whose skipped steps are not recorded"),
         (
             "cuda_graph method.name=dgl method.async_mode=buffer",
             "method.async_mode=buffer, where the host draws",

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
+from framework.engines import EngineSettings, ddp
 from framework.optim import build_optimizer
+from framework.runtime.requests import Request
+from framework.training.late_numbers import LateNumbers
 from tests.support import networks
 from tests.support.networks import CASES, OF_METHODS
 
@@ -44,6 +48,25 @@ def test_no_step_waits_for_the_gpu(gpu: torch.device, case: str, precision: str)
         step()
     with no_waiting():
         step()
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_no_engine_waits_for_the_gpu(gpu: torch.device, optimizer: str) -> None:
+    """Steps that may be skipped, and their numbers on the way to the host."""
+    net = networks.network("mlaan", precision="fp16").to(gpu)
+    data = networks.on(gpu, networks.batch(net), torch.float32)
+    settings = EngineSettings(batch_size=len(data.images), clip=1.0)
+    engine = ddp.build(net, partial(build_optimizer, name=optimizer), settings)
+
+    def step() -> LateNumbers:
+        return LateNumbers(engine.step([data], lambda: 0.1), Request.NOTHING, written=True)
+
+    for _ in range(2):
+        step()
+    with no_waiting():
+        numbers = step()
+    assert numbers.losses() is not None and numbers.request() is Request.NOTHING
+    engine.close()
 
 
 def test_waiting_would_be_found(gpu: torch.device) -> None:
