@@ -88,9 +88,8 @@ class Loop:
         self.profiled = steps_to_profile(recipe.logging.profile, position.step, self.stop)
         self.broken_before = position.broken
         self.since_save: list[float] = []  # this rank's shares of the steps' losses
-        self.uncounted: LateNumbers | None = (
-            None  # of the last step, if nobody has asked whether it was skipped
-        )
+        # Of the last step, as long as nobody has asked whether it was skipped.
+        self.uncounted: LateNumbers | None = None
         every = recipe.checkpoint.keep_every_epochs
         keep = Keep(recipe.checkpoint.keep, every and every * self.per_epoch, recipe.checkpoint.keep_best)
         self.saver = Saver(self.run_dir, keep, check)
@@ -147,6 +146,8 @@ class Loop:
     def save(self) -> None:
         """Begin to write a checkpoint of the current step; all ranks must call it."""
         self._count_updates()
+        own_loss = float(np.mean(self.since_save)) if self.since_save else None
+        loss = None if own_loss is None else distributed.total_over_ranks(own_loss)
         self.position.broken = self.broken_before + distributed.sum_over_ranks(self.loader.skipped)
         self.position.images, self.position.seconds = self.speed.images, self.speed.seconds
         self.position.waited = self.speed.waited
@@ -155,9 +156,7 @@ class Loop:
             "position": asdict(self.position),
             "ranks": distributed.world_size(),
             "steps_per_epoch": self.per_epoch,
-            "loss": distributed.total_over_ranks(float(np.mean(self.since_save)))
-            if self.since_save
-            else None,
+            "loss": loss,
             "recipe": loading.to_yaml(self.recipe),
         }
         self.since_save = []

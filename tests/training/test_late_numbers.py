@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from framework.engines import StepResult
 from framework.runtime.distributed import rank
@@ -45,6 +48,28 @@ def test_ranks_agree_and_losses_are_summed_where_somebody_looks(pool: PoolOf) ->
         Request.SAVE,
     ]
     assert pool(2).run(agreed) == [expected, expected]
+
+
+@pytest.mark.parametrize(("written", "exchanged"), [(False, [5]), (True, [2, 5])])
+def test_losses_travel_only_where_they_are_written(
+    monkeypatch: pytest.MonkeyPatch, written: bool, exchanged: list[int]
+) -> None:
+    """Request, not finite, skipped and two units are exchanged in any case, by one collective."""
+    sizes: list[int] = []
+
+    def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(x.numel())
+        return all_reduce(x, *args, **kwargs)
+
+    all_reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", counted)
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        no = torch.tensor(False)
+        LateNumbers(StepResult(torch.ones(2), no, no.expand(2)), Request.NOTHING, written).losses()
+    finally:
+        dist.destroy_process_group()
+    assert sizes == exchanged
 
 
 def test_nothing_is_read_before_it_is_asked_for() -> None:
