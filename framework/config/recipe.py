@@ -270,7 +270,7 @@ class Logging:
     """Where the numbers of a run go, besides ``metrics.jsonl``.
 
     Attributes:
-        every_steps: steps between two entries, in all of them.
+        every_steps: steps between two entries, in all of them; losses are summed over ranks for these alone.
         tensorboard: write events to ``run_dir/tensorboard``; needs ``stagewise[tensorboard]``.
         wandb: send to Weights & Biases, or keep in ``run_dir/wandb`` for ``wandb sync``; needs ``stagewise[wandb]``.
         project: of Weights & Biases.

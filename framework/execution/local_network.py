@@ -101,7 +101,7 @@ class LocalNetwork(nn.Module):
         replays = plan.execution.kind == "replay buffer"
         # "turns" is part of names in checkpoints.
         self.turns = ReplayBufferStrategy(plan.segments, plan.execution) if replays else None
-        self.skip_nonfinite = skip_nonfinite
+        self.skip_nonfinite = skip_nonfinite and self.scales is None  # float16 looks for overflows anyway
         self._overflowed: Tensor | None = None
         self._between_steps = True
         self.taken: Tensor | float = 1.0
@@ -325,13 +325,9 @@ class LocalNetwork(nn.Module):
         """Losses, attached to all parameters by a node that hands the finished gradients over."""
         step, penalty = self.routed_step(batch)
         result = step_output(self.weights, step.losses, penalty)
-        nonfinite = None
+        early, nonfinite = step.early, None
         if self.skip_nonfinite:
-            norms = (
-                step.early.norms
-                if step.early is not None
-                else torch._foreach_norm([*step.gradients.values()])
-            )
+            norms = early.norms if early is not None else torch._foreach_norm([*step.gradients.values()])
             nonfinite = any_nonfinite(step.losses, norms)
         loss = result.loss if self._exchange is not None else handed_over(result.loss, step.gradients)
         if self.scales is not None:

@@ -116,6 +116,15 @@ def test_late_updates_are_those_of_a_plain_loop(case: Case) -> None:
     assert run is not None and differences(run, plain(case)) == {}
 
 
+def test_looking_at_gradients_on_their_way_changes_nothing() -> None:
+    """Where steps may be skipped; none is. The optimizer's steps are undone by a flag that is not set."""
+    case = Case("dgl", optimizer="adamw", engine="ddp", accumulation=2)
+    net = training.network(case)
+    net.skip_nonfinite = True
+    run = train(case, net)
+    assert run is not None and differences(run, plain(case)) == {}
+
+
 def test_every_gradient_is_finished_once() -> None:
     """``Finishing`` says before the first step what a step does."""
     net = training.network(Case("mlaan", "block"))

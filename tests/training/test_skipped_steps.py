@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from framework.execution import LocalNetwork
 from framework.local.head import Head
+from framework.tracking.metric_log import read_log
 from tests.support.marks import slow
 from tests.support.pool import Pool
 from tests.support.runs import ROOT, assert_same_run, run, toy
@@ -114,9 +115,15 @@ PLACES += [pytest.param(("train.precision=fp16", "faults.nonfinite=skip"), marks
 def test_copies_that_follow_after_a_step_know_that_it_was_skipped(
     tmp_path: Path, pool: PoolOf, overrides: tuple[str, ...]
 ) -> None:
+    """Also in a run that goes on behind it; and the schedule waits for the step."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     common = (*AFTER, *overrides, "train.epochs=4")
     assert pool(1).run(run_with_a_poisoned_step, arguments(straight, *common, "train.max_steps=5"), 2) == [""]
     assert pool(1).run(run_with_a_poisoned_step, arguments(broken, *common, "train.max_steps=3"), 2) == [""]
     assert pool(1).run(run, arguments(broken, *common, "train.max_steps=5")) == [""]
     assert_same_run(broken, straight, 5)
+    for folder in (straight, broken):
+        log = read_log(folder / "run" / "metrics.jsonl")
+        rates = [entry["lr"] for entry in log if "losses" in entry]
+        assert [entry["skipped"] for entry in log if "losses" in entry] == [step == 2 for step in range(5)]
+        assert rates[2] == rates[3] and len(set(rates)) == 4
