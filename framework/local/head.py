@@ -37,6 +37,8 @@ class Head(nn.Module):
         classifies: whether ``predict`` gives logits of the classes.
         soft_labels: whether the loss also takes labels (B, classes), which mixed images have.
         reads: segments whose weights the head looks at, in one of the last three methods below.
+        reads_after: of heads with ``reads``: whether ``after_step`` looks at weights. Where it does not, no step begins
+            with waiting for them.
         penalizes: whether ``penalty`` gives one.
         kind: name of its trunk, if that has one, for tables of plans.
         native: whether it gets the segment's output in the network's own layout (tokens with a class token, for
@@ -44,8 +46,6 @@ class Head(nn.Module):
         borrows: names of the network's parameters that the head trains besides its own and those below it.
         may_lag: whether ``before_step`` may be called later than the optimizer's step, as long as it is called with
             the same weights and before the head's next forward. Pipeline stages then need not wait for each other.
-        reads_after: of heads with ``reads``: whether ``after_step`` looks at weights. Where it does not, no step begins
-            with waiting for them.
     """
 
     needs: frozenset[Need] = frozenset()
@@ -55,12 +55,12 @@ class Head(nn.Module):
     classifies: bool = False
     soft_labels: bool = False
     reads: tuple[int, ...] = ()
+    reads_after: bool = True
     penalizes: bool = False
     kind: str = ""
     native: bool = False
     borrows: tuple[str, ...] = ()
     may_lag: bool = True
-    reads_after: bool = True
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """The loss.
@@ -298,9 +298,9 @@ class WeightedHeads(Head):
         labeled = [head for head in heads if Need.LABELS in head.needs]
         self.soft_labels = bool(labeled) and all(head.soft_labels for head in labeled)
         self.reads = tuple(dict.fromkeys(s for head in heads for s in head.reads))
+        self.reads_after = any(head.reads_after for head in heads if head.reads)
         self.penalizes = any(head.penalizes for head in heads)
         self.may_lag = all(head.may_lag for head in heads)
-        self.reads_after = any(head.reads_after for head in heads if head.reads)
         self.kind = ", ".join(dict.fromkeys(head.kind for head in heads if head.kind))
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:

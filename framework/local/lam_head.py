@@ -113,8 +113,8 @@ class LamHead(WrappingHead):
         self._updated, self._when = updated, lam.copies.when
         own = dict.fromkeys(block.segment for block in lam.followed)
         self.reads = tuple(dict.fromkeys((*own, *head.reads)))
-        self.may_lag = head.may_lag and lam.may_lag and lam.copies.when == "before"
         self.reads_after = bool(head.reads and head.reads_after) or (updated and lam.copies.when == "after")
+        self.may_lag = head.may_lag and lam.may_lag and lam.copies.when == "before"
 
     def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
         """Those of the blocks that copies follow, and the inner head's."""

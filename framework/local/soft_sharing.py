@@ -37,7 +37,8 @@ class SoftSharedHead(WrappingHead):
         super().__init__("copy", own_copy(copied), head, copied.to_map)
         self._segment, self._coefficient, self._norm = segment, coefficient, norm
         self.reads = tuple(dict.fromkeys((segment, *head.reads)))
-        self.penalizes, self.reads_after = True, bool(head.reads and head.reads_after)
+        self.penalizes = True
+        self.reads_after = bool(head.reads and head.reads_after)
 
     def penalty(self, segments: Sequence[Segment]) -> Tensor:
         """Scalar."""
