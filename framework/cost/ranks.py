@@ -154,7 +154,7 @@ def shard_groups(net: LocalNetwork, order: Sequence[Use]) -> list[ShardGroup]:
 def _weights(net: LocalNetwork, use: Use) -> Iterator[Tensor]:
     if use.what == "heads":
         for call in net.program.segment_programs[use.segment].heads:
-            yield from (*call.head.parameters(), *call.head.buffers())
+            yield from call.head.parameters()
         return
     segment = net.segments[use.segment]
     yield from segment.parameters()
@@ -232,8 +232,8 @@ class Held:
         micro_batches: of a step.
         trained: weights that have gradients.
         sliced: a slice of them.
-        rest: frozen weights, averages, buffers.
-        sliced_rest: a slice of these, and the network's own buffers (statistics of BatchNorm) whole.
+        rest: frozen weights and buffers.
+        sliced_rest: a slice of frozen weights and of averages (a teacher's, ``train.ema``), other buffers whole.
         finished: largest gradients that are finished at once.
         travelling: largest gradients of two groups of which one is finished after the other.
         sharded: by segment.
@@ -254,9 +254,11 @@ class Held:
         """Of a network; end to end as PyTorch's FSDP2 shards it, which gathers weights for either direction."""
         order = Finishing(net.program).order
         trained = dict.fromkeys(parameter for group in order for parameter in group)
-        own = dict.fromkeys(net.backbone.buffers())
-        others = dict.fromkeys((*net.parameters(), *net.buffers())).keys() - trained.keys() - own.keys()
-        rest = list(others)
+        frozen = [p for p in net.parameters() if p not in trained]
+        following = [
+            b for module in (net.teacher, net.average) if module is not None for b in module.buffers()
+        ]
+        whole = dict.fromkeys(net.buffers()).keys() - set(following)
         sizes = [_bytes(group) for group in order]
         backward = training == "end to end"
         done = backpropagation_turns(net.program) if backward else turns(net.program)
@@ -265,8 +267,8 @@ class Held:
             micro_batches=micro_batches,
             trained=_bytes(trained),
             sliced=slice_bytes(trained, ranks),
-            rest=_bytes(rest) + _bytes(own),
-            sliced_rest=slice_bytes(rest, ranks) + _bytes(own),
+            rest=_bytes(frozen) + _bytes(following) + _bytes(whole),
+            sliced_rest=slice_bytes([*frozen, *following], ranks) + _bytes(whole),
             finished=max(sizes),
             travelling=max(map(sum, pairwise([0, *sizes]))),
             sharded=Sharded.of(net, done, -1 if backward else STAYS, ranks),

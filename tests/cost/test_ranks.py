@@ -106,7 +106,7 @@ def test_memory_and_traffic_of_each_engine() -> None:
     buffers = 8 + 8 * SEGMENTS  # the network's, and the weights of the units' losses
     assert {cost.activations for cost in found.values()} == {1000}
     assert [found[e].weights for e in ("ddp", "ZeRO-1", "ZeRO-2")] == [whole + buffers] * 3
-    assert found["fsdp"].weights == part + 8 + 8 * 2
+    assert found["fsdp"].weights == part + buffers
     assert found["ddp"].gradients == whole + 4 * 40
     assert [found[e].gradients for e in ("ZeRO-1", "ZeRO-2")] == [3 * whole, 3 * whole + part]
     assert found["fsdp"].gradients == part + 4 * (40 + 16) + 4 * 40
