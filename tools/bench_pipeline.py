@@ -3,7 +3,9 @@
     python tools/bench_pipeline.py --stages 2 --micro-batches 1,2,4,8 [--json PATH] [--png PATH] [--trace PATH]
     python tools/bench_pipeline.py --simulate --stages 4,8,16,64 --micro-batches 1,4,8 [--spread 0.5] [--lam-lag 1]
 
-Measured: one process a stage, one CPU thread each, ours and 1F1B (end-to-end, on the same segments) in turns.
+Measured: one process a stage, one CPU thread each, ours and 1F1B (end-to-end, on the same segments) in turns. With
+fewer cores than stages each stage is given a slower one: all work but messages takes --slowness times its processor
+time, the rest of it asleep. Overrun is the share of the time that other work on the cores added to that.
 Simulated: forward and input gradients of a segment cost 1, weight gradients 2, a head 0.1, times a number drawn
 from 1 - spread .. 1 + spread; one segment a stage. "lam" is GIM whose heads all follow the last stage's weights.
 """
@@ -45,7 +47,7 @@ def main() -> int:
     parser.add_argument("--micro-batches", default="1,2,4,8", help="per step, with commas")
     parser.add_argument("--methods", help="with commas; default gim,dgl,loco, with --simulate gim,loco,lam")
     parser.add_argument("--network", default="resnet50", help="any network that can be cut")
-    parser.add_argument("--cut", default="stage", choices=("stage", "block"))
+    parser.add_argument("--cut", default="stage", type=_cut, help="stage, block, or a number of segments")
     parser.add_argument(
         "--head", choices=("gap", "paper"), default="gap", help="GAP + linear, or the method's own head"
     )
@@ -55,6 +57,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--rounds", type=bounded(int, 1), default=5, help="measured rounds, after one to warm up"
+    )
+    parser.add_argument(
+        "--slowness", type=bounded(float, 1), help="default: 1.5 x stages / cores, or 1 with a core a stage"
     )
     parser.add_argument("--simulate", action="store_true", help="run no network")
     parser.add_argument(
@@ -82,6 +87,14 @@ def main() -> int:
     return 0
 
 
+def _cut(text: str) -> str | int:
+    if text in ("stage", "block"):
+        return text
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text}: must be stage, block, or a whole number from 1")
+
+
 def _length(stages: Stages) -> float:
     """Of the shortest row, so that all are full."""
     return min(events[-1].end for events in stages) - min(events[0].start for events in stages)
@@ -98,22 +111,33 @@ def show(rows: list[Row]) -> None:
         "idle",
         "simulated",
         "1F1B idle",
+        "overrun",
     ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
-        keys = ("ratio_throughput", "idle_fraction", "idle_fraction_simulated", "idle_fraction_1f1b")
+        keys = (
+            "ratio_throughput",
+            "idle_fraction",
+            "idle_fraction_simulated",
+            "idle_fraction_1f1b",
+            "overrun",
+        )
         numbers = ("-" if row[key] is None else f"{row[key]:.2f}" for key in keys)
         table.add_row(row["method"], str(row["stages"]), str(row["micro_batches"]), *numbers)
     Console(width=110).print(table)
+    if rows[0]["slowness"]:
+        print(f"Each stage on a core {rows[0]['slowness']:g} times slower than this machine's.")
 
 
 def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages]]:
     """Start one process a stage, let both engines take turns, and put the ranks' events together."""
     from simulated_pipeline import numbers
+    from slow_cores import slowness
 
     stages, *more = numbers(arguments.stages)
     if more:
         raise UserError(f"--stages {arguments.stages}: several only with --simulate")
+    arguments.slowness = arguments.slowness or slowness(stages)
     methods = (arguments.methods or "gim,dgl,loco").split(",")
     cases = list(product(methods, numbers(arguments.micro_batches)))
     rows, timelines = [], {}
@@ -124,7 +148,7 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages
                 rank.send((method, micro_batches))
             answers = [_answer(rank) for rank in ranks]
             layout = answers[0]["layout"]
-            rows.append(_row(method, micro_batches, layout, answers))
+            rows.append({**_row(method, micro_batches, layout, answers), "slowness": arguments.slowness})
             first = [[answer[kind][0] for answer in answers] for kind in ("theirs", "ours")]
             names = (
                 f"DeepSpeed 1F1B, {micro_batches} micro-batches",
@@ -137,7 +161,7 @@ def measured(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stages
     return rows, timelines
 
 
-def _row(method: str, micro_batches: int, layout: Layout, answers: list[dict[str, list[list[Event]]]]) -> Row:
+def _row(method: str, micro_batches: int, layout: Layout, answers: list[dict[str, Any]]) -> Row:
     """Medians over the rounds, once the pipeline is full; a period is that of the slowest rank."""
     from framework.pipeline.scheduling.simulation import simulate
     from framework.pipeline.timeline import idle_fraction
@@ -164,6 +188,7 @@ def _row(method: str, micro_batches: int, layout: Layout, answers: list[dict[str
         "ratio_throughput": statistics.median(ratios),
         **{key: statistics.mean(values) for key, values in per_rank.items()},
         **{f"{key}_per_rank": values for key, values in per_rank.items()},
+        "overrun": max(answer["overrun"] for answer in answers),
         "seconds_per_step": statistics.median(periods("ours")),
         "seconds_per_step_1f1b": statistics.median(periods("theirs")),
         "ratios": ratios,
@@ -261,6 +286,7 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
     """This rank's events of every round: ours, and 1F1B on the same segments."""
     from functools import partial
 
+    from slow_cores import SlowCore
     from stock_pipeline import OneForwardOneBackward, batches_of, network, placement
 
     from framework.config.recipe import Pipeline
@@ -278,18 +304,22 @@ def _compare(method: str, micro_batches: int, stages: int, arguments: argparse.N
     theirs = OneForwardOneBackward(end_to_end, optimizer, spread, batches)
     steps = _fill(stages, micro_batches) + 1 + -(-4 // micro_batches)
     found: dict[str, Any] = {"ours": [], "theirs": [], "layout": ours.layout}
+    overrun = time = 0.0
     for round_ in range(1 + arguments.rounds):
-        ours.events = []
+        ours.events = own = SlowCore(arguments.slowness)
         for _ in range(steps):
             ours.step(batches if ours.loads else [], lambda: 1e-3)
         ours.whole_net()  # waits until all ranks have come to the end
-        events = theirs.run(steps)
+        events = SlowCore(arguments.slowness)
+        theirs.run(steps, events)
         if round_:
-            found["ours"].append(ours.events)
-            found["theirs"].append(events)
+            found["ours"].append(list(own))
+            found["theirs"].append(list(events))
+            overrun += own.overrun + events.overrun
+            time += sum(e[-1].end - e[0].start for e in (own, events))
     ours.close()
     theirs.close()
-    return found
+    return {**found, "overrun": overrun / time}
 
 
 if __name__ == "__main__":

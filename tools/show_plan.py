@@ -1,9 +1,11 @@
 """What trains what: a recipe's segments and local units, their cost, and a picture, before anything is trained.
 
     python tools/show_plan.py recipes/quickstart.yaml [key=value ...] [--json PATH] [--png PATH]
+    python tools/show_plan.py recipes/quickstart.yaml --ranks 8
     python tools/show_plan.py --list                    all recipes, one line each
 
-With ``pipeline.stages=N`` also which stage gets what, and how busy each will be if time goes as FLOPs do.
+With ``pipeline.stages=N`` also which stage gets what, and how busy each will be if time goes as FLOPs do. With
+``--ranks`` also what every rank holds and sends under ddp, DeepSpeed's ZeRO and fsdp.
 Parameters, FLOPs and activations are counted with tensors that have no values; nothing is computed or loaded.
 """
 
@@ -24,11 +26,12 @@ from rich.table import Table
 from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.cost import readable
-from framework.runtime.command import Parser, status
+from framework.runtime.command import Parser, bounded, status
 from framework.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from framework.cost.counting import PlanCost
+    from framework.cost.ranks import RankCost
     from framework.pipeline.scheduling.balance import StageForecast
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -41,6 +44,9 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", help="a file such as recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as method.window=3")
     parser.add_argument("--list", action="store_true", help="list all recipes")
+    parser.add_argument(
+        "--ranks", type=bounded(int, 1), help="among which the batch is split: memory and traffic of each"
+    )
     parser.add_argument("--json", type=Path, help="write segments, units and the memory saving here")
     parser.add_argument("--png", type=Path, help="draw the plan here")
     arguments = parser.parse_intermixed_args()
@@ -54,17 +60,22 @@ def main() -> None:
 
     from framework.cost.counting import likely_classes, plan_cost
     from framework.cost.plan_picture import draw_plan
+    from framework.cost.ranks import rank_costs
     from framework.model import recipe_network
     from framework.pipeline.scheduling.balance import stage_forecast
 
     classes = likely_classes(recipe)
     cost = plan_cost(recipe, classes, recipe.train.batch_size // recipe.micro_batches)
     stages = stage_forecast(recipe, recipe_network(recipe, classes), cost) if recipe.pipelined else []
+    ranks = rank_costs(recipe, classes, arguments.ranks) if arguments.ranks else []
     show(recipe, cost)
     if stages:
         show_stages(recipe, stages)
+    if ranks:
+        show_ranks(recipe, ranks, arguments.ranks)
     if arguments.json:
         content = cost.as_dict() | ({"stages": [asdict(stage) for stage in stages]} if stages else {})
+        content |= {"ranks": [asdict(rank) | {"memory": rank.memory} for rank in ranks]} if ranks else {}
         write_whole(arguments.json, json.dumps(content, indent=1) + "\n")
     if arguments.png:
         draw_plan(cost, arguments.png, f"{recipe.name}: {recipe.method.name} on {recipe.network.name}")
@@ -165,6 +176,30 @@ def show_stages(recipe: Recipe, stages: Sequence[StageForecast]) -> None:
     )
     if pipeline.balance == "time":
         console.print("balance=time measures at the start of a run; here FLOPs stand in.", highlight=False)
+
+
+def show_ranks(recipe: Recipe, costs: Sequence[RankCost], ranks: int) -> None:
+    """Print what each rank has and sends under every engine."""
+    columns = {
+        "weights": [cost.weights for cost in costs],
+        "gradients": [cost.gradients for cost in costs],
+        "optimizer": [cost.optimizer for cost in costs],
+        "gathered": [cost.gathered for cost in costs],
+        "activations": [cost.activations for cost in costs],
+        "together": [cost.memory for cost in costs],
+        "sent a step": [cost.sent for cost in costs],
+    }
+    size, texts = readable.column([n for numbers in columns.values() for n in numbers], readable.BYTES)
+    images = recipe.train.batch_size // (ranks * recipe.micro_batches)
+    split = f"{_counted(ranks, 'rank')}, {_counted(images, 'image')} each in a micro-batch"
+    table = _table(
+        f"{split}, optim.name={recipe.optim.name}: {size} a rank",
+        ("engine", "training"),
+        tuple(columns),
+    )
+    for number, cost in enumerate(costs):
+        table.add_row(cost.engine, cost.training, *texts[number :: len(costs)])
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def simulated(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Stage
                     "idle_fraction_simulated": statistics.mean(idle),
                     "idle_fraction_1f1b": 1 - statistics.mean(end_to_end.utilization()),
                     "idle_fraction_simulated_per_rank": idle,
+                    "overrun": None,
+                    "slowness": None,
                 }
             )
             timelines = {"1F1B": _all_events(end_to_end), method: _all_events(ran)}

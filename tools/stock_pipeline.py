@@ -88,7 +88,9 @@ class _Layer(nn.Module):
 
     def __init__(self, net: LocalNetwork, number: int) -> None:
         super().__init__()
-        self.steps = nn.Sequential(*net.segments[number].modules())
+        segment = net.segments[number]
+        self.steps = nn.Sequential(*segment.runs(training=True))
+        self.own = nn.ParameterList(segment.parameters())  # also those of no module, such as a class token
         heads = [unit.head for unit in net.plan.units if unit.last == number]
         self.trunk: Any = heads[0].trunk if heads else nn.Identity()
 
@@ -172,12 +174,11 @@ class OneForwardOneBackward:
         labels = torch.zeros(images, dtype=torch.int64)
         self._data = cycle([(b.images, b.labels if b.labels is not None else labels) for b in batches])
 
-    def run(self, steps: int) -> list[Event]:
-        """What this rank did in so many steps."""
-        self._engine.recorded = []
+    def run(self, steps: int, events: list[Event]) -> None:
+        """So many steps; ``events`` gets what this rank did."""
+        self._engine.recorded = events
         for _ in range(steps):
             self._engine.train_batch(self._data)
-        return self._engine.recorded
 
     def close(self) -> None:
         """Free what the engine holds."""

@@ -147,7 +147,7 @@ def peak_bytes(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]
 
 def step_flops(recipe: Recipe, num_classes: int, images: int) -> int:
     """FLOPs of training on a micro-batch of ``images`` images: forward, heads, teacher and gradients."""
-    net = recipe_network(_countable(recipe), num_classes)
+    net = recipe_network(countable(recipe), num_classes)
     with FakeTensorMode() as mode:
         _drop_values(net, mode)
         batch = _batch(net, images, recipe.data.image_size)
@@ -173,12 +173,12 @@ def end_to_end(recipe: Recipe, plan: Plan) -> Recipe:
 
 def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetwork]:
     """The recipe's network and the same trained end-to-end."""
-    recipe = _countable(recipe)
+    recipe = countable(recipe)
     net = recipe_network(recipe, num_classes)
     return net, recipe_network(end_to_end(recipe, net.plan), num_classes)
 
 
-def _countable(recipe: Recipe) -> Recipe:
+def countable(recipe: Recipe) -> Recipe:
     """The recipe without what costs the same but needs values or a GPU."""
     return replace(
         recipe,

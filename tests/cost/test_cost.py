@@ -162,16 +162,19 @@ def test_flops_of_resnet_50_are_the_published_ones() -> None:
 
 
 def test_show_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outputs = ["--json", tmp_path / "plan.json", "--png", tmp_path / "plan.png"]
+    outputs = ["--ranks", 2, "--json", tmp_path / "plan.json", "--png", tmp_path / "plan.png"]
     assert run_tool("show_plan", ROOT / "recipes/quickstart.yaml", "method.window=3", *outputs) == 0
-    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan, printed = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
     assert [s["name"] for s in plan["segments"]] == ["layer1", "layer2", "layer3"]
     assert [(u["first"], u["last"]) for u in plan["units"]] == [(0, 2)]
-    assert (
-        plan["memory_saving"] < 1
-        and f"{1 / plan['memory_saving']:.2f}x more memory" in capsys.readouterr().out
-    )
+    assert plan["memory_saving"] < 1 and f"{1 / plan['memory_saving']:.2f}x more memory" in printed
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    ranks = {(r["engine"], r["training"]): r for r in plan["ranks"]}
+    assert len(ranks) == 8 and "2 ranks, 32 images each in a micro-batch, optim.name=sgd" in printed
+    whole, sliced = ranks["ddp", "local"], ranks["fsdp", "local"]
+    assert whole["optimizer"] == pytest.approx(2 * sliced["optimizer"], rel=0.01)
+    assert whole["activations"] == sliced["activations"]
+    assert whole["activations"] == pytest.approx(plan["peak_activation_bytes"] / 2, rel=0.01)
 
 
 def test_show_plan_names_what_is_impossible(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import argparse
 import csv
 import importlib
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from framework.analysis import memory_tables
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
 from framework.local.trunks import TRUNKS
+from framework.pipeline.scheduling.schedule import Forward, SendActivation
+from framework.pipeline.scheduling.simulation import Event
 from framework.runtime.errors import UserError
 from tests.support.runs import ROOT
 
@@ -213,3 +216,18 @@ def test_what_an_earlier_row_left_on_the_gpu_does_not_count(gpu: torch.device) -
     left = torch.empty(2**28, device="cuda")
     assert memory_tables._allocated(recipe, 10, 8) == pytest.approx(alone, rel=0.05)
     assert alone < left.numel()
+
+
+def test_a_slow_core_sleeps_for_the_rest_of_what_work_takes(tool: Any) -> None:
+    """More stages than cores are measured so: work takes a multiple of its processor time, a message what it takes."""
+    slow = tool("slow_cores")
+    core, start = slow.SlowCore(3.0), time.perf_counter()
+    used = time.thread_time()
+    while time.thread_time() - used < 0.01:
+        pass
+    core.append(Event(start, start, time.perf_counter(), Forward(0, 0)))
+    assert core[0].end - start >= 0.03
+    message = Event(start, start, start + 1, SendActivation(0))
+    core.append(message)
+    assert core[1] == message
+    assert slow.slowness(1) == 1 and slow.slowness(10**6) > 10
