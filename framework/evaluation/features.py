@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from framework.execution import LocalNetwork
 from framework.network import Segment
@@ -92,19 +91,12 @@ def segment_outputs(net: LocalNetwork, segments: Sequence[Segment], images: Tens
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has the mode it had, frozen ones among them.
-
-    What FSDP2 shards is whole inside: its own hooks act on ``forward`` only, not on ``features``.
-    """
+    """Evaluation mode inside; afterwards every module has the mode it had, frozen ones among them."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
-    if isinstance(net, FSDPModule):
-        net.unshard()
     try:
         yield
     finally:
-        if isinstance(net, FSDPModule):
-            net.reshard()
         for module, mode in modes:
             module.training = mode
 

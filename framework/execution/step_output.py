@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,15 +30,20 @@ class StepOutput(NamedTuple):
 
 def add_gradients(penalty: Tensor, gradients: dict[nn.Parameter, Tensor]) -> None:
     """Add the gradient of ``penalty`` to that of every parameter it depends on."""
-    found = torch.autograd.grad(penalty, list(gradients), allow_unused=True)
-    for parameter, gradient in zip(list(gradients), found, strict=True):
-        if gradient is not None:
-            gradients[parameter] = gradients[parameter] + gradient
+    for parameter, gradient in gradients_of(penalty, gradients).items():
+        gradients[parameter] = gradients[parameter] + gradient
 
 
-def any_nonfinite(losses: Mapping[int, Tensor], gradients: Mapping[nn.Parameter, Tensor]) -> Tensor:
-    """Whether any loss or gradient on any rank is infinite or NaN (bool scalar)."""
-    seen = [*losses.values(), *torch._foreach_norm(list(gradients.values()))]
+def gradients_of(penalty: Tensor, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Those of the trained parameters that ``penalty`` depends on."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    found = torch.autograd.grad(penalty, trained, allow_unused=True)
+    return {p: gradient for p, gradient in zip(trained, found, strict=True) if gradient is not None}
+
+
+def any_nonfinite(losses: Mapping[int, Tensor], norms: Sequence[Tensor]) -> Tensor:
+    """Whether any loss, or any gradient with one of these norms, is infinite or NaN on any rank (bool scalar)."""
+    seen = [*losses.values(), *norms]
     return any_over_ranks(~torch.isfinite(torch.stack([x.float() for x in seen])).all())
 
 

@@ -67,6 +67,11 @@ class Lam(nn.Module):
         """
         return not self.copies.statistics
 
+    def will_lag(self) -> None:
+        """See ``Head.will_lag``."""
+        for copied in self._following:
+            copied.lags = True
+
     def follow(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
         """Move the copies that follow towards their blocks, ``amount`` (0 or 1) times."""
         for copied, block in zip(self._following, self.followed, strict=True):
@@ -114,6 +119,12 @@ class LamHead(WrappingHead):
         own = dict.fromkeys(block.segment for block in lam.followed)
         self.reads = tuple(dict.fromkeys((*own, *head.reads)))
         self.may_lag = head.may_lag and lam.may_lag and lam.copies.when == "before"
+        self.elementwise = not head.reads or head.elementwise
+
+    def will_lag(self) -> None:
+        """The copies and the inner head lag."""
+        super().will_lag()
+        self.lam.will_lag()
 
     def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
         """Those of the blocks that copies follow, and the inner head's."""

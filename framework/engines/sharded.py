@@ -1,0 +1,287 @@
+"""Sharding by segment: weights, gradients and optimizer in slices, each weight gathered once a step.
+
+Backpropagation comes back to every segment after the whole forward pass, so that sharding gathers every weight twice,
+or keeps it. A local network is done with a segment when its last window has ended, soon after the segment's forward:
+then its weights are released, and its gradient is summed over the ranks while the next segments compute.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from framework.data.batch import Batch
+from framework.engines.base import Outputs, StepResult, marked, set_learning_rate
+from framework.engines.slices import ShardRanks, SliceGradients, Slices
+from framework.execution import LocalNetwork
+from framework.execution.uses import Use, Uses
+from framework.optim import SkippableOptimizer
+from framework.optim.lars import Piece, Shard
+
+# Turns of the loop over segments for which weights wait for their next use. Beyond that, as in backpropagation or in
+# windows of more than three segments, they are released and gathered again: memory is dearer than traffic here.
+STAYS = 2
+
+
+class ShardGroup:
+    """Weights that are used together.
+
+    Args:
+        weights: parameters, trained or not, and averages.
+        kinds: by trained parameter, the number of its optimizer group.
+        ranks: that share them.
+
+    Attributes:
+        slices: of all of them.
+        flats: by number of the optimizer group, this rank's slices of its parameters: what is optimized.
+        releases: whether, after its first, second ... use in a micro-batch, the group is released.
+        used: uses in this micro-batch.
+    """
+
+    def __init__(self, weights: list[Tensor], kinds: Mapping[Tensor, int], ranks: ShardRanks) -> None:
+        trained = (t for t in weights if isinstance(t, nn.Parameter) and t in kinds)
+        self.trained = sorted(trained, key=lambda p: kinds[p])
+        self.slices = Slices([*self.trained, *(t for t in weights if t not in kinds)], ranks)
+        self.gradients = SliceGradients(self.slices, self.trained, ranks)
+        widths = Counter[int]()
+        for parameter in self.trained:
+            widths[kinds[parameter]] += self.slices.widths[parameter]
+        self._widths = list(widths.values())
+        parts = self.parts(self.slices.flat)
+        self.flats = {kind: nn.Parameter(part) for kind, part in zip(widths, parts, strict=True)}
+        self._kinds = kinds
+        self.releases: list[bool] = []
+        self.used = 0
+
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """What belongs to each of ``flats`` in a vector laid out like the slices."""
+        return list(vector[: sum(self._widths)].split(self._widths)) if self._widths else []
+
+    def kind_of(self, parameter: Tensor) -> int:
+        """Which of ``flats`` has a parameter, counted from 0."""
+        return list(self.flats).index(self._kinds[parameter])
+
+    def give(self, gradients: Tensor) -> None:
+        """Hand slices of all gradients to the optimizer's parameters."""
+        for flat, part in zip(self.flats.values(), self.parts(gradients), strict=True):
+            flat.grad = part
+
+
+def shard_groups(
+    uses: Uses, optimizer: SkippableOptimizer, names: Mapping[nn.Parameter, str], ranks: ShardRanks
+) -> dict[Use, list[ShardGroup]]:
+    """Cut everything that is used into slices, and have the optimizer step these; the groups of each use.
+
+    Weights with the same uses are a group, so a segment is one, and the heads on it are another.
+    """
+    kinds = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    users: dict[Tensor, list[Use]] = {}
+    for use, weights in uses.weights.items():
+        for weight in dict.fromkeys(weights):
+            users.setdefault(weight, []).append(use)
+    together: dict[tuple[object, ...], list[Tensor]] = {}
+    for weight, own in users.items():
+        together.setdefault((*own, weight.dtype), []).append(weight)
+    found: dict[Use, list[ShardGroup]] = {use: [] for use in uses.weights}
+    groups = []
+    for weights in together.values():
+        groups.append(ShardGroup(weights, kinds, ranks))
+        for use in users[weights[0]]:
+            found[use].append(groups[-1])
+    for group in groups:
+        moments = [turn for turn, done in enumerate(uses.turns) for use in done if group in found[use]]
+        group.releases = [later - turn > STAYS for turn, later in pairwise(moments)] + [True]
+    optimizer.param_groups = [
+        {**optimizer.param_groups[kind], "params": [flat], "shard": _shard(group, kind, kinds, names, ranks)}
+        for group in groups
+        for kind, flat in group.flats.items()
+    ]
+    return found
+
+
+def _shard(
+    group: ShardGroup,
+    kind: int,
+    kinds: Mapping[Tensor, int],
+    names: Mapping[nn.Parameter, str],
+    ranks: ShardRanks,
+) -> Shard:
+    own = [parameter for parameter in group.trained if kinds[parameter] == kind]
+    widths = [group.slices.widths[parameter] for parameter in own]
+    begin = group.slices.places[own[0]]
+    pieces = (
+        Piece(number, ranks.number * width, group.slices.places[p] - begin, width)
+        for number, (p, width) in enumerate(zip(own, widths, strict=True))
+    )
+    return Shard(tuple(names[parameter] for parameter in own), tuple(pieces), ranks.group)
+
+
+class ShardedUpdates:
+    """Runs the steps of a network of which every rank has slices.
+
+    A weight's update waits for its averaged gradient, and is made just before its next use. Where gradients are
+    clipped, or steps may be skipped, all of a step's gradients must be there first: then it is made at its end.
+
+    Args:
+        net: the network; it is given hooks, and its weights become slices.
+        optimizer: of its parameters; it gets the slices in their place.
+        clip: largest norm of the averaged gradient; 0 for no clipping.
+        ranks: that share the weights.
+    """
+
+    in_slices = True
+
+    def __init__(
+        self, net: LocalNetwork, optimizer: SkippableOptimizer, clip: float, ranks: ShardRanks
+    ) -> None:
+        self._net, self._optimizer, self._clip, self._ranks = net, optimizer, clip, ranks
+        net.attach(self)
+        uses = net.uses()
+        names = {parameter: name for name, parameter in net.named_parameters()}
+        self._groups_of = shard_groups(uses, optimizer, names, ranks)
+        self.groups = list(dict.fromkeys(group for own in self._groups_of.values() for group in own))
+        self._owner = {parameter: group for group in self.groups for parameter in group.trained}
+        self._order = [use for turn in uses.turns for use in turn]
+        self._turn = [number for number, turn in enumerate(uses.turns) for _ in turn]
+        self._next = 0  # place in the order
+        self._at_end = clip > 0 or net.may_skip
+        self._micro_batches, self._last = 1, True
+        self._penalties: dict[nn.Parameter, Tensor] = {}
+
+    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+        """One optimizer step, some updates of which the next step makes."""
+        outputs = Outputs()
+        self._micro_batches = len(micro_batches)
+        for batch in marked(micro_batches):
+            self._last = batch.last
+            outputs.add(self._net(batch))
+        result = outputs.result()
+        set_learning_rate(self._optimizer, lr)
+        if self._at_end:
+            self._finish_now(result.skipped)
+        return result
+
+    def finish(self) -> None:
+        """Make all updates that are due."""
+        for group in self.groups:
+            self._update(group)
+
+    def close(self) -> None:
+        """Make all updates, and take the hooks away; the weights stay slices."""
+        self.finish()
+        self._net.detach()
+
+    def before(self, use: Use) -> None:
+        """See ``StepHooks``."""
+        for group in self._groups_of[use]:
+            self._start(group)
+        for group in self._groups_of[use]:
+            group.slices.finish()
+        self._gather_ahead(use)
+
+    def after(self, use: Use) -> None:
+        """See ``StepHooks``."""
+        for group in self._groups_of[use]:
+            group.used += 1
+            if group.releases[group.used - 1]:
+                group.slices.release()
+            group.used %= len(group.releases)
+
+    def before_read(self, s: int) -> None:
+        """See ``StepHooks``."""
+        for use in (Use("forward", s), Use("heads", s)):
+            for group in self._groups_of[use]:
+                self._update(group)
+
+    @contextmanager
+    def lent(self, use: Use) -> Iterator[None]:
+        """See ``StepHooks``."""
+        lent = [group for group in self._groups_of[use] if not group.slices.present]
+        for group in lent:
+            self._start(group)
+        for group in lent:
+            group.slices.finish()
+        try:
+            yield
+        finally:
+            for group in lent:
+                group.slices.release()
+
+    def total(self, part: Tensor) -> Tensor:
+        """See ``StepHooks``."""
+        return self._ranks.total(part)
+
+    def penalized(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """See ``StepHooks``; every micro-batch has the same, so their average is that of the last."""
+        if self._last:
+            self._penalties = dict(gradients)
+
+    def finished(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """See ``StepHooks``."""
+        parts: dict[ShardGroup, dict[nn.Parameter, Tensor]] = {}
+        for p, gradient in gradients.items():
+            parts.setdefault(self._owner[p], {})[p] = gradient
+        complete = {g for g, part in parts.items() if g.gradients.add(part, 1 / self._micro_batches)}
+        if self._last:
+            for group in (group for group in self.groups if group in complete):
+                group.gradients.start()
+
+    def _start(self, group: ShardGroup) -> None:
+        self._update(group)
+        group.slices.start()
+
+    def _gather_ahead(self, use: Use) -> None:
+        """Begin to gather what the order has next, this turn or the one after it."""
+        if self._order[self._next] != use:
+            return  # modules that run in any order
+        turn = self._turn[self._next]
+        self._next = (self._next + 1) % len(self._order)
+        for place in range(self._next, len(self._order)) if self._next else ():
+            if self._turn[place] > turn + 1:
+                return
+            missing = [g for g in self._groups_of[self._order[place]] if not g.slices.present]
+            for group in missing:
+                self._start(group)
+            if missing:
+                return
+
+    def _arrived(self, group: ShardGroup) -> bool:
+        """Wait for a group's gradients, and give them to the optimizer; whether they were under way."""
+        if not group.gradients.travelling:
+            return False
+        averaged = group.gradients.finish()
+        for parameter in self._penalties.keys() & set(group.trained):
+            group.slices.of(parameter, averaged).add_(self._penalties.pop(parameter))
+        group.give(averaged)
+        return True
+
+    def _update(self, group: ShardGroup) -> None:
+        if self._arrived(group):
+            self._apply()
+
+    def _finish_now(self, skipped: bool) -> None:
+        arrived = [group for group in self.groups if self._arrived(group)]
+        if skipped:
+            self._optimizer.zero_grad()
+            return
+        if self._clip > 0:
+            _clip([flat for group in arrived for flat in group.flats.values()], self._clip, self._ranks)
+        self._apply()
+
+    def _apply(self) -> None:
+        """Step the optimizer, which passes by parameters without a gradient."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def _clip(flats: list[nn.Parameter], largest: float, ranks: ShardRanks) -> None:
+    """As ``torch.nn.utils.clip_grad_norm_`` for the whole gradients."""
+    gradients = [flat.grad for flat in flats if flat.grad is not None]
+    squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
+    norm = ranks.total(squares).sqrt().to(gradients[0].dtype)
+    torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
