@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributed import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from framework.data.batch import Batch
 from framework.engines.base import (
@@ -24,14 +25,20 @@ from framework.engines.slices import ShardRanks, Slices
 from framework.engines.state import COUNTERS
 from framework.execution import LocalNetwork
 from framework.runtime.distributed import device, is_main, world_size
+from framework.runtime.errors import UserError
 
 
 def build(net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineSettings) -> Engine:
     """``net``, sharded in place.
 
     Raises:
-        UserError: a head looks at whole weights between steps.
+        UserError: a head looks at whole weights between steps; a part is sharded already.
     """
+    for name, parameter in net.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise UserError(
+                f"engine=fsdp: {name} is sharded by fully_shard already; the engine does all of the sharding"
+            )
     return ShardedEngine(net, make_optimizer, settings)
 
 

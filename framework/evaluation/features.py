@@ -69,7 +69,7 @@ def network_features(net: LocalNetwork, loader: EvalBatches) -> tuple[Tensor, Te
         UserError: as ``extract``.
     """
     with evaluating(net):
-        return _on_main(extract(net.features, loader))
+        return _on_main(extract(net.features, in_step(net, loader)))
 
 
 def pixel_features(loader: EvalBatches) -> tuple[Tensor, Tensor]:
@@ -87,6 +87,22 @@ def segment_outputs(net: LocalNetwork, segments: Sequence[Segment], images: Tens
             x = segment(x)
             outputs.append(segment.to_map(x))
     return outputs
+
+
+def in_step(net: LocalNetwork, loader: EvalBatches) -> EvalBatches:
+    """The loader's batches. Where each needs weights of all ranks, a rank that has no more takes part until the last."""
+    if not net.in_slices:
+        yield from loader
+        return
+    batches = iter(loader)
+    while True:
+        batch = next(batches, None)
+        if not distributed.any_over_ranks(torch.tensor(batch is not None, device=distributed.device())):
+            return
+        if batch is None:
+            net.accompany()
+        else:
+            yield batch
 
 
 @contextmanager

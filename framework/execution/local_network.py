@@ -51,8 +51,8 @@ class LocalNetwork(nn.Module):
     """A network that trains with the local units of a plan; to the outside an ordinary module.
 
     In training mode, ``forward`` computes all losses *and* all gradients and frees activations as it
-    goes; ``loss.backward()`` then only hands the gradients over. So it works in a plain loop, under DDP,
-    FSDP2 (root wrapped) and DeepSpeed. In evaluation mode or under ``no_grad`` it computes losses only
+    goes; ``loss.backward()`` then only hands the gradients over. So it works in a plain loop, under DDP and
+    DeepSpeed. In evaluation mode or under ``no_grad`` it computes losses only
     and moves no statistics.
 
     Args:
@@ -263,6 +263,19 @@ class LocalNetwork(nn.Module):
         with self.autocast(x), self.lent(Use("heads", self.plan.segments - 1)):
             x = pooling.features(self.segments[-1], x)
         return x if x.dtype == torch.float64 else x.float()
+
+    @property
+    def in_slices(self) -> bool:
+        """Whether an engine has cut the weights into slices, so that all ranks must evaluate as many batches."""
+        return self._exchange is not None and self._exchange.hooks.in_slices
+
+    def accompany(self) -> None:
+        """Take part in the exchanges of other ranks' ``features`` or ``predict``, without images."""
+        uses = [Use("frozen", i) for i in range(len(self.frozen))]
+        uses += [Use("forward", s) for s in range(self.plan.segments)]
+        for use in (*uses, Use("heads", self.plan.segments - 1)):
+            with self.lent(use):
+                pass
 
     @property
     def may_skip(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from framework.data.batch import Batch
 from framework.local.averaging import Averaging
@@ -17,6 +18,7 @@ from framework.local.needs import Need
 from framework.local.units import Plan
 from framework.network import Segment
 from framework.runtime import distributed
+from framework.runtime.errors import UserError
 
 
 class Teacher(nn.Module):
@@ -83,6 +85,9 @@ class Teacher(nn.Module):
         Args:
             segments: the student's, with the weights after the step.
             span: those of this process; by default all.
+
+        Raises:
+            UserError: weights that PyTorch's FSDP2 has sharded.
         """
         fraction = self.due * self._rate()
         for s in self._heads if span is None else self._heads.keys() & set(span):
@@ -128,6 +133,8 @@ class Teacher(nn.Module):
         for head, name in self._heads[s].items():
             weights = dict(head.embedder().named_parameters())
             pairs += [(self.heads[name].get_buffer(path), weight) for path, weight in weights.items()]
+        if any(isinstance(weight, DTensor) for _, weight in pairs):
+            raise UserError("a teacher follows whole weights: use engine=fsdp in place of fully_shard")
         return pairs
 
     def _rate(self) -> Tensor | float:
