@@ -90,7 +90,7 @@ def segment_outputs(net: LocalNetwork, segments: Sequence[Segment], images: Tens
 
 
 def in_step(net: LocalNetwork, loader: EvalBatches) -> EvalBatches:
-    """The loader's batches. Where each needs weights of all ranks, a rank that has no more takes part until the last."""
+    """The loader's batches. Where each needs weights of all ranks, a rank without more takes part until the last."""
     if not net.in_slices:
         yield from loader
         return

@@ -15,6 +15,7 @@ from framework.evaluation.features import (
     EvalBatches,
     evaluating,
     extract,
+    in_step,
     network_features,
     pixel_features,
 )
