@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from framework.config.recipe import Sharding
 from framework.data.batch import Batch
 from framework.engines.host_copy import Pending, copied_to_host
 from framework.execution import LocalNetwork, StepOutput
@@ -30,6 +31,7 @@ class EngineSettings:
         clip: largest norm of the whole averaged gradient; 0 for no clipping.
         zero_stage: deepspeed only: 0, 1 or 2.
         deepspeed: deepspeed only: further keys of DeepSpeed's configuration.
+        sharding: fsdp only.
     """
 
     batch_size: int
@@ -37,6 +39,7 @@ class EngineSettings:
     clip: float = 0.0
     zero_stage: int = 1
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    sharding: Sharding = field(default_factory=Sharding)
 
 
 class StepResult(NamedTuple):

@@ -21,7 +21,7 @@ from framework.engines.base import (
     lag_of,
 )
 from framework.engines.sharded import ShardedUpdates
-from framework.engines.slices import ShardRanks, Slices
+from framework.engines.slices import Home, ShardRanks, Slices
 from framework.engines.state import COUNTERS
 from framework.execution import LocalNetwork
 from framework.runtime.distributed import device, is_main, world_size
@@ -50,16 +50,23 @@ class ShardedEngine:
     def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineSettings) -> None:
         self.net, self.lag = net, lag_of(net)
         self.optimizer = make_optimizer(net)
-        mesh = init_device_mesh(device().type, (1, world_size()))
+        options = settings.sharding
+        if world_size() % options.replicas:
+            raise UserError(f"sharding.replicas={options.replicas}: must divide the {world_size()} ranks")
+        mesh = init_device_mesh(device().type, (options.replicas, world_size() // options.replicas))
         ranks = ShardRanks(mesh)
-        self._steps = ShardedUpdates(net, self.optimizer, settings.clip, ranks)
+        kinds = {"fp32": None, "bf16": torch.bfloat16}
+        place = torch.device("cpu") if options.offload else device()
+        home = Home(place, kinds[options.gather], kinds[options.reduce])
+        often = options.reduce_every == "micro_batch"
+        self._steps = ShardedUpdates(net, self.optimizer, settings.clip, ranks, home, often)
         self._slices = [group.slices for group in self._steps.groups]
         if net.average is not None:
             pairs = net.average.pairs(net)
             sliced = {tensor: slices for slices in self._slices for tensor in slices.tensors}
             averages = [average for average, live in pairs if live in sliced]
             if averages:
-                self._slices.append(Slices(averages, ranks))
+                self._slices.append(Slices(averages, ranks, place))
         self._of = {tensor: slices for slices in self._slices for tensor in slices.tensors}
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:

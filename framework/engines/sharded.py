@@ -7,7 +7,7 @@ then its weights are released, and its gradient is summed over the ranks while t
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.engines.base import Outputs, StepResult, marked, set_learning_rate
-from framework.engines.slices import ShardRanks, SliceGradients, Slices
+from framework.engines.slice_gradients import SliceGradients
+from framework.engines.slices import Home, ShardRanks, Slices
 from framework.execution import LocalNetwork
 from framework.execution.uses import Use, Uses
 from framework.optim import SkippableOptimizer
@@ -26,6 +27,8 @@ from framework.optim.lars import Piece, Shard
 # Turns of the loop over segments for which weights wait for their next use. Beyond that, as in backpropagation or in
 # windows of more than three segments, they are released and gathered again: memory is dearer than traffic here.
 STAYS = 2
+# Groups whose gradients are on their way, and therefore still whole.
+TRAVELLING = 1
 
 
 class ShardGroup:
@@ -35,6 +38,8 @@ class ShardGroup:
         weights: parameters, trained or not, and averages.
         kinds: by trained parameter, the number of its optimizer group.
         ranks: that share them.
+        home: how they are kept.
+        gathered: type in which they are gathered and used; ``None`` for their own.
 
     Attributes:
         slices: of all of them.
@@ -43,11 +48,19 @@ class ShardGroup:
         used: uses in this micro-batch.
     """
 
-    def __init__(self, weights: list[Tensor], kinds: Mapping[Tensor, int], ranks: ShardRanks) -> None:
+    def __init__(
+        self,
+        weights: list[Tensor],
+        kinds: Mapping[Tensor, int],
+        ranks: ShardRanks,
+        home: Home,
+        gathered: torch.dtype | None = None,
+    ) -> None:
         trained = (t for t in weights if isinstance(t, nn.Parameter) and t in kinds)
         self.trained = sorted(trained, key=lambda p: kinds[p])
-        self.slices = Slices([*self.trained, *(t for t in weights if t not in kinds)], ranks)
-        self.gradients = SliceGradients(self.slices, self.trained, ranks)
+        others = (t for t in weights if t not in kinds)
+        self.slices = Slices([*self.trained, *others], ranks, home.device, gathered)
+        self.gradients = SliceGradients(self.slices, self.trained, ranks, home.reduced)
         widths = Counter[int]()
         for parameter in self.trained:
             widths[kinds[parameter]] += self.slices.widths[parameter]
@@ -73,7 +86,11 @@ class ShardGroup:
 
 
 def shard_groups(
-    uses: Uses, optimizer: SkippableOptimizer, names: Mapping[nn.Parameter, str], ranks: ShardRanks
+    uses: Uses,
+    optimizer: SkippableOptimizer,
+    names: Mapping[nn.Parameter, str],
+    ranks: ShardRanks,
+    home: Home,
 ) -> dict[Use, list[ShardGroup]]:
     """Cut everything that is used into slices, and have the optimizer step these; the groups of each use.
 
@@ -84,13 +101,14 @@ def shard_groups(
     for use, weights in uses.weights.items():
         for weight in dict.fromkeys(weights):
             users.setdefault(weight, []).append(use)
-    together: dict[tuple[object, ...], list[Tensor]] = {}
+    together: dict[tuple[tuple[Use, ...], torch.dtype, torch.dtype | None], list[Tensor]] = {}
     for weight, own in users.items():
-        together.setdefault((*own, weight.dtype), []).append(weight)
+        gathered = home.gathered if weight.ndim > 1 else None
+        together.setdefault((tuple(own), weight.dtype, gathered), []).append(weight)
     found: dict[Use, list[ShardGroup]] = {use: [] for use in uses.weights}
     groups = []
-    for weights in together.values():
-        groups.append(ShardGroup(weights, kinds, ranks))
+    for (_, _, gathered), weights in together.items():
+        groups.append(ShardGroup(weights, kinds, ranks, home, gathered))
         for use in users[weights[0]]:
             found[use].append(groups[-1])
     for group in groups:
@@ -118,7 +136,8 @@ def _shard(
         Piece(number, ranks.number * width, group.slices.places[p] - begin, width)
         for number, (p, width) in enumerate(zip(own, widths, strict=True))
     )
-    return Shard(tuple(names[parameter] for parameter in own), tuple(pieces), ranks.group)
+    names_of = tuple(names[parameter] for parameter in own)
+    return Shard(names_of, tuple(pieces), ranks.group, ranks.copies, group.slices.place)
 
 
 class ShardedUpdates:
@@ -132,25 +151,35 @@ class ShardedUpdates:
         optimizer: of its parameters; it gets the slices in their place.
         clip: largest norm of the averaged gradient; 0 for no clipping.
         ranks: that share the weights.
+        home: how slices are kept.
+        often: whether gradients are averaged after every micro-batch, or after the last.
     """
 
     in_slices = True
 
     def __init__(
-        self, net: LocalNetwork, optimizer: SkippableOptimizer, clip: float, ranks: ShardRanks
+        self,
+        net: LocalNetwork,
+        optimizer: SkippableOptimizer,
+        clip: float,
+        ranks: ShardRanks,
+        home: Home,
+        often: bool = False,
     ) -> None:
         self._net, self._optimizer, self._clip, self._ranks = net, optimizer, clip, ranks
         net.attach(self)
         uses = net.uses()
         names = {parameter: name for name, parameter in net.named_parameters()}
-        self._groups_of = shard_groups(uses, optimizer, names, ranks)
+        self._groups_of = shard_groups(uses, optimizer, names, ranks, home)
         self.groups = list(dict.fromkeys(group for own in self._groups_of.values() for group in own))
         self._owner = {parameter: group for group in self.groups for parameter in group.trained}
         self._order = [use for turn in uses.turns for use in turn]
         self._turn = [number for number, turn in enumerate(uses.turns) for _ in turn]
         self._next = 0  # place in the order
         self._at_end = clip > 0 or net.may_skip
+        self._often, self._home = often, home
         self._micro_batches, self._last = 1, True
+        self._travelling: deque[ShardGroup] = deque()
         self._penalties: dict[nn.Parameter, Tensor] = {}
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
@@ -227,9 +256,13 @@ class ShardedUpdates:
         for p, gradient in gradients.items():
             parts.setdefault(self._owner[p], {})[p] = gradient
         complete = {g for g, part in parts.items() if g.gradients.add(part, 1 / self._micro_batches)}
-        if self._last:
-            for group in (group for group in self.groups if group in complete):
-                group.gradients.start()
+        if not (self._last or self._often):
+            return
+        for group in (group for group in self.groups if group in complete):
+            group.gradients.start(self._last)
+            self._travelling.append(group)
+        while len(self._travelling) > TRAVELLING:
+            self._travelling.popleft().gradients.collect()
 
     def _start(self, group: ShardGroup) -> None:
         self._update(group)
@@ -252,7 +285,7 @@ class ShardedUpdates:
 
     def _arrived(self, group: ShardGroup) -> bool:
         """Wait for a group's gradients, and give them to the optimizer; whether they were under way."""
-        if not group.gradients.travelling:
+        if not group.gradients.due:
             return False
         averaged = group.gradients.finish()
         for parameter in self._penalties.keys() & set(group.trained):

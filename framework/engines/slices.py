@@ -6,15 +6,17 @@ What treats elements one by one (averages of weights, penalties) therefore runs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from framework.engines.host_copy import Pending
+from framework.runtime.distributed import device
 
 
 class ShardRanks:
@@ -25,12 +27,13 @@ class ShardRanks:
 
     Attributes:
         size: slices of a tensor.
+        copies: ranks that have the same slice.
         number: of this rank's slice.
         group: the ranks that have the others.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        self._copies, self.size = mesh.shape
+        self.copies, self.size = mesh.shape
         self.number = mesh.get_local_rank(1)
         self._same, self.group = mesh.get_group(0), mesh.get_group(1)
         self.ranks = mesh.size()
@@ -45,15 +48,29 @@ class ShardRanks:
 
     def sum_copies(self, part: Tensor) -> Pending | None:
         """Start to sum ``part`` over the ranks that have the same slice."""
-        if self._copies == 1:
+        if self.copies == 1:
             return None
         return dist.all_reduce(part, group=self._same, async_op=True)
 
     def total(self, part: Tensor) -> Tensor:
-        """Sum over the slices."""
-        whole = part.clone()
+        """Sum over the slices; stays where ``part`` is."""
+        whole = part.to(device(), copy=True)
         dist.all_reduce(whole, group=self.group)
-        return whole
+        return whole.to(part.device)
+
+
+class Home(NamedTuple):
+    """How slices are kept, and what travels.
+
+    Attributes:
+        device: where slices are; the host's memory, or where they are used.
+        gathered: type in which weights of two dimensions and more are gathered and used; ``None`` for their own.
+        reduced: type in which gradients are summed over ranks; ``None`` for their own.
+    """
+
+    device: torch.device
+    gathered: torch.dtype | None = None
+    reduced: torch.dtype | None = None
 
 
 class Slices:
@@ -62,6 +79,8 @@ class Slices:
     Args:
         tensors: of one type, whole; they become slices.
         ranks: that share them.
+        home: where and how they are kept.
+        gathered: type in which they are gathered and used; ``None`` for their own.
 
     Attributes:
         flat: this rank's slices, one behind the other, each padded with zeros to the same length on all ranks.
@@ -69,24 +88,36 @@ class Slices:
         widths: by tensor, the length of its slice.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], ranks: ShardRanks) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        ranks: ShardRanks,
+        home: torch.device,
+        gathered: torch.dtype | None = None,
+    ) -> None:
         self._ranks = ranks
         self._shapes = {tensor: tensor.shape for tensor in tensors}
         self.widths = {t: -(-t.numel() // ranks.size) for t in tensors}
         ends = list(accumulate(self.widths.values()))
         self.places = {t: end - width for (t, width), end in zip(self.widths.items(), ends, strict=True)}
-        like = tensors[0]
-        self.flat = torch.zeros(ends[-1], dtype=like.dtype, device=like.device)
+        like, kind = tensors[0], gathered or tensors[0].dtype
+        pinned = home.type == "cpu" and like.is_cuda
+        self.flat = torch.zeros(ends[-1], dtype=like.dtype, device=home, pin_memory=pinned)
         for tensor in tensors:
             self.write(tensor, tensor.detach())
         sizes = [tensor.numel() for tensor in tensors]
-        self._whole = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
+        self._whole = torch.empty(sum(sizes), dtype=kind, device=like.device)
         pieces = self._whole.split(sizes)
         self._views = {t: piece.view(t.shape) for t, piece in zip(tensors, pieces, strict=True)}
         self._gathered: Tensor | None = None
         self._gathering: Pending | None = None
         self.present = True
         self.release()
+
+    @property
+    def place(self) -> torch.device:
+        """Where the tensors are when they are whole."""
+        return self._whole.device
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -109,8 +140,9 @@ class Slices:
     def start(self) -> None:
         """Begin to gather, unless that has begun or is done; collective."""
         if not self.present and self._gathered is None:
-            self._gathered = self.flat.new_empty(self._ranks.size * self.flat.numel())
-            self._gathering = self._ranks.gather(self._gathered, self.flat)
+            part = self.flat.to(self._whole, non_blocking=True)
+            self._gathered = part.new_empty(self._ranks.size * part.numel())
+            self._gathering = self._ranks.gather(self._gathered, part)
 
     def finish(self) -> None:
         """Wait for what ``start`` began; the tensors are whole from now on."""
@@ -138,7 +170,7 @@ class Slices:
 
     def whole(self, tensor: Tensor, flat: Tensor | None = None) -> Tensor:
         """A copy of a whole tensor, or of what lies at its place in the vectors ``flat`` of all ranks; collective."""
-        part = self.of(tensor, flat).contiguous()
+        part = self.of(tensor, flat).to(self._whole.device).contiguous()
         gathered = part.new_empty(self._ranks.size * part.numel())
         if (pending := self._ranks.gather(gathered, part)) is not None:
             pending.wait()
@@ -149,61 +181,3 @@ class Slices:
         width, begin = self.widths[tensor], self._ranks.number * self.widths[tensor]
         found = whole.reshape(-1)[begin : begin + width]
         self.of(tensor, flat)[: found.numel()].copy_(found)
-
-
-class SliceGradients:
-    """Gradients of the first tensors of ``Slices``, whole until they are summed over the ranks, as slices.
-
-    Args:
-        slices: theirs.
-        parameters: the first of its tensors.
-        ranks: as in ``Slices``.
-    """
-
-    def __init__(self, slices: Slices, parameters: Sequence[nn.Parameter], ranks: ShardRanks) -> None:
-        self._slices, self._parameters, self._ranks = slices, parameters, ranks
-        self._width = sum(slices.widths[p] for p in parameters)
-        self._missing = len(parameters)
-        self._whole: Tensor | None = None  # (ranks, width)
-        self._sum: Tensor | None = None  # (width,)
-        self._pending: Pending | None = None
-
-    def add(self, gradients: Mapping[nn.Parameter, Tensor], factor: float) -> bool:
-        """Take in gradients of a micro-batch, times a factor; whether all of them are here now."""
-        if self._whole is None:
-            self._whole = self._slices.flat.new_zeros(self._ranks.size, self._width)
-        for parameter, gradient in gradients.items():
-            self._add(parameter, gradient.reshape(-1), factor)
-        self._missing = (self._missing or len(self._parameters)) - len(gradients)
-        return not self._missing
-
-    def _add(self, parameter: nn.Parameter, gradient: Tensor, factor: float) -> None:
-        assert self._whole is not None
-        place, width = self._slices.places[parameter], self._slices.widths[parameter]
-        rows = self._whole.narrow(1, place, width)
-        full = gradient.numel() // width
-        rows[:full].add_(gradient[: full * width].view(full, width), alpha=factor)
-        if rest := gradient.numel() - full * width:
-            rows[full, :rest].add_(gradient[full * width :], alpha=factor)
-
-    @property
-    def travelling(self) -> bool:
-        """Whether ``start`` was called, and ``finish`` not yet."""
-        return self._sum is not None
-
-    def start(self) -> None:
-        """Begin to average over the ranks; collective."""
-        assert self._whole is not None
-        self._whole.mul_(1 / self._ranks.ranks)
-        self._sum = self._whole.new_empty(self._width)
-        self._pending = self._ranks.sum_slice(self._sum, self._whole.view(-1))
-
-    def finish(self) -> Tensor:
-        """This rank's slices (width,) of the averaged gradients."""
-        assert self._sum is not None
-        if self._pending is not None:
-            self._pending.wait()
-        if (copies := self._ranks.sum_copies(self._sum)) is not None:
-            copies.wait()
-        averaged, self._sum, self._whole, self._pending = self._sum, None, None, None
-        return averaged

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from framework import engines
+from framework.config.recipe import Sharding
 from framework.data.batch import Batch
 from framework.engines.base import EngineSettings, marked, set_learning_rate
 from framework.execution import StepOutput
@@ -52,6 +53,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     network: str = "resnet8"
     layer_decay: float = 1.0
+    sharding: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         default = asdict(Case())
@@ -213,7 +215,8 @@ def build(case: Case, net: nn.Module | None = None) -> engines.Engine:
 
 
 def settings(case: Case) -> EngineSettings:
-    return EngineSettings(IMAGES, case.accumulation, case.clip, case.zero_stage, case.deepspeed)
+    sharding = Sharding(**case.sharding)
+    return EngineSettings(IMAGES, case.accumulation, case.clip, case.zero_stage, case.deepspeed, sharding)
 
 
 def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:
