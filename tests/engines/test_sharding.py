@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
+from framework.local.copies import followers
 from tests.support import training
 from tests.support.marks import slow
 from tests.support.training import Case, differences, plain, train
@@ -96,7 +97,7 @@ def traffic(case: Case) -> Traffic:
 def test_local_learning_gathers_a_weight_once_and_backpropagation_twice(
     pool: PoolOf, method: str, gathers: int, window: int
 ) -> None:
-    """Slices are padded, by less than an element a rank and tensor. Vectors are not counted as whole: slices are, too."""
+    """Slices are padded by less than an element a rank and tensor. Vectors, as slices are, do not count as whole."""
     case = Case(method, "block", "sgd", "fsdp", network="resnet14")
     found = pool(2).run(traffic, case)[0]
     used = found.weights * gathers + found.averages
