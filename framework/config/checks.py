@@ -59,6 +59,12 @@ def _check_pipeline(recipe: Recipe) -> None:
 
 
 def _check_sharding(recipe: Recipe) -> None:
+    if recipe.zero_stage == 3:
+        raise Fault(
+            "zero_stage",
+            3,
+            "must be 0, 1 or 2; engine=fsdp shards weights, too, and gathers them half as often",
+        )
     sharding = recipe.sharding
     if sharding != Sharding() and recipe.engine != "fsdp":
         key = next(f.name for f in fields(sharding) if getattr(sharding, f.name) != f.default)

@@ -320,7 +320,7 @@ class Recipe:
         engine: what averages gradients over ranks and steps the optimizer.
         resume: "auto" goes on from the newest whole checkpoint of ``run_dir``, "never" starts afresh,
             anything else is the path of a checkpoint. A job that Slurm started again goes on from the newest.
-        zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer, 2 also the gradients.
+        zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer, 2 also the gradients. Weights, too: engine=fsdp.
         deepspeed: handed to DeepSpeed as it is.
     """
 
@@ -339,7 +339,7 @@ class Recipe:
     execution: Execution = field(default_factory=Execution)
     pipeline: Pipeline = field(default_factory=Pipeline)
     sharding: Sharding = field(default_factory=Sharding)
-    zero_stage: Annotated[Literal[0, 1, 2], NoFlag] = 1
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NoFlag] = 1
     deepspeed: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -130,7 +130,7 @@ def prepare(net: nn.Module, settings: EngineSettings, stages: int = 1) -> None:
         )
     net.to(device())
     convert: Callable[..., nn.Module] = net.to  # its overloads lack memory_format alone before torch 2.15
-    convert(memory_format=torch.contiguous_format)  # DeepSpeed and FSDP2 take no other
+    convert(memory_format=torch.contiguous_format)  # DeepSpeed takes no other
     broadcast_weights(net)
 
 

@@ -12,7 +12,7 @@ from framework.runtime.distributed import any_over_ranks
 
 
 class StepOutput(NamedTuple):
-    """The result of a forward; a named tuple, so that FSDP2 finds the loss in it.
+    """The result of a forward.
 
     Attributes:
         loss: weighted sum of the unit losses; its ``backward()`` hands over the finished gradients.
