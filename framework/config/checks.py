@@ -63,7 +63,7 @@ def _check_sharding(recipe: Recipe) -> None:
         raise Fault(
             "zero_stage",
             3,
-            "must be 0, 1 or 2; engine=fsdp shards weights, too, and gathers them half as often",
+            "must be 0, 1 or 2; engine=fsdp shards weights, too",
         )
     sharding = recipe.sharding
     if sharding != Sharding() and recipe.engine != "fsdp":
