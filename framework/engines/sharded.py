@@ -7,137 +7,23 @@ then its weights are released, and its gradient is summed over the ranks while t
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.engines.base import Outputs, StepResult, marked, set_learning_rate
-from framework.engines.slice_gradients import SliceGradients
-from framework.engines.slices import Home, ShardRanks, Slices
+from framework.engines.shard_groups import ShardGroup, shard_groups
+from framework.engines.slices import Home, ShardRanks
 from framework.execution import LocalNetwork
-from framework.execution.uses import Use, Uses
+from framework.execution.uses import Use
 from framework.optim import SkippableOptimizer
-from framework.optim.lars import Piece, Shard
 
-# Turns of the loop over segments for which weights wait for their next use. Beyond that, as in backpropagation or in
-# windows of more than three segments, they are released and gathered again: memory is dearer than traffic here.
-STAYS = 2
 # Groups whose gradients are on their way, and therefore still whole.
 TRAVELLING = 1
-
-
-class ShardGroup:
-    """Weights that are used together.
-
-    Args:
-        weights: parameters, trained or not, and averages.
-        kinds: by trained parameter, the number of its optimizer group.
-        ranks: that share them.
-        home: how they are kept.
-        gathered: type in which they are gathered and used; ``None`` for their own.
-
-    Attributes:
-        slices: of all of them.
-        flats: by number of the optimizer group, this rank's slices of its parameters: what is optimized.
-        releases: whether, after its first, second ... use in a micro-batch, the group is released.
-        used: uses in this micro-batch.
-    """
-
-    def __init__(
-        self,
-        weights: list[Tensor],
-        kinds: Mapping[Tensor, int],
-        ranks: ShardRanks,
-        home: Home,
-        gathered: torch.dtype | None = None,
-    ) -> None:
-        trained = (t for t in weights if isinstance(t, nn.Parameter) and t in kinds)
-        self.trained = sorted(trained, key=lambda p: kinds[p])
-        others = (t for t in weights if t not in kinds)
-        self.slices = Slices([*self.trained, *others], ranks, home.device, gathered)
-        self.gradients = SliceGradients(self.slices, self.trained, ranks, home.reduced)
-        widths = Counter[int]()
-        for parameter in self.trained:
-            widths[kinds[parameter]] += self.slices.widths[parameter]
-        self._widths = list(widths.values())
-        parts = self.parts(self.slices.flat)
-        self.flats = {kind: nn.Parameter(part) for kind, part in zip(widths, parts, strict=True)}
-        self._kinds = kinds
-        self.releases: list[bool] = []
-        self.used = 0
-
-    def parts(self, vector: Tensor) -> list[Tensor]:
-        """What belongs to each of ``flats`` in a vector laid out like the slices."""
-        return list(vector[: sum(self._widths)].split(self._widths)) if self._widths else []
-
-    def kind_of(self, parameter: Tensor) -> int:
-        """Which of ``flats`` has a parameter, counted from 0."""
-        return list(self.flats).index(self._kinds[parameter])
-
-    def give(self, gradients: Tensor) -> None:
-        """Hand slices of all gradients to the optimizer's parameters."""
-        for flat, part in zip(self.flats.values(), self.parts(gradients), strict=True):
-            flat.grad = part
-
-
-def shard_groups(
-    uses: Uses,
-    optimizer: SkippableOptimizer,
-    names: Mapping[nn.Parameter, str],
-    ranks: ShardRanks,
-    home: Home,
-) -> dict[Use, list[ShardGroup]]:
-    """Cut everything that is used into slices, and have the optimizer step these; the groups of each use.
-
-    Weights with the same uses are a group, so a segment is one, and the heads on it are another.
-    """
-    kinds = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    users: dict[Tensor, list[Use]] = {}
-    for use, weights in uses.weights.items():
-        for weight in dict.fromkeys(weights):
-            users.setdefault(weight, []).append(use)
-    together: dict[tuple[tuple[Use, ...], torch.dtype, torch.dtype | None], list[Tensor]] = {}
-    for weight, own in users.items():
-        gathered = home.gathered if weight.ndim > 1 else None
-        together.setdefault((tuple(own), weight.dtype, gathered), []).append(weight)
-    found: dict[Use, list[ShardGroup]] = {use: [] for use in uses.weights}
-    groups = []
-    for (_, _, gathered), weights in together.items():
-        groups.append(ShardGroup(weights, kinds, ranks, home, gathered))
-        for use in users[weights[0]]:
-            found[use].append(groups[-1])
-    for group in groups:
-        moments = [turn for turn, done in enumerate(uses.turns) for use in done if group in found[use]]
-        group.releases = [later - turn > STAYS for turn, later in pairwise(moments)] + [True]
-    optimizer.param_groups = [
-        {**optimizer.param_groups[kind], "params": [flat], "shard": _shard(group, kind, kinds, names, ranks)}
-        for group in groups
-        for kind, flat in group.flats.items()
-    ]
-    return found
-
-
-def _shard(
-    group: ShardGroup,
-    kind: int,
-    kinds: Mapping[Tensor, int],
-    names: Mapping[nn.Parameter, str],
-    ranks: ShardRanks,
-) -> Shard:
-    own = [parameter for parameter in group.trained if kinds[parameter] == kind]
-    widths = [group.slices.widths[parameter] for parameter in own]
-    begin = group.slices.places[own[0]]
-    pieces = (
-        Piece(number, ranks.number * width, group.slices.places[p] - begin, width)
-        for number, (p, width) in enumerate(zip(own, widths, strict=True))
-    )
-    names_of = tuple(names[parameter] for parameter in own)
-    return Shard(names_of, tuple(pieces), ranks.group, ranks.copies, group.slices.place)
 
 
 class ShardedUpdates:
@@ -177,7 +63,7 @@ class ShardedUpdates:
         self._turn = [number for number, turn in enumerate(uses.turns) for _ in turn]
         self._next = 0  # place in the order
         self._at_end = clip > 0 or net.may_skip
-        self._often, self._home = often, home
+        self._often = often
         self._micro_batches, self._last = 1, True
         self._travelling: deque[ShardGroup] = deque()
         self._penalties: dict[nn.Parameter, Tensor] = {}
@@ -189,6 +75,7 @@ class ShardedUpdates:
         for batch in marked(micro_batches):
             self._last = batch.last
             outputs.add(self._net(batch))
+            self._release_all()
         result = outputs.result()
         set_learning_rate(self._optimizer, lr)
         if self._at_end:
@@ -263,6 +150,14 @@ class ShardedUpdates:
             self._travelling.append(group)
         while len(self._travelling) > TRAVELLING:
             self._travelling.popleft().gradients.collect()
+
+    def _release_all(self) -> None:
+        """Nothing that was gathered is used after an update, not even what was gathered ahead for nothing."""
+        for group in self.groups:
+            if group.slices.present or group.slices.coming:
+                group.slices.release()
+            group.used = 0
+        self._next = 0
 
     def _start(self, group: ShardGroup) -> None:
         self._update(group)

@@ -32,7 +32,8 @@ class Uses:
     """Of a network.
 
     Attributes:
-        turns: what a micro-batch does, in order; what stands together is done in one turn of the loop over segments.
+        turns: what a micro-batch does above the frozen segments, in order; what stands together is done in one turn of
+            the loop over segments.
         weights: what is used: parameters, trained or not, and averages of weights.
     """
 
@@ -53,7 +54,7 @@ class Uses:
             weights[Use("heads", s)] = [
                 tensor for head in heads for tensor in (*head.parameters(), *followers(head))
             ]
-        return cls([*([Use("frozen", i)] for i in range(len(frozen))), *_turns(program)], weights)
+        return cls(_turns(program), weights)
 
 
 def _turns(program: Program) -> list[list[Use]]:
