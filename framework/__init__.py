@@ -9,7 +9,7 @@ The rooms, from the top floor down; a module imports from its own room and from 
 * ``pipeline``: segments spread over ranks, with gradient boundaries between them
 * ``evaluation``: run folders, features, k-NN, linear evaluation
 * ``checkpoints``: what is saved, how, and how long it stays
-* ``engines``: DeepSpeed, DDP, FSDP2, CUDA graphs: gradients over ranks, and the optimizer's step
+* ``engines``: DeepSpeed, DDP, sharding, CUDA graphs: gradients over ranks, and the optimizer's step
 * ``cost``: parameters, FLOPs and activations, counted
 * ``model``: from names to a network that trains with local losses
 * ``execution``: every segment runs once, gradients are routed by hand

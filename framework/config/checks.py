@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from framework.config.recipe import Recipe
+from dataclasses import fields
+
+from framework.config.recipe import Recipe, Sharding
 from framework.config.schema import Fault
 
 
@@ -21,6 +23,7 @@ def check(recipe: Recipe) -> None:
     recipe.method.options.check()
     _check_views(recipe)
     _check_pipeline(recipe)
+    _check_sharding(recipe)
     _check_execution(recipe)
 
 
@@ -53,6 +56,22 @@ def _check_pipeline(recipe: Recipe) -> None:
         raise Fault(
             "faults.nonfinite", "skip", "must be stop with pipeline stages, which do not wait for each other"
         )
+
+
+def _check_sharding(recipe: Recipe) -> None:
+    if recipe.zero_stage == 3:
+        raise Fault(
+            "zero_stage",
+            3,
+            "must be 0, 1 or 2; engine=fsdp shards weights, too",
+        )
+    sharding = recipe.sharding
+    if sharding != Sharding() and recipe.engine != "fsdp":
+        key = next(f.name for f in fields(sharding) if getattr(sharding, f.name) != f.default)
+        raise Fault(f"sharding.{key}", getattr(sharding, key), f"needs engine=fsdp, not {recipe.engine}")
+    for key, kind in (("gather", sharding.gather), ("reduce", sharding.reduce)):
+        if kind == "bf16" and recipe.train.precision != "bf16":
+            raise Fault(f"sharding.{key}", "bf16", "needs train.precision=bf16")
 
 
 def _check_execution(recipe: Recipe) -> None:

@@ -207,6 +207,28 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """How ``engine=fsdp`` cuts weights, gradients and optimizer into slices.
+
+    Attributes:
+        replicas: groups of ranks that have all slices each, and exchange averaged gradients only: with a replica a
+            machine, weights travel inside machines alone.
+        offload: keep slices and optimizer in the host's memory; weights come to the GPU when they are gathered.
+        gather: type in which weights of two dimensions and more are gathered, and used; "bf16" with
+            train.precision=bf16, whose kernels take them in that type anyway.
+        reduce: type in which gradients are averaged over ranks; "bf16" as above.
+        reduce_every: "step": gradients stay whole until the last micro-batch, which takes the memory of all weights.
+            "micro_batch": they are averaged after each, which sends them as many times.
+    """
+
+    replicas: PositiveInt = 1
+    offload: bool = False
+    gather: Literal["fp32", "bf16"] = "fp32"
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    reduce_every: Literal["step", "micro_batch"] = "step"
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """What is measured at the end, and during training.
 
@@ -298,7 +320,7 @@ class Recipe:
         engine: what averages gradients over ranks and steps the optimizer.
         resume: "auto" goes on from the newest whole checkpoint of ``run_dir``, "never" starts afresh,
             anything else is the path of a checkpoint. A job that Slurm started again goes on from the newest.
-        zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer, 2 also the gradients.
+        zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer, 2 also the gradients. Weights, too: engine=fsdp.
         deepspeed: handed to DeepSpeed as it is.
     """
 
@@ -316,7 +338,8 @@ class Recipe:
     train: Train = field(default_factory=Train)
     execution: Execution = field(default_factory=Execution)
     pipeline: Pipeline = field(default_factory=Pipeline)
-    zero_stage: Annotated[Literal[0, 1, 2], NoFlag] = 1
+    sharding: Sharding = field(default_factory=Sharding)
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NoFlag] = 1
     deepspeed: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from framework.config.recipe import Sharding
 from framework.data.batch import Batch
 from framework.engines.host_copy import read_later
 from framework.execution import LocalNetwork, StepOutput
@@ -31,6 +32,7 @@ class EngineSettings:
         clip: largest norm of the whole averaged gradient; 0 for no clipping.
         zero_stage: deepspeed only: 0, 1 or 2.
         deepspeed: deepspeed only: further keys of DeepSpeed's configuration.
+        sharding: fsdp only.
     """
 
     batch_size: int
@@ -38,6 +40,7 @@ class EngineSettings:
     clip: float = 0.0
     zero_stage: int = 1
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    sharding: Sharding = field(default_factory=Sharding)
 
 
 class StepResult(NamedTuple):
@@ -125,7 +128,7 @@ def prepare(net: nn.Module, settings: EngineSettings, stages: int = 1) -> None:
         )
     net.to(device())
     convert: Callable[..., nn.Module] = net.to  # its overloads lack memory_format alone before torch 2.15
-    convert(memory_format=torch.contiguous_format)  # DeepSpeed and FSDP2 take no other
+    convert(memory_format=torch.contiguous_format)  # DeepSpeed takes no other
     broadcast_weights(net)
 
 

@@ -80,8 +80,8 @@ def merged_config(settings: EngineSettings, parameters: int, replicas: int) -> d
 def _check(section: Mapping[str, Any], zero_stage: int) -> None:
     if zero_stage not in (0, 1, 2):
         raise UserError(
-            f"zero_stage={zero_stage}: must be 0, 1 or 2; ZeRO-3 would free weights that local gradients still need "
-            "(engine=fsdp shards weights too)"
+            f"zero_stage={zero_stage}: must be 0, 1 or 2; ZeRO-3 gathers a weight for each forward and again for the "
+            "backward, and local gradients need it in between: engine=fsdp shards weights, too"
         )
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, Mapping):

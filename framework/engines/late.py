@@ -9,6 +9,7 @@ before the next forward that uses them. No weight is ever used stale, and the nu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from framework.engines.base import Outputs, Rate, StepResult, marked, set_learni
 from framework.engines.buckets import Bucket, buckets
 from framework.engines.host_copy import Pending
 from framework.execution import LocalNetwork
+from framework.execution.uses import Use
 from framework.optim import SkippableOptimizer
 from framework.runtime.distributed import new_group, world_size
 
@@ -47,6 +49,8 @@ class LateUpdates:
         wire: to the other ranks.
         ranks: their number.
     """
+
+    in_slices = False
 
     def __init__(
         self, net: LocalNetwork, optimizer: SkippableOptimizer, clip: float, wire: Wire, ranks: int
@@ -89,10 +93,31 @@ class LateUpdates:
         self._net.detach()
         self._wire.close()
 
-    def before_use(self, s: int) -> None:
+    def before(self, use: Use) -> None:
+        """See ``StepHooks``."""
+        if use.what == "forward":
+            self.before_read(use.segment)
+
+    def after(self, use: Use) -> None:
+        """See ``StepHooks``."""
+
+    def before_read(self, s: int) -> None:
         """See ``StepHooks``."""
         for bucket in self._used.get(s, ()):
             self._update(bucket)
+
+    def lent(self, use: Use) -> AbstractContextManager[None]:
+        """See ``StepHooks``."""
+        self.finish()
+        return nullcontext()
+
+    def total(self, part: Tensor) -> Tensor:
+        """See ``StepHooks``; weights are whole."""
+        return part
+
+    def penalized(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """See ``StepHooks``."""
+        raise AssertionError("penalties give whole gradients where weights are whole")
 
     def finished(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """See ``StepHooks``."""

@@ -57,8 +57,8 @@ class UnitNorms:
         self._finish = engine.finish
         self._units = {number: engine.net.plan.units[number].name for number in sorted(set(owners.values()))}
         groups = engine.optimizer.param_groups
-        sharded = any("shard" in group or local_part(p) is not p for group in groups for p in group["params"])
-        self._copies = 1 if sharded else world_size() // stages  # ranks that step the same tensors
+        shard: Shard | None = groups[0].get("shard")
+        self._copies = shard.copies if shard else world_size() // stages  # ranks that step the same tensors
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._squares: Tensor | None = None  # (3, U), of a step that is measured
         self._before: list[Tensor] | None = None
@@ -131,6 +131,8 @@ class UnitNorms:
                 if p.grad is not None
             ]
         (flat,) = group["params"]
+        if flat.grad is None:  # late updates step some groups at a time
+            return []
         units = [self._by_name[shard.parameters[piece.parameter]] for piece in shard.pieces]
         return list(map(_Piece, units, shard.views(flat), shard.views(flat.grad)))
 

@@ -28,10 +28,10 @@ class Steps(Protocol):
 
 
 class PlainEngine:
-    """See ``Engine``. DDP, FSDP2 and CUDA graphs differ in how they make a step.
+    """See ``Engine``. DDP and CUDA graphs differ in how they make a step.
 
     Args:
-        net: the network; its parameters may be FSDP2's DTensors.
+        net: the network.
         optimizer: of its parameters.
         steps: makes the steps.
     """

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from framework.execution import LocalNetwork
 from framework.network import Segment
@@ -70,7 +69,7 @@ def network_features(net: LocalNetwork, loader: EvalBatches) -> tuple[Tensor, Te
         UserError: as ``extract``.
     """
     with evaluating(net):
-        return _on_main(extract(net.features, loader))
+        return _on_main(extract(net.features, in_step(net, loader)))
 
 
 def pixel_features(loader: EvalBatches) -> tuple[Tensor, Tensor]:
@@ -90,21 +89,30 @@ def segment_outputs(net: LocalNetwork, segments: Sequence[Segment], images: Tens
     return outputs
 
 
+def in_step(net: LocalNetwork, loader: EvalBatches) -> EvalBatches:
+    """The loader's batches. Where each needs weights of all ranks, a rank without more takes part until the last."""
+    if not net.in_slices:
+        yield from loader
+        return
+    batches = iter(loader)
+    while True:
+        batch = next(batches, None)
+        if not distributed.any_over_ranks(torch.tensor(batch is not None, device=distributed.device())):
+            return
+        if batch is None:
+            net.accompany()
+        else:
+            yield batch
+
+
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has the mode it had, frozen ones among them.
-
-    What FSDP2 shards is whole inside: its own hooks act on ``forward`` only, not on ``features``.
-    """
+    """Evaluation mode inside; afterwards every module has the mode it had, frozen ones among them."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
-    if isinstance(net, FSDPModule):
-        net.unshard()
     try:
         yield
     finally:
-        if isinstance(net, FSDPModule):
-            net.reshard()
         for module, mode in modes:
             module.training = mode
 

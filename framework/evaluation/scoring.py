@@ -15,6 +15,7 @@ from framework.evaluation.features import (
     EvalBatches,
     evaluating,
     extract,
+    in_step,
     network_features,
     pixel_features,
 )
@@ -91,7 +92,7 @@ def score_trained(
 def classifier_top1(net: LocalNetwork, loader: EvalBatches) -> float:
     """Top-1 accuracy of the last head in per cent, the same number on all ranks."""
     with evaluating(net):
-        _, predicted, labels = extract(lambda images: net.predict(images).argmax(1), loader)
+        _, predicted, labels = extract(lambda x: net.predict(x).argmax(1), in_step(net, loader))
     right, total = int((predicted == labels).sum()), len(labels)
     return 100 * distributed.sum_over_ranks(right) / distributed.sum_over_ranks(total)
 

@@ -4,19 +4,42 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from framework.execution.program import Program
+from framework.execution.uses import Use
 
 
 class StepHooks(Protocol):
-    """What an engine does in the middle of a step."""
+    """What an engine does in the middle of a step.
 
-    def before_use(self, s: int) -> None:
-        """From now on the step uses the weights of segment ``s`` and of the heads on it."""
+    Attributes:
+        in_slices: whether every rank has slices of the weights between uses, in the place of the weights.
+    """
+
+    in_slices: bool
+
+    def before(self, use: Use) -> None:
+        """The micro-batch is about to use weights."""
+
+    def after(self, use: Use) -> None:
+        """It has."""
+
+    def before_read(self, s: int) -> None:
+        """Between two steps, somebody looks at the weights of segment ``s`` and of the heads on it."""
+
+    def lent(self, use: Use) -> AbstractContextManager[None]:
+        """Inside, which is in no training step, these weights are used."""
+
+    def total(self, part: Tensor) -> Tensor:
+        """A sum over elements of weights, of which ``part`` is over what this rank has."""
+
+    def penalized(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """The gradients of a penalty, in slices; those that this micro-batch finishes are the last of the step."""
 
     def finished(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """To these gradients of the micro-batch nothing is added any more, and the step keeps none of them."""
@@ -27,6 +50,7 @@ class Finishing:
 
     Args:
         program: of the step.
+        penalties: whether penalties give gradients to the others, at the end.
 
     Attributes:
         parts: how many gradients are added up for each parameter.
@@ -35,7 +59,7 @@ class Finishing:
             once the lowest come first, because the next step needs them first.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, penalties: bool = True) -> None:
         self.parts: Counter[nn.Parameter] = Counter()
         self.users: dict[nn.Parameter, int] = {}
         self._finished: dict[nn.Parameter, int] = {}
@@ -45,7 +69,7 @@ class Finishing:
             self._add(2 * place, s, [p for call in now.heads for p in call.parameters])
             for freed in now.freed:
                 self._add(2 * place + 1, freed, program.trained(freed))
-        for head in (head for head in program.plan.heads if head.penalizes):
+        for head in (head for head in program.plan.heads if head.penalizes and penalties):
             self._hold_back([*head.parameters(), *head.read_parameters(program.segments)])
 
     def _hold_back(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -80,7 +104,7 @@ class Exchange:
     """
 
     def __init__(self, hooks: StepHooks, program: Program, taught: int) -> None:
-        self.hooks, self.finishing = hooks, Finishing(program)
+        self.hooks, self.finishing = hooks, Finishing(program, penalties=not hooks.in_slices)
         reading = [unit for unit in program.plan.units if unit.head.reads and unit.head.reads_after]
         read = {s for unit in reading for s in (*unit.head.reads, unit.last)}
         self._read_between_steps = sorted(read | set(range(taught + 1)))
@@ -88,7 +112,7 @@ class Exchange:
     def before_step(self) -> None:
         """Heads that look at weights between two steps, and a teacher, are to see them as they are after the first."""
         for s in self._read_between_steps:
-            self.hooks.before_use(s)
+            self.hooks.before_read(s)
 
     def early(self, watch: bool) -> EarlyGradients:
         """What takes the gradients of a micro-batch."""
@@ -108,8 +132,7 @@ class EarlyGradients:
     """
 
     def __init__(self, hooks: StepHooks, finishing: Finishing, watch: bool = False) -> None:
-        self.before_use = hooks.before_use
-        self._hooks, self._missing = hooks, Counter(finishing.parts)
+        self.hooks, self._missing = hooks, Counter(finishing.parts)
         self._complete: list[nn.Parameter] = []
         self._watch = watch
         self.norms: list[Tensor] = []
@@ -129,4 +152,4 @@ class EarlyGradients:
         finished = {parameter: gradients.pop(parameter) for parameter in complete}
         if self._watch:
             self.norms += torch._foreach_norm(list(finished.values()))
-        self._hooks.finished(finished)
+        self.hooks.finished(finished)

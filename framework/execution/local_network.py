@@ -9,7 +9,7 @@ window again, at a fraction of the cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Self
 
@@ -26,8 +26,16 @@ from framework.execution.precision import LossScales
 from framework.execution.program import Program
 from framework.execution.replay_buffer import ReplayBufferStrategy
 from framework.execution.step import RoutedStep
-from framework.execution.step_output import StepOutput, add_gradients, any_nonfinite, handed_over, step_output
+from framework.execution.step_output import (
+    StepOutput,
+    add_gradients,
+    any_nonfinite,
+    gradients_of,
+    handed_over,
+    step_output,
+)
 from framework.execution.teacher import Teacher, TeacherPass
+from framework.execution.uses import Use, Uses
 from framework.execution.weight_average import WeightAverage
 from framework.local.units import Plan
 from framework.network import pooling
@@ -43,8 +51,8 @@ class LocalNetwork(nn.Module):
     """A network that trains with the local units of a plan; to the outside an ordinary module.
 
     In training mode, ``forward`` computes all losses *and* all gradients and frees activations as it
-    goes; ``loss.backward()`` then only hands the gradients over. So it works in a plain loop, under DDP,
-    FSDP2 (root wrapped) and DeepSpeed. In evaluation mode or under ``no_grad`` it computes losses only
+    goes; ``loss.backward()`` then only hands the gradients over. So it works in a plain loop, under DDP and
+    DeepSpeed. In evaluation mode or under ``no_grad`` it computes losses only
     and moves no statistics.
 
     Args:
@@ -114,7 +122,17 @@ class LocalNetwork(nn.Module):
 
         Returns:
             When they will be finished.
+
+        Raises:
+            UserError: a head needs whole weights between steps, and the engine has none.
         """
+        for unit in self.plan.units if hooks.in_slices else ():
+            if unit.head.reads and not unit.head.elementwise:
+                raise UserError(
+                    f"the head of unit {unit.name} looks at weights of other segments, of which this engine has "
+                    f"slices: use another engine, or set elementwise=True in {type(unit.head).__name__} if what it "
+                    "does treats every element on its own"
+                )
         last = self.teacher.last if self.teacher is not None else -1
         self._exchange = Exchange(hooks, self.program, last)
         return self._exchange.finishing
@@ -122,6 +140,14 @@ class LocalNetwork(nn.Module):
     def detach(self) -> None:
         """The end of ``attach``."""
         self._exchange = None
+
+    def uses(self) -> Uses:
+        """When its steps use which weights."""
+        return Uses.of(self.program, self.frozen, self.teacher)
+
+    def lent(self, use: Use) -> AbstractContextManager[None]:
+        """Inside, which is in no training step, the weights of a use are there, under every engine; collective."""
+        return nullcontext() if self._exchange is None else self._exchange.hooks.lent(use)
 
     @property
     def plan(self) -> Plan:
@@ -164,7 +190,9 @@ class LocalNetwork(nn.Module):
         with torch.no_grad(), frozen_statistics(self):
             x, teacher = self.first_input(batch), self.teacher_pass(batch)
             return step_output(
-                self.weights, evaluated_losses(self.program, x, batch, teacher), self.penalty()
+                self.weights,
+                evaluated_losses(self.program, x, batch, teacher, self.lent),
+                self._whole_penalty(self.penalty()),
             )
 
     def compile_segments(self) -> None:
@@ -232,9 +260,22 @@ class LocalNetwork(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Pooled output of the last segment, as the network pools it: (N, 3, H, W) -> (N, D) float32 or better."""
         x = self._last_output(images)
-        with self.autocast(x):
+        with self.autocast(x), self.lent(Use("heads", self.plan.segments - 1)):
             x = pooling.features(self.segments[-1], x)
         return x if x.dtype == torch.float64 else x.float()
+
+    @property
+    def in_slices(self) -> bool:
+        """Whether an engine has cut the weights into slices, so that all ranks must evaluate as many batches."""
+        return self._exchange is not None and self._exchange.hooks.in_slices
+
+    def accompany(self) -> None:
+        """Take part in the exchanges of other ranks' ``features`` or ``predict``, without images."""
+        uses = [Use("frozen", i) for i in range(len(self.frozen))]
+        uses += [Use("forward", s) for s in range(self.plan.segments)]
+        for use in (*uses, Use("heads", self.plan.segments - 1)):
+            with self.lent(use):
+                pass
 
     @property
     def classifies(self) -> bool:
@@ -245,8 +286,9 @@ class LocalNetwork(nn.Module):
     def predict(self, images: Tensor) -> Tensor:
         """Logits of the last unit's head, (N, 3, H, W) -> (N, classes)."""
         head = self.plan.units[-1].head
-        with self.autocast(images):
-            return head.predict(head.seen(self.segments[-1], self._last_output(images)))
+        x = self._last_output(images)
+        with self.autocast(images), self.lent(Use("heads", self.plan.segments - 1)):
+            return head.predict(head.seen(self.segments[-1], x))
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The precision in which segments and heads run."""
@@ -256,8 +298,9 @@ class LocalNetwork(nn.Module):
     def run_frozen(self, images: Tensor) -> Tensor:
         """The input of the first segment that is not frozen."""
         with self.autocast(images):
-            for segment in self.frozen:
-                images = segment(images)
+            for i, segment in enumerate(self.frozen):
+                with self.lent(Use("frozen", i)):
+                    images = segment(images)
         return images
 
     def first_input(self, batch: Batch) -> Tensor:
@@ -304,12 +347,19 @@ class LocalNetwork(nn.Module):
                 step.run_heads(s)
                 step.walk(s)
         penalty = self.penalty()
-        if penalty is not None:
+        if penalty is not None and self._exchange is not None and self._exchange.hooks.in_slices:
+            self._exchange.hooks.penalized(gradients_of(penalty, self.parameters()))
+        elif penalty is not None:
             add_gradients(penalty, step.gradients)
             if early is not None:
                 early.added(list(step.gradients))
                 step.release()
-        return step, None if penalty is None else penalty.detach()
+        return step, self._whole_penalty(penalty)
+
+    def _whole_penalty(self, penalty: Tensor | None) -> Tensor | None:
+        if penalty is None or self._exchange is None:
+            return None if penalty is None else penalty.detach()
+        return self._exchange.hooks.total(penalty.detach())
 
     def _laid_out(self, images: Tensor) -> Tensor:
         return images.to(memory_format=self.layout)
@@ -317,8 +367,9 @@ class LocalNetwork(nn.Module):
     def _last_output(self, images: Tensor) -> Tensor:
         x = self.run_frozen(self._laid_out(images))
         with self.autocast(x):
-            for segment in self.segments:
-                x = segment(x)
+            for s, segment in enumerate(self.segments):
+                with self.lent(Use("forward", s)):
+                    x = segment(x)
         return x
 
     def _train(self, batch: Batch) -> StepOutput:

@@ -15,6 +15,7 @@ from framework.execution.noise import Noise
 from framework.execution.precision import Scale, smaller, summed, unscale_
 from framework.execution.program import GradientRoute, HeadCall, InputGradient, Program, WeightGradient
 from framework.execution.teacher import TeacherPass
+from framework.execution.uses import Use
 from framework.local.head import Head
 
 
@@ -79,8 +80,8 @@ class RoutedStep:
 
     def forward(self, s: int, x: Tensor) -> Tensor:
         """Run segment ``s`` on the detached output of the one below; its own output, detached."""
-        if self.early is not None:
-            self.early.before_use(s)
+        use = Use("forward", s)
+        self._before(use)
         self.inputs[s] = x.detach().requires_grad_(s in self._crossed)
         with self.program.autocast(x):
             output = self.program.runners[s](self.inputs[s])
@@ -88,6 +89,7 @@ class RoutedStep:
             self.outputs[s] = output if self.noise is None else self.noise.on(output, s)
             if self.teacher is not None:
                 self._keys = self.teacher.forward(s)
+        self._after(use)
         return self.outputs[s].detach()
 
     def run_heads(self, s: int, defer_contrast: bool = False) -> None:
@@ -97,6 +99,8 @@ class RoutedStep:
             s: number of the segment.
             defer_contrast: run contrastive heads only as far as their embeddings; ``contrast`` does the rest.
         """
+        use = Use("heads", s)
+        self._before(use)
         for call in self.program.segment_programs[s].heads:
             if defer_contrast and call.head.contrasts:
                 self._embed(s, call)
@@ -108,6 +112,7 @@ class RoutedStep:
             start = self._scale(call, self.program.weight(call)).like(loss)
             cotangent, *gradients = torch.autograd.grad(loss, [x, *call.parameters], start)
             self._collect(s, call, cotangent, gradients)
+        self._after(use)
         self.release()
 
     def walk(self, s: int) -> None:
@@ -124,10 +129,13 @@ class RoutedStep:
 
     def backward(self, work: InputGradient | WeightGradient) -> None:
         """One pass through one segment."""
+        use = Use("backward", work.segment)
+        self._before(use)
         if isinstance(work, WeightGradient):
             self._weight_gradient(work.segment, work.route)
         else:
             self._input_gradient(work.segment, work.route)
+        self._after(use)
 
     def receive(self, s: int, values: Iterable[Tensor]) -> None:
         """Cotangents for the span's last segment, of the passes that follow the forward of segment ``s`` above it."""
@@ -178,6 +186,14 @@ class RoutedStep:
             gradients = torch.autograd.grad(loss, parts, start)
             for step, gradient in zip(steps, gradients, strict=True):
                 step._backward_embedding(s, call, loss.detach(), gradient)
+
+    def _before(self, use: Use) -> None:
+        if self.early is not None:
+            self.early.hooks.before(use)
+
+    def _after(self, use: Use) -> None:
+        if self.early is not None:
+            self.early.hooks.after(use)
 
     def _embed(self, s: int, call: HeadCall) -> None:
         x = self.outputs[s].detach().requires_grad_()

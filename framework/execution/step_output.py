@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from framework.runtime.distributed import any_over_ranks
 
 
 class StepOutput(NamedTuple):
-    """The result of a forward; a named tuple, so that FSDP2 finds the loss in it.
+    """The result of a forward.
 
     Attributes:
         loss: weighted sum of the unit losses; its ``backward()`` hands over the finished gradients.
@@ -30,10 +30,15 @@ class StepOutput(NamedTuple):
 
 def add_gradients(penalty: Tensor, gradients: dict[nn.Parameter, Tensor]) -> None:
     """Add the gradient of ``penalty`` to that of every parameter it depends on."""
-    found = torch.autograd.grad(penalty, list(gradients), allow_unused=True)
-    for parameter, gradient in zip(list(gradients), found, strict=True):
-        if gradient is not None:
-            gradients[parameter] = gradients[parameter] + gradient
+    for parameter, gradient in gradients_of(penalty, gradients).items():
+        gradients[parameter] = gradients[parameter] + gradient
+
+
+def gradients_of(penalty: Tensor, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Those of the trained parameters that ``penalty`` depends on."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    found = torch.autograd.grad(penalty, trained, allow_unused=True)
+    return {p: gradient for p, gradient in zip(trained, found, strict=True) if gradient is not None}
 
 
 def any_nonfinite(losses: Mapping[int, Tensor], norms: Sequence[Tensor]) -> Tensor:

@@ -24,8 +24,8 @@ from framework.runtime.errors import UserError
 class Teacher(nn.Module):
     """Moving averages of segments, and of what heads embed with.
 
-    The averages are buffers: in checkpoints, in no optimizer, and whole on every rank under every engine. They move at
-    the start of a step, for the step before it, when the weights are whole. What is due and the number of updates are
+    The averages are buffers: in checkpoints, in no optimizer. They move at the start of a step, for the step before it,
+    as whole tensors or as the slices of both that a rank has. What is due and the number of updates are
     buffers, too, so that a training which goes on from a checkpoint repeats the one that was never stopped.
 
     Args:
@@ -87,7 +87,7 @@ class Teacher(nn.Module):
             span: those of this process; by default all.
 
         Raises:
-            UserError: weights that are not whole.
+            UserError: weights that PyTorch's FSDP2 has sharded.
         """
         fraction = self.due * self._rate()
         for s in self._heads if span is None else self._heads.keys() & set(span):
@@ -134,7 +134,7 @@ class Teacher(nn.Module):
             weights = dict(head.embedder().named_parameters())
             pairs += [(self.heads[name].get_buffer(path), weight) for path, weight in weights.items()]
         if any(isinstance(weight, DTensor) for _, weight in pairs):
-            raise UserError("a teacher follows whole weights: wrap only the whole network by fully_shard")
+            raise UserError("a teacher follows whole weights: use engine=fsdp in place of fully_shard")
         return pairs
 
     def _rate(self) -> Tensor | float:

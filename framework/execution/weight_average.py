@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from framework.local.copies import follow
-from framework.optim.skipping import local_part
 
 PREFIX = "average."  # of its names in a network's state
 
@@ -46,22 +44,14 @@ class WeightAverage(nn.Module):
         trained = set(names)
         self._followed = [name for name in self._names if name in trained]
 
-    def shard_like(self, net: nn.Module) -> None:
-        """Be sharded as FSDP2 has sharded the weights, so that an update sends nothing."""
-        for name, live in _entries(net, self._names):
-            if isinstance(live, DTensor):
-                whole = self.get_buffer(name)
-                place, _, own = name.rpartition(".")
-                sharded = distribute_tensor(whole, live.device_mesh, live.placements, src_data_rank=None)
-                self.get_submodule(place).register_buffer(own, sharded)
+    def pairs(self, net: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """The averages, each with what it follows."""
+        return [(self.get_buffer(name), live) for name, live in _entries(net, self._names)]
 
     @torch.no_grad()
     def update(self, net: nn.Module, taken: Tensor | float = 1.0) -> None:
         """The optimizer has just stepped; ``taken`` is 0 where it skipped the step. Nothing is sent or read."""
-        pairs = [
-            (local_part(self.get_buffer(name)), local_part(live))
-            for name, live in _entries(net, self._followed)
-        ]
+        pairs = [(self.get_buffer(name), live) for name, live in _entries(net, self._followed)]
         first = (self.updates == 0).double()
         rate = taken * first.clamp(min=self._rate)
         follow([pair for pair in pairs if pair[0].is_floating_point()], rate)
@@ -75,9 +65,9 @@ class WeightAverage(nn.Module):
         """Weights and averages change places; a second call puts both back, to the last bit."""
         once = {live: name for name, live in _entries(net, self._names)}  # what a state has under two names
         for live, name in once.items():
-            own, average = local_part(live), local_part(self.get_buffer(name))
-            before = own.clone()
-            own.copy_(average)
+            average = self.get_buffer(name)
+            before = live.clone()
+            live.copy_(average)
             average.copy_(before)
 
 

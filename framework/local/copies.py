@@ -20,11 +20,32 @@ def own_copy(segment: Segment) -> nn.Sequential:
     return module if type(module) is nn.Sequential and len(segment.paths) > 1 else nn.Sequential(module)
 
 
-class EmaCopy(nn.Module):
+class Follower(nn.Module):
+    """A module with buffers that follow weights element by element, between steps.
+
+    No forward pass writes to them, so an engine may cut them into slices as it cuts the weights.
+
+    Attributes:
+        lags: whether the weights to follow may come later than the optimizer's step, from another stage of a pipeline.
+    """
+
+    lags = False
+
+    def followers(self) -> list[Tensor]:
+        """These buffers."""
+        raise NotImplementedError
+
+
+def followers(module: nn.Module) -> list[Tensor]:
+    """Those of all followers in a module."""
+    inside = (inner for inner in module.modules() if isinstance(inner, Follower))
+    return [buffer for follower in inside for buffer in follower.followers()]
+
+
+class EmaCopy(Follower):
     """The exponential moving average of a block, which gets no gradient: copy <- m copy + (1 - m) block.
 
-    Its weights are buffers: in the state dict, in no optimizer, and whole on every rank. FSDP2 shards parameters, and
-    would lose what is written to them during a forward pass.
+    Its weights are buffers: in the state dict, and in no optimizer.
 
     Args:
         block: what is copied.
@@ -38,7 +59,12 @@ class EmaCopy(nn.Module):
         self.block = copy.deepcopy(block)
         without_parameters(self.block)
         moving = [n for n, b in block.named_buffers() if b.is_floating_point()] if statistics else []
-        self.names = (*(name for name, _ in block.named_parameters()), *moving)
+        self._weights = [name for name, _ in block.named_parameters()]
+        self.names = (*self._weights, *moving)
+
+    def followers(self) -> list[Tensor]:
+        """The averaged weights; running statistics are moved by forward passes, too."""
+        return [self.block.get_buffer(name) for name in self._weights]
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output; the gradient flows to ``x``."""
@@ -52,20 +78,20 @@ class EmaCopy(nn.Module):
         follow(pairs, amount * (1.0 - self.momentum))
 
 
-class PulledCopy(nn.Module):
+class PulledCopy(Follower):
     """A trained copy of a block that is pulled towards it at every step, as MAN's and MLAAN's Eq. 10 read.
 
     Its weights are p + c, where p is trained by the optimizer and c is a buffer. The pull w <- m w + (1 - m) block
-    changes c alone, because ZeRO and FSDP2 keep weights of their own and would overwrite a change of p. Weight decay
-    acts on p.
-
-    The pull before a step starts from the weights of the last forward pass in training, so that it may be made later,
-    when the block's weights of that step have come from another stage of a pipeline.
+    changes c alone, because engines that shard keep weights of their own and would overwrite a change of p. Weight
+    decay acts on p.
 
     Args:
         block: what is copied.
         momentum: m.
         when: before or after the step that trains p.
+
+    The pull before a step starts from the weights that the copy had in its last forward pass in training. Where the
+    block's weights lag, a copy of those is kept.
     """
 
     def __init__(
@@ -80,10 +106,14 @@ class PulledCopy(nn.Module):
         for name in self.names:
             self.register_buffer(_flat(name), torch.zeros_like(self.block.get_parameter(name)))
 
+    def followers(self) -> list[Tensor]:
+        """The pulls c."""
+        return [self.get_buffer(_flat(name)) for name in self.names]
+
     def forward(self, x: Tensor) -> Tensor:
         """The block's output with the weights p + c."""
         weights = self._weights()
-        if self.training and self.when == "before":
+        if self.lags and self.training and self.when == "before":
             self._ran = {name: weight.detach() for name, weight in weights.items()}
         placed = {place: weights[name] for place, name in self._places.items()}
         # PyTorch's own tying puts a tensor without gradient back where a block holds one module under two names.

@@ -46,6 +46,9 @@ class Head(nn.Module):
         borrows: names of the network's parameters that the head trains besides its own and those below it.
         may_lag: whether ``before_step`` may be called later than the optimizer's step, as long as it is called with
             the same weights and before the head's next forward. Pipeline stages then need not wait for each other.
+        elementwise: of heads with ``reads``: whether the last three methods below treat every element of a weight on
+            its own, so that they may see slices of all weights in place of the whole (a penalty is a sum over elements
+            then). An engine that shards weights asks for it.
     """
 
     needs: frozenset[Need] = frozenset()
@@ -61,6 +64,7 @@ class Head(nn.Module):
     native: bool = False
     borrows: tuple[str, ...] = ()
     may_lag: bool = True
+    elementwise: bool = False
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """The loss.
@@ -111,9 +115,12 @@ class Head(nn.Module):
     def penalty(self, segments: Sequence[Segment]) -> Tensor | None:
         """A scalar function of weights that is added to the loss as it is; all of them get its gradient.
 
-        Weights are whole here and in the two methods below, under every engine.
+        Weights are whole here and in the two methods below, unless the head is ``elementwise``.
         """
         return None
+
+    def will_lag(self) -> None:
+        """Told before training if ``before_step`` will be called late; see ``may_lag``."""
 
     def before_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
         """Called once an optimizer step, after the last micro-batch's gradients, with the weights before the step.
@@ -243,6 +250,7 @@ class WrappingHead(Head):
         self.needs, self.contrasts, self.fewest_images = head.needs, head.contrasts, head.fewest_images
         self.separable, self.classifies, self.soft_labels = head.separable, head.classifies, head.soft_labels
         self.reads, self.penalizes, self.may_lag = head.reads, head.penalizes, head.may_lag
+        self.elementwise = head.elementwise
         self.kind = head.kind
 
     def transform(self, x: Tensor) -> Tensor:
@@ -270,6 +278,9 @@ class WrappingHead(Head):
 
     def penalty(self, segments: Sequence[Segment]) -> Tensor | None:
         return self.head.penalty(segments)
+
+    def will_lag(self) -> None:
+        self.head.will_lag()
 
     def before_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
         self.head.before_step(segments, taken)
@@ -301,6 +312,7 @@ class WeightedHeads(Head):
         self.reads_after = any(head.reads_after for head in heads if head.reads)
         self.penalizes = any(head.penalizes for head in heads)
         self.may_lag = all(head.may_lag for head in heads)
+        self.elementwise = all(head.elementwise for head in heads if head.reads)
         self.kind = ", ".join(dict.fromkeys(head.kind for head in heads if head.kind))
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
@@ -315,6 +327,10 @@ class WeightedHeads(Head):
         pairs = zip(self.weights, (head.penalty(segments) for head in self._heads), strict=True)
         penalties = [weight * penalty for weight, penalty in pairs if penalty is not None]
         return torch.stack(penalties).sum() if penalties else None
+
+    def will_lag(self) -> None:
+        for head in self._heads:
+            head.will_lag()
 
     def before_step(self, segments: Sequence[Segment], taken: Tensor | float) -> None:
         for head in self._heads:

@@ -67,6 +67,11 @@ class Lam(nn.Module):
         """
         return not self.copies.statistics
 
+    def will_lag(self) -> None:
+        """See ``Head.will_lag``."""
+        for copied in self._following:
+            copied.lags = True
+
     def follow(self, segments: Sequence[Segment], amount: Tensor | float) -> None:
         """Move the copies that follow towards their blocks, ``amount`` (0 or 1) times."""
         for copied, block in zip(self._following, self.followed, strict=True):
@@ -115,6 +120,12 @@ class LamHead(WrappingHead):
         self.reads = tuple(dict.fromkeys((*own, *head.reads)))
         self.reads_after = bool(head.reads and head.reads_after) or (updated and lam.copies.when == "after")
         self.may_lag = head.may_lag and lam.may_lag and lam.copies.when == "before"
+        self.elementwise = not head.reads or head.elementwise
+
+    def will_lag(self) -> None:
+        """The copies and the inner head lag."""
+        super().will_lag()
+        self.lam.will_lag()
 
     def read_parameters(self, segments: Sequence[Segment]) -> list[nn.Parameter]:
         """Those of the blocks that copies follow, and the inner head's."""

@@ -35,17 +35,19 @@ class SoftSharedHead(WrappingHead):
     ) -> None:
         copied = network.segments[segment]
         super().__init__("copy", own_copy(copied), head, copied.to_map)
-        self._segment, self._coefficient, self._norm = segment, coefficient, norm
+        self._segment, self._coefficient = segment, coefficient
+        self._kept = [norm or weight.ndim > 1 for weight in self.copy.parameters()]
         self.reads = tuple(dict.fromkeys((segment, *head.reads)))
         self.penalizes = True
         self.reads_after = bool(head.reads and head.reads_after)
+        self.elementwise = not head.reads or head.elementwise
 
     def penalty(self, segments: Sequence[Segment]) -> Tensor:
         """Scalar."""
         segment = segments[self._segment]
         original = part(segment.backbone, segment.steps)
         pairs = zip(self.copy.parameters(), original.parameters(), strict=True)
-        kept = [(a, b) for a, b in pairs if self._norm or a.ndim > 1]
-        own = self._coefficient * torch.stack([(a - b).square().sum() for a, b in kept]).sum()
+        distances = [(a - b).square().sum() for (a, b), kept in zip(pairs, self._kept, strict=True) if kept]
+        own = self._coefficient * torch.stack(distances).sum()
         inner = super().penalty(segments)
         return own if inner is None else own + inner

@@ -113,9 +113,13 @@ class Segment:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable parameters, each once."""
+        yield from (p for p in self.weights() if p.requires_grad)
+
+    def weights(self) -> list[nn.Parameter]:
+        """All parameters, each once."""
         own = [tensor for name in self.own if isinstance(tensor := self.tensor(name), nn.Parameter)]
         inside = (p for module in self.modules() for p in module.parameters())
-        yield from (p for p in dict.fromkeys([*inside, *own]) if p.requires_grad)
+        return list(dict.fromkeys([*inside, *own]))
 
     def tensor(self, name: str) -> Tensor:
         """One of ``own``."""

@@ -40,11 +40,15 @@ class Shard:
         parameters: names of those that were flattened, in the network.
         pieces: what of them this rank has.
         process_group: the ranks that have the rest.
+        copies: ranks that have the same pieces.
+        device: on which they exchange numbers; ``None`` where the shard is.
     """
 
     parameters: tuple[str, ...]
     pieces: tuple[Piece, ...]
     process_group: dist.ProcessGroup | None
+    copies: int = 1
+    device: torch.device | None = None
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The pieces of ``flat``, or of another tensor laid out like it."""
@@ -146,7 +150,9 @@ def _adapted_rates(
                 norms[offset + owner] = norm
     squares = torch.stack(norms).square()
     if shard:
-        dist.all_reduce(squares, group=shard.process_group)
+        there = squares.to(shard.device or squares.device)
+        dist.all_reduce(there, group=shard.process_group)
+        squares = there.to(squares.device)
     elif isinstance(like, DTensor):
         dist.all_reduce(squares, group=like.device_mesh.get_group())
     weight_norms, decayed_norms = squares.sqrt().chunk(2)

@@ -46,6 +46,7 @@ def build_engine(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Engine:
         clip=optim.clip,
         zero_stage=recipe.zero_stage,
         deepspeed=recipe.deepspeed,
+        sharding=recipe.sharding,
     )
     if recipe.pipelined:
         from framework.pipeline.engine import PipelinedEngine  # DeepSpeed takes seconds to import

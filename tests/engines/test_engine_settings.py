@@ -36,7 +36,7 @@ def wrap_twice() -> str:
 
 
 def test_fsdp_refuses_a_network_in_which_a_part_is_wrapped(pool: PoolOf) -> None:
-    assert "engine=fsdp: part is wrapped by fully_shard already" in pool(1).run(wrap_twice)[0]
+    assert "engine=fsdp: part.weight is sharded by fully_shard already" in pool(1).run(wrap_twice)[0]
 
 
 def refusal(case: Case) -> str:

@@ -379,7 +379,7 @@ def wrapped_by_hand() -> str:
 
 def test_a_teacher_refuses_weights_that_are_not_whole(pool: PoolOf) -> None:
     assert pool(2).run(wrapped_by_hand)[0] == (
-        "a teacher follows whole weights: wrap only the whole network by fully_shard"
+        "a teacher follows whole weights: use engine=fsdp in place of fully_shard"
     )
 
 

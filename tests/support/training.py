@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from framework import engines
+from framework.config.recipe import Sharding
 from framework.data.batch import Batch
 from framework.engines.base import EngineSettings, marked, set_learning_rate
 from framework.execution import StepOutput
 from framework.execution.hooks import StepHooks
+from framework.execution.uses import Use, Uses
 from framework.local import methods
 from framework.model import local_network
 from framework.optim import build_optimizer
@@ -51,6 +53,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     network: str = "resnet8"
     layer_decay: float = 1.0
+    sharding: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         default = asdict(Case())
@@ -92,6 +95,13 @@ class Dyadic(nn.Module):
         users = {weight: number for number, weight in enumerate(self.weights)}
         return SimpleNamespace(order=[[weight] for weight in reversed(self.weights)], users=users)
 
+    def uses(self) -> Uses:
+        numbers = range(len(self.weights))
+        turns = [[Use("forward", number)] for number in numbers]
+        turns += [[Use("backward", number)] for number in reversed(numbers)]
+        nothing = {Use("heads", number): [] for number in numbers}
+        return Uses(turns, {use: [self.weights[use.segment]] for turn in turns for use in turn} | nothing)
+
     def detach(self) -> None:
         self._hooks = None
 
@@ -100,15 +110,20 @@ class Dyadic(nn.Module):
         loss = digits.new_zeros(())
         for number, weight in enumerate(self.weights):
             if self._hooks is not None:
-                self._hooks.before_use(number)
+                self._hooks.before(Use("forward", number))
             pattern = (
                 torch.arange(weight.numel(), device=weight.device).remainder(number + 3).view_as(weight) - 1
             )
             loss = loss + (weight * pattern).sum() * digits[:, number].mean()
+            if self._hooks is not None:
+                self._hooks.after(Use("forward", number))
         self.seen += 1
         if self._hooks is not None:
-            for weight in reversed(self.weights):
-                self._hooks.finished({weight: torch.autograd.grad(loss, weight, retain_graph=True)[0]})
+            for number, weight in reversed(list(enumerate(self.weights))):
+                self._hooks.before(Use("backward", number))
+                gradient = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+                self._hooks.after(Use("backward", number))
+                self._hooks.finished({weight: gradient})
         if not self.may_skip:
             return StepOutput(loss.detach() if self._hooks is not None else loss, digits.mean(0))
         overflow = (~torch.isfinite(batch.images)).any().float()
@@ -200,7 +215,8 @@ def build(case: Case, net: nn.Module | None = None) -> engines.Engine:
 
 
 def settings(case: Case) -> EngineSettings:
-    return EngineSettings(IMAGES, case.accumulation, case.clip, case.zero_stage, case.deepspeed)
+    sharding = Sharding(**case.sharding)
+    return EngineSettings(IMAGES, case.accumulation, case.clip, case.zero_stage, case.deepspeed, sharding)
 
 
 def advance(engine: engines.Engine, case: Case, steps: range) -> Tensor:

@@ -65,6 +65,8 @@ class StageWorker:
         self.hopeless: Tensor | None = None
         self._noise: Noise | None = None
         self._masks: Masks | None = None
+        for head in readers.remote[self.stage]:
+            head.will_lag()
         self._connect()
         self._reset([])
 
