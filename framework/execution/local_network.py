@@ -56,6 +56,8 @@ class LocalNetwork(nn.Module):
         frozen: segments that run first, in evaluation mode, and do not learn.
         skip_nonfinite: report losses and gradients that are infinite or NaN as ``overflow``; costs a pass over the
             gradients and one collective a micro-batch. float16 reports them anyway.
+        recompute: activations that are not kept but computed again, "segment" by segment or "block" by block; see
+            ``recomputation``.
 
     Attributes:
         program: what a step does.
@@ -68,7 +70,7 @@ class LocalNetwork(nn.Module):
             checkpoint sets it.
 
     Raises:
-        UserError: the plan is for another number of segments, or there is no such precision.
+        UserError: the plan is for another number of segments, or there is no such precision or ``recompute``.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class LocalNetwork(nn.Module):
         channels_last: bool = False,
         frozen: Sequence[Segment] = (),
         skip_nonfinite: bool = False,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         if len(segments) != plan.segments:
@@ -88,7 +91,7 @@ class LocalNetwork(nn.Module):
             for module in (backbone, *plan.heads):
                 use_feedback(module, plan.feedback)
         self.backbone, self.frozen = backbone, tuple(frozen)
-        self.program = Program.of(plan, segments, precision)
+        self.program = Program.of(plan, segments, precision, recompute)
         names = {unit.head: unit.name.replace(".", "_") for unit in reversed(plan.units)}
         self.heads = nn.ModuleDict({names[head]: head for head in plan.heads})
         self.teacher = Teacher(backbone, segments, plan, names) if plan.teacher is not None else None
@@ -171,8 +174,10 @@ class LocalNetwork(nn.Module):
         """Compile what training steps run of the segments; evaluation stays as it is.
 
         Raises:
-            UserError: a segment can't be compiled.
+            UserError: a segment can't be compiled, or is to be run again, for which dropout would be drawn anew.
         """
+        if self.program.recomputation.segments:
+            raise UserError("execution.compile=true: can't be combined with execution.recompute")
         self.program = replace(self.program, runners=tuple(compiled(segment) for segment in self.segments))
 
     def keep_average(self, decay: float) -> None:
