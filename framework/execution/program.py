@@ -225,10 +225,10 @@ def recomputation(
     bare, dropped = set(pieces), set()
     for s in (s for s in range(plan.segments) if s not in pieces):
         longest, before = _longest_gap(plan, programs, s)
-        if longest and before is None:
-            bare.add(s)
-        elif longest:
+        if before is not None:
             dropped.add(before)
+        elif longest:
+            bare.add(s)
     again = bare | {work.segment for work in dropped}
     return Recomputation(frozenset(again), frozenset(bare), frozenset(dropped), pieces)
 
@@ -243,7 +243,8 @@ def _longest_gap(plan: Plan, programs: Sequence[SegmentProgram], s: int) -> tupl
         if passes:
             turn = 2 * top - after if top_first else after
             gaps.append((turn - time, before))
-            time, before = turn, passes[-1]
+            time = turn
+            before = next((work for work in reversed(passes) if isinstance(work, InputGradient)), None)
     return max(reversed(gaps), key=lambda gap: gap[0])
 
 

@@ -27,7 +27,7 @@ class SegmentGraph:
         runs: of the segment, or of its pieces in order.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: list[Run]) -> None:
         self._runs = runs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,32 +36,31 @@ class SegmentGraph:
             x = run.forward(x)
         return x
 
-    def gradients(
-        self, cotangent: Tensor, parameters: Sequence[nn.Parameter], of_input: bool, keep: bool
-    ) -> tuple[list[Tensor], Tensor]:
-        """One pass.
+    def input_gradient(self, cotangent: Tensor, keep: bool) -> Tensor:
+        """From the cotangent at the output that at the input; ``keep`` leaves the graph, if it is a whole segment's."""
+        keep = keep and len(self._runs) == 1
+        for run in reversed(self._runs):
+            (cotangent,) = run.gradients(cotangent, [], of_input=True, keep=keep)
+        return cotangent
 
-        Args:
-            cotangent: at the output.
-            parameters: whose gradients are asked for.
-            of_input: whether that of the input is.
-            keep: leave the graph for another pass.
-
-        Returns:
-            The gradients of the parameters, and the cotangent at the input; if that was not asked for, another one.
-        """
+    def weight_gradients(
+        self, cotangent: Tensor, parameters: Sequence[nn.Parameter], of_input: bool
+    ) -> list[Tensor]:
+        """The last pass, after which nothing is left: gradients of the parameters and, if asked for, of the input."""
         if len(self._runs) == 1:
-            return self._runs[0].gradients(cotangent, parameters, of_input, keep)
+            return self._runs.pop().gradients(cotangent, parameters, of_input, keep=False)
         found: dict[nn.Parameter, Tensor] = {}
         wanted = set(parameters)
-        for number, run in reversed(list(enumerate(self._runs))):
+        while self._runs:
+            run = self._runs.pop()
             own = [p for p in run.part.parameters() if p in wanted]
-            if not own and not of_input and number == 0:
-                break
-            gradients, cotangent = run.gradients(cotangent, own, of_input or number > 0, keep=False)
-            for p, g in zip(own, gradients, strict=True):
-                found[p] = found[p] + g if p in found else g
-        return [found[p] for p in parameters], cotangent
+            below = of_input or bool(self._runs)
+            if own or below:
+                gradients = run.gradients(cotangent, own, below, keep=False)
+                cotangent = gradients.pop() if below else cotangent
+                for p, g in zip(own, gradients, strict=True):
+                    found[p] = found[p] + g if p in found else g
+        return [*(found[p] for p in parameters), *([cotangent] * of_input)]
 
 
 class Run:
@@ -96,8 +95,8 @@ class Run:
 
     def gradients(
         self, cotangent: Tensor, parameters: Sequence[nn.Parameter], of_input: bool, keep: bool
-    ) -> tuple[list[Tensor], Tensor]:
-        """See ``SegmentGraph.gradients``. Where there is no graph, this runs again."""
+    ) -> list[Tensor]:
+        """Those of the parameters and, if asked for, of the input. Where there is no graph, this runs again."""
         if self._graph is None:
             assert self._start is not None
             with self._start.again() as x:
@@ -106,8 +105,7 @@ class Run:
         if not keep:
             self._graph = None
         wanted = [*parameters, x] if of_input else list(parameters)
-        gradients = list(torch.autograd.grad(output, wanted, cotangent, retain_graph=keep))
-        return gradients, gradients.pop() if of_input else cotangent
+        return list(torch.autograd.grad(output, wanted, cotangent, retain_graph=keep))
 
     def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().requires_grad_(self._crossed)

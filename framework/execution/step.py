@@ -229,7 +229,8 @@ class RoutedStep:
         """Of segment ``s``, before it is run: by itself, or as pieces."""
         again = self.program.recomputation
         pieces = again.pieces.get(s)
-        functions = (self.program.runners[s],) if pieces is None else pieces
+        functions: Sequence[Callable[[Tensor], Tensor]]
+        functions = self.program.runners[s : s + 1] if pieces is None else pieces
         behind = partial(_behind, s, self.batch, self.plan.masking, self.noise)
         runs = []
         for number, function in enumerate(functions):
@@ -249,7 +250,7 @@ class RoutedStep:
         s, route = work.segment, work.route
         cotangent = self.in_flight[s].pop(route)
         keep = work not in self.program.recomputation.dropped
-        _, below = self.graphs[s].gradients(cotangent.value, [], of_input=True, keep=keep)
+        below = self.graphs[s].input_gradient(cotangent.value, keep)
         self._add(s - 1, route, Cotangent(below, cotangent.scale))
         if s in route.learns:
             self.accumulated[s] = cotangent.plus(self.accumulated[s])
@@ -259,11 +260,9 @@ class RoutedStep:
         accumulated, self.accumulated[s] = self.accumulated[s], None
         cotangent = self.in_flight[s].pop(route) if route is not None else accumulated
         assert cotangent is not None
-        gradients, below = self.graphs.pop(s).gradients(
-            cotangent.value, parameters, of_input=route is not None, keep=False
-        )
+        gradients = self.graphs.pop(s).weight_gradients(cotangent.value, parameters, route is not None)
         if route is not None:
-            self._add(s - 1, route, Cotangent(below, cotangent.scale))
+            self._add(s - 1, route, Cotangent(gradients.pop(), cotangent.scale))
         overflow = self._finish(parameters, gradients, cotangent.scale)
         if overflow is not None:
             self._overflows.append((overflow, self.program.covering(s)))

@@ -51,6 +51,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     network: str = "resnet8"
     layer_decay: float = 1.0
+    recompute: str = "none"
 
     def __str__(self) -> str:
         default = asdict(Case())
@@ -136,6 +137,7 @@ def network(case: Case) -> Any:
         stem_as_module=case.method == "mim",
         precision=case.precision,
         sync_bn=True,
+        recompute=case.recompute,
     )
     return net.to(getattr(torch, case.dtype)).train()
 
