@@ -101,21 +101,18 @@ def test_nothing_but_the_memory_changes(case: str, recompute: str) -> None:
 @pytest.mark.parametrize(
     ("case", "precision", "recompute"),
     [
-        *slow(
-            [
-                ("loco", "bf16", "segment"),
-                ("bp", "bf16", "block"),
-                ("mlm-3", "fp16", "segment"),
-                ("simclr", "fp16", "block"),
-            ]
-        ),
+        ("loco", "bf16", "segment"),
+        *slow([("bp", "bf16", "block"), ("mlm-3", "fp16", "segment"), ("simclr", "fp16", "block")]),
     ],
 )
 def test_precision_repeats(case: str, precision: str, recompute: str) -> None:
-    assert_the_same(
-        lambda recompute: networks.network(case, "resnet8", precision=precision, recompute=recompute),
-        recompute,
-    )
+    def make(recompute: str) -> LocalNetwork:
+        net = networks.network(case, "resnet8", precision=precision, recompute=recompute)
+        if net.scales is not None:
+            net.scales.scale.mul_(2.0**-8)  # as after some steps: at first they may overflow
+        return net
+
+    assert_the_same(make, recompute)
 
 
 @pytest.mark.parametrize(
@@ -330,9 +327,8 @@ def test_engines(pool: PoolOf, method: str, recompute: str, engine: str, zero_st
         engine=engine,
         zero_stage=zero_stage,
         accumulation=2,
-        dtype="float64",
         optimizer="sgd",
-        steps=2,
+        steps=1,
     )
     kept, again = (pool(2).run(training.train, one)[0] for one in (case, replace(case, recompute=recompute)))
     assert training.differences(again, kept) == {}
