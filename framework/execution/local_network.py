@@ -25,6 +25,7 @@ from framework.execution.noise import Noise
 from framework.execution.precision import LossScales
 from framework.execution.program import Program
 from framework.execution.replay_buffer import ReplayBufferStrategy
+from framework.execution.segment_graph import check_repeatable
 from framework.execution.step import RoutedStep
 from framework.execution.step_output import StepOutput, add_gradients, any_nonfinite, handed_over, step_output
 from framework.execution.teacher import Teacher, TeacherPass
@@ -70,7 +71,8 @@ class LocalNetwork(nn.Module):
             checkpoint sets it.
 
     Raises:
-        UserError: the plan is for another number of segments, or there is no such precision or ``recompute``.
+        UserError: the plan is for another number of segments, there is no such precision or ``recompute``, or
+            a module can't be run again.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class LocalNetwork(nn.Module):
                 use_feedback(module, plan.feedback)
         self.backbone, self.frozen = backbone, tuple(frozen)
         self.program = Program.of(plan, segments, precision, recompute)
+        check_repeatable(segments[s] for s in self.program.recomputation.segments)
         names = {unit.head: unit.name.replace(".", "_") for unit in reversed(plan.units)}
         self.heads = nn.ModuleDict({names[head]: head for head in plan.heads})
         self.teacher = Teacher(backbone, segments, plan, names) if plan.teacher is not None else None

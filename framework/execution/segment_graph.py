@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from framework.network import Segment
 from framework.network.norm import frozen_statistics
+from framework.runtime.errors import UserError
 
 
 class SegmentGraph:
@@ -174,6 +175,21 @@ def saving_nothing() -> Any:
 
 def _nothing(saved: object) -> Tensor:
     raise RuntimeError("a run without a graph has no gradients")
+
+
+def check_repeatable(segments: Iterable[Segment]) -> None:
+    """Refuse segments that could not be run again as they ran first.
+
+    Raises:
+        UserError: a module draws from a generator of random numbers of its own.
+    """
+    for segment in segments:
+        for module in (inner for child in segment.modules() for inner in child.modules()):
+            if any(isinstance(value, torch.Generator) for value in vars(module).values()):
+                raise UserError(
+                    f"execution.recompute: {type(module).__name__} in segment {segment.name} has a torch.Generator "
+                    "of its own and would draw anew; use PyTorch's default one"
+                )
 
 
 def _buffers(part: Segment) -> Iterable[tuple[nn.Module, str, Tensor]]:

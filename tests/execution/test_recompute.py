@@ -364,6 +364,26 @@ def test_what_is_refused() -> None:
             networks.network("bp", "resnet8", recompute="segment").compile_segments()
 
 
+class Draws(nn.Module):
+    """From a generator that nobody sets back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(1, generator=self.own)
+
+
+def test_modules_with_a_generator_of_their_own_are_refused() -> None:
+    net = networks.network("bp", "resnet8")
+    net.backbone.get_submodule("layer2.0").add_module("drawn", Draws())
+    with pytest.raises(
+        UserError, match=r"execution.recompute: Draws in segment layer2.0 has a torch.Generator"
+    ):
+        LocalNetwork(net.backbone, net.segments, net.plan, recompute="segment")
+
+
 @pytest.mark.parametrize("key", ["compile", "cuda_graph"])
 def test_recipes_that_are_refused(key: str) -> None:
     recipe = str(ROOT / "recipes" / "quickstart.yaml")
