@@ -38,6 +38,7 @@ def local_network(
     channels_last: bool = False,
     skip_nonfinite: bool = False,
     label_smoothing: float = 0.0,
+    recompute: str = "none",
 ) -> LocalNetwork:
     """A network cut into segments, with the local units of a method on it.
 
@@ -57,6 +58,7 @@ def local_network(
         skip_nonfinite: report losses and gradients that are infinite or NaN as an overflow, so that engines skip the
             step.
         label_smoothing: of every cross entropy.
+        recompute: activations that are computed again in place of being kept: ``"segment"`` or ``"block"``.
 
     Raises:
         UserError: a name is unknown, or the network can't be cut or planned that way.
@@ -83,7 +85,7 @@ def local_network(
         trained = {*segments[0].parameters(), *(p for head in plan.heads for p in head.parameters())}
         for parameter in backbone.parameters():
             parameter.requires_grad_(parameter in trained)
-    net = LocalNetwork(backbone, segments, plan, precision, channels_last, frozen, skip_nonfinite)
+    net = LocalNetwork(backbone, segments, plan, precision, channels_last, frozen, skip_nonfinite, recompute)
     if sync_bn:
         synchronize(net)
     return net
@@ -134,6 +136,7 @@ def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         channels_last=recipe.network.channels_last,
         skip_nonfinite=recipe.faults.nonfinite == "skip",
         label_smoothing=recipe.train.label_smoothing,
+        recompute=recipe.execution.recompute,
     ).train()
     for segment in net.segments:
         if not any(True for _ in segment.parameters()):

@@ -12,8 +12,9 @@ and gives the speed-up. Each ratio is the median over rounds of a time to the en
 GPU a round is ten steps of each. Activations are counted, not sampled. On a GPU come the allocator's peak (without
 --cuda-graph), and the share of the step's time in which the GPU is busy. There fp32 means fp32: TF32, in which cuDNN
 computes convolutions by default, is off. With an objective as its --head a method is also compared with itself under
-InfoNCE and one forward pass more, of all images through the network, in time and in FLOPs. Rows that --csv holds
-already are not measured again.
+InfoNCE and one forward pass more, of all images through the network, in time and in FLOPs. Behind a method +segment or
++block says what is run again in place of keeping its activations (execution.recompute); end-to-end keeps all. Rows that
+--csv holds already are not measured again.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def conditions(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "cut": f"K={arguments.modules}"
         if arguments.modules
         else arguments.cut or ("block" if cifar else "stage"),
-        "window": arguments.window if method in ("loco", "mlm", "mlaan") else "",
+        "window": arguments.window if method.partition("+")[0] in ("loco", "mlm", "mlaan") else "",
         "head": arguments.head,
         "image_size": arguments.image_size or (32 if cifar else 128),
         "precision": arguments.precision,
@@ -88,7 +89,7 @@ def row(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     setting = conditions(method, arguments)
     size, cut = setting["image_size"], arguments.modules or setting["cut"]
-    views = 2 if method in CONTRASTIVE else 1
+    views = 2 if method.partition("+")[0] in CONTRASTIVE else 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.randn(arguments.batch, 3, size, size, device=device)
     if arguments.channels_last:
@@ -232,7 +233,8 @@ def argument_parser() -> Parser:
     parser.add_argument(
         "--method",
         default="mlm",
-        help="some of bp simclr gim loco dgl infopro auglocal man hpff mlm lam mlaan, with commas",
+        help="some of bp simclr gim loco dgl infopro auglocal man hpff mlm lam mlaan, with commas; bp+segment, "
+        "bp+block and so on: activations computed again",
     )
     parser.add_argument(
         "--window", type=bounded(int, 1), default=2, help="segments in a window (loco, mlm, mlaan)"
@@ -302,6 +304,8 @@ def main() -> None:
     methods = arguments.method.split(",")
     for method in methods:
         check(method, arguments.head)
+    if "+" in arguments.method and (arguments.cuda_graph or arguments.compile):
+        parser.error("what is run again goes neither with --cuda-graph nor with --compile")
     set_up(arguments)
     if arguments.wire or arguments.ranks > 1:
         import wired_steps

@@ -43,8 +43,11 @@ def check(method: str, head: str) -> None:
     Raises:
         UserError: there is no such method, or it takes other heads.
     """
+    method, _, again = method.partition("+")
     if method not in HEADS:
         raise UserError(f"--method {method}: must be among {', '.join(HEADS)}")
+    if again not in ("", "segment", "block"):
+        raise UserError(f"--method {method}+{again}: what is run again must be segment or block")
     if head not in HEADS[method]:
         raise UserError(f"--head {head}: for --method {method} must be {' or '.join(HEADS[method])}")
 
@@ -81,6 +84,7 @@ def build(method: str, arguments: argparse.Namespace, image_size: int, cut: Cut)
     With ``--modules`` the stem is a module of its own for DGL, InfoPro and AugLocal, as in the papers.
     """
     torch.manual_seed(0)
+    method, _, again = method.partition("+")
     name = {"mlm": "mlaan", "lam": "mlaan"}.get(method, method)
     opts = options(method, arguments.head, arguments.window)
     classes = 0 if method in CONTRASTIVE else CLASSES
@@ -94,6 +98,7 @@ def build(method: str, arguments: argparse.Namespace, image_size: int, cut: Cut)
         stem_as_module=bool(arguments.modules) and method in ("dgl", "infopro", "auglocal"),
         precision=arguments.precision,
         channels_last=arguments.channels_last,
+        recompute=again or "none",
     ).train()
 
 

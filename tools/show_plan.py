@@ -123,9 +123,11 @@ def show(recipe: Recipe, cost: PlanCost) -> None:
         window += f" .. {segments[u.last].name}" if u.last - u.first > 2 else ""
         table.add_row(u.name, window, u.head, f"{u.parameters:,}", *sizes, f"{u.weight:g}")
     console.print(table)
+    recompute = recipe.execution.recompute
+    again = "" if recompute == "none" else f" with execution.recompute={recompute}"
     console.print(
         f"At {cost.images} views of {recipe.data.image_size} px: peak activations "
-        f"{readable.text(cost.peak_activation_bytes, readable.BYTES)}, end-to-end "
+        f"{readable.text(cost.peak_activation_bytes, readable.BYTES)}{again}, end-to-end "
         f"{readable.text(cost.end_to_end_activation_bytes, readable.BYTES)}, "
         f"so {_saving(cost.memory_saving)} memory for activations.",
         highlight=False,

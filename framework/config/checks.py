@@ -80,10 +80,12 @@ def _check_execution(recipe: Recipe) -> None:
     hindrances = {
         "compile": {
             "engine=fsdp, which swaps the weights around every step": recipe.engine == "fsdp",
+            "execution.recompute, for which dropout would be drawn anew": execution.recompute != "none",
             "pipeline stages": recipe.pipelined,
         },
         "cuda_graph": {
             "execution.compile=true": execution.compile,
+            "execution.recompute, which sets back random numbers": execution.recompute != "none",
             "pipeline stages": recipe.pipelined,
             "train.accumulation above 1": recipe.train.accumulation > 1,
             "train.precision=fp16, whose skipped steps are not recorded": recipe.train.precision == "fp16",

@@ -176,10 +176,16 @@ class Execution:
             segments gain less: what passes a gradient on computes that of its weights, too.
         cuda_graph: record losses and gradients as a CUDA graph and replay it, on one GPU, where it takes the place
             of ``engine``; small networks are bound by the launches that this saves.
+        recompute: activations that are not kept until the gradients pass, but computed again. "segment": a segment
+            keeps its input and is run again once a step, where other segments run between its forward pass and its
+            gradients (end to end and in windows of several; otherwise it keeps its activations). "block": the
+            same for segments of one block; of others only the inputs of their blocks are kept, and all blocks are run
+            again in each pass through the segment: once end to end and in windows of one, w times in windows of w.
     """
 
     compile: bool = False
     cuda_graph: bool = False
+    recompute: Literal["none", "segment", "block"] = "none"
 
 
 @dataclass(frozen=True)

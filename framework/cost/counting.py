@@ -93,8 +93,9 @@ class PlanCost:
         segments: in forward order.
         units: in the plan's order.
         images: in the micro-batch that was counted, all views together.
-        peak_activation_bytes: most that autograd holds at once in a training step.
-        end_to_end_activation_bytes: the same with one loss on top of the network.
+        peak_activation_bytes: most that autograd holds at once in a training step, with what ``execution.recompute``
+            keeps; segments and units by themselves are counted without it.
+        end_to_end_activation_bytes: the same with one loss on top of the network and nothing computed again.
         memory_saving: end-to-end / this plan, as in LoCo Table 7.
         teacher: where there is one; not in the activations.
     """
@@ -172,14 +173,16 @@ def end_to_end(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetwork]:
-    """The recipe's network and the same trained end-to-end."""
-    recipe = countable(recipe)
-    net = recipe_network(recipe, num_classes)
-    return net, recipe_network(end_to_end(recipe, net.plan), num_classes)
+    """The recipe's network and the same trained end-to-end, which keeps all activations."""
+    kept = countable(recipe)
+    net = recipe_network(
+        replace(kept, execution=Execution(recompute=recipe.execution.recompute)), num_classes
+    )
+    return net, recipe_network(end_to_end(kept, net.plan), num_classes)
 
 
 def countable(recipe: Recipe) -> Recipe:
-    """The recipe without what costs the same but needs values or a GPU."""
+    """The recipe without what costs the same but needs values or a GPU, and with nothing computed again."""
     return replace(
         recipe,
         network=replace(recipe.network, sync_bn=False),

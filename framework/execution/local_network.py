@@ -25,6 +25,7 @@ from framework.execution.noise import Noise
 from framework.execution.precision import LossScales
 from framework.execution.program import Program
 from framework.execution.replay_buffer import ReplayBufferStrategy
+from framework.execution.segment_graph import check_repeatable
 from framework.execution.step import RoutedStep
 from framework.execution.step_output import (
     StepOutput,
@@ -64,6 +65,8 @@ class LocalNetwork(nn.Module):
         frozen: segments that run first, in evaluation mode, and do not learn.
         skip_nonfinite: report losses and gradients that are infinite or NaN as ``overflow``; costs a pass over the
             gradients and one collective a micro-batch. float16 reports them anyway.
+        recompute: activations that are not kept but computed again, "segment" by segment or "block" by block; see
+            ``recomputation``.
 
     Attributes:
         program: what a step does.
@@ -76,7 +79,8 @@ class LocalNetwork(nn.Module):
             checkpoint sets it.
 
     Raises:
-        UserError: the plan is for another number of segments, or there is no such precision.
+        UserError: the plan is for another number of segments, there is no such precision or ``recompute``, or
+            a module can't be run again.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class LocalNetwork(nn.Module):
         channels_last: bool = False,
         frozen: Sequence[Segment] = (),
         skip_nonfinite: bool = False,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         if len(segments) != plan.segments:
@@ -96,7 +101,8 @@ class LocalNetwork(nn.Module):
             for module in (backbone, *plan.heads):
                 use_feedback(module, plan.feedback)
         self.backbone, self.frozen = backbone, tuple(frozen)
-        self.program = Program.of(plan, segments, precision)
+        self.program = Program.of(plan, segments, precision, recompute)
+        check_repeatable(segments[s] for s in self.program.recomputation.segments)
         names = {unit.head: unit.name.replace(".", "_") for unit in reversed(plan.units)}
         self.heads = nn.ModuleDict({names[head]: head for head in plan.heads})
         self.teacher = Teacher(backbone, segments, plan, names) if plan.teacher is not None else None
@@ -199,8 +205,10 @@ class LocalNetwork(nn.Module):
         """Compile what training steps run of the segments; evaluation stays as it is.
 
         Raises:
-            UserError: a segment can't be compiled.
+            UserError: a segment can't be compiled, or is to be run again, for which dropout would be drawn anew.
         """
+        if self.program.recomputation.segments:
+            raise UserError("execution.compile=true: can't be combined with execution.recompute")
         self.program = replace(self.program, runners=tuple(compiled(segment) for segment in self.segments))
 
     def keep_average(self, decay: float) -> None:

@@ -7,9 +7,9 @@ segment has ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,6 +19,9 @@ from framework.execution.precision import autocast, autocast_type
 from framework.local.head import Head
 from framework.local.units import LocalUnit, Plan
 from framework.network import Segment
+from framework.runtime.errors import UserError
+
+RECOMPUTE = ("none", "segment", "block")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,23 @@ class SegmentProgram:
         return tuple(step.route for step in self.walk if step.segment == segment and step.route is not None)
 
 
+@dataclass(frozen=True)
+class Recomputation:
+    """Activations that are not kept: for some time a segment has no graph, and is then run again.
+
+    Attributes:
+        segments: those that are run again.
+        bare: those of them whose forward pass leaves no graph.
+        dropped: the input-gradient passes behind which the others' graphs are dropped.
+        pieces: of those that are run again piece by piece, in every pass.
+    """
+
+    segments: frozenset[int] = frozenset()
+    bare: frozenset[int] = frozenset()
+    dropped: frozenset[InputGradient] = frozenset()
+    pieces: Mapping[int, tuple[Segment, ...]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """All that a training step needs to know.
@@ -102,6 +122,7 @@ class Program:
         runners: what runs the segments in a training step; the segments themselves, or compiled forms.
         segment_programs: what follows the forward of each.
         low_precision: type that ``torch.autocast`` computes in; ``None`` leaves tensors as they are.
+        recomputation: which segments are run again, and when.
     """
 
     plan: Plan
@@ -109,16 +130,20 @@ class Program:
     runners: tuple[Callable[[Tensor], Tensor], ...]
     segment_programs: tuple[SegmentProgram, ...]
     low_precision: torch.dtype | None = None
+    recomputation: Recomputation = Recomputation()
 
     @classmethod
-    def of(cls, plan: Plan, segments: Sequence[Segment], precision: str = "fp32") -> Program:
+    def of(
+        cls, plan: Plan, segments: Sequence[Segment], precision: str = "fp32", recompute: str = "none"
+    ) -> Program:
         """The program of a plan over these segments.
 
         Raises:
-            UserError: there is no such precision.
+            UserError: there is no such precision, or no such ``recompute``.
         """
-        whole = tuple(segments)
-        return cls(plan, whole, whole, segment_programs(plan), autocast_type(precision))
+        whole, programs = tuple(segments), segment_programs(plan)
+        again = recomputation(plan, programs, whole, recompute)
+        return cls(plan, whole, whole, programs, autocast_type(precision), again)
 
     @property
     def top_first(self) -> bool:
@@ -173,6 +198,54 @@ def segment_programs(plan: Plan) -> tuple[SegmentProgram, ...]:
             walk += cotangents.passes(s, due, freed[s] == segment)
         programs.append(SegmentProgram(calls, tuple(walk)))
     return tuple(programs)
+
+
+def recomputation(
+    plan: Plan, programs: Sequence[SegmentProgram], segments: Sequence[Segment], kind: str
+) -> Recomputation:
+    """What is run again, and when.
+
+    Args:
+        plan: the local units.
+        programs: of the segments.
+        segments: of the network.
+        kind: "none". "segment": a segment is without a graph for the longest time, in segments that run meanwhile,
+            between its forward pass and the passes through it, or between two of those (of equally long ones the
+            last). One whose passes all follow its own forward keeps its graph: nothing runs in between. "block": a
+            segment of several blocks keeps the inputs of its blocks only, and every pass runs each of them again.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if kind not in RECOMPUTE:
+        raise UserError(f"execution.recompute={kind}: must be one of {', '.join(RECOMPUTE)}")
+    if kind == "none":
+        return Recomputation()
+    pieces = {s: own for s, x in enumerate(segments) if kind == "block" and len(own := x.pieces()) > 1}
+    bare, dropped = set(pieces), set()
+    for s in (s for s in range(plan.segments) if s not in pieces):
+        longest, before = _longest_gap(plan, programs, s)
+        if before is not None:
+            dropped.add(before)
+        elif longest:
+            bare.add(s)
+    again = bare | {work.segment for work in dropped}
+    return Recomputation(frozenset(again), frozenset(bare), frozenset(dropped), pieces)
+
+
+def _longest_gap(plan: Plan, programs: Sequence[SegmentProgram], s: int) -> tuple[int, InputGradient | None]:
+    """Turns between two uses of a segment's graph, and the pass before them; ``None`` for the forward pass."""
+    top, top_first = plan.segments - 1, plan.execution.kind == "top first"
+    time, before = s, None
+    gaps: list[tuple[int, InputGradient | None]] = []
+    for after in reversed(range(s, top + 1)) if top_first else range(s, top + 1):
+        passes = [work for work in programs[after].walk if work.segment == s]
+        if passes:
+            turn = 2 * top - after if top_first else after
+            gaps.append((turn - time, before))
+            time = turn
+            before = next((work for work in reversed(passes) if isinstance(work, InputGradient)), None)
+    return max(reversed(gaps), key=lambda gap: gap[0])
 
 
 class _Cotangents:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from framework.execution.masks import visible_tokens
 from framework.execution.noise import Noise
 from framework.execution.precision import Scale, smaller, summed, unscale_
 from framework.execution.program import GradientRoute, HeadCall, InputGradient, Program, WeightGradient
+from framework.execution.segment_graph import Run, SegmentGraph
 from framework.execution.teacher import TeacherPass
 from framework.execution.uses import Use
 from framework.local.head import Head
+from framework.local.masking import Masking
 
 
 class Cotangent:
@@ -66,7 +68,7 @@ class RoutedStep:
         self.teacher, self.noise, self.early = teacher, noise, early
         self.program, self.batch, self.plan, self.scales = program, batch, program.plan, scales
         self.span = range(self.plan.segments) if span is None else span
-        self.inputs: dict[int, Tensor] = {}
+        self.graphs: dict[int, SegmentGraph] = {}
         self.outputs: dict[int, Tensor] = {}
         self.in_flight: dict[int, dict[GradientRoute, Cotangent]] = {s: {} for s in self.span}
         self.accumulated: dict[int, Cotangent | None] = dict.fromkeys(self.span)
@@ -82,15 +84,15 @@ class RoutedStep:
         """Run segment ``s`` on the detached output of the one below; its own output, detached."""
         use = Use("forward", s)
         self._before(use)
-        self.inputs[s] = x.detach().requires_grad_(s in self._crossed)
-        with self.program.autocast(x):
-            output = self.program.runners[s](self.inputs[s])
-            output = visible_tokens(s, output, self.batch, self.plan.masking)
-            self.outputs[s] = output if self.noise is None else self.noise.on(output, s)
-            if self.teacher is not None:
+        self.graphs[s] = self._graph(s)
+        output = self.graphs[s].forward(x)
+        if self.program.segment_programs[s].heads:
+            self.outputs[s] = output
+        if self.teacher is not None:
+            with self.program.autocast(x):
                 self._keys = self.teacher.forward(s)
         self._after(use)
-        return self.outputs[s].detach()
+        return output
 
     def run_heads(self, s: int, defer_contrast: bool = False) -> None:
         """Losses and gradients of the heads on segment ``s``.
@@ -112,6 +114,7 @@ class RoutedStep:
             start = self._scale(call, self.program.weight(call)).like(loss)
             cotangent, *gradients = torch.autograd.grad(loss, [x, *call.parameters], start)
             self._collect(s, call, cotangent, gradients)
+        self.outputs.pop(s, None)
         self._after(use)
         self.release()
 
@@ -134,7 +137,7 @@ class RoutedStep:
         if isinstance(work, WeightGradient):
             self._weight_gradient(work.segment, work.route)
         else:
-            self._input_gradient(work.segment, work.route)
+            self._input_gradient(work)
         self._after(use)
 
     def receive(self, s: int, values: Iterable[Tensor]) -> None:
@@ -238,21 +241,42 @@ class RoutedStep:
         elif s in route.learns:
             self.accumulated[s] = cotangent.plus(self.accumulated[s])
 
-    def _input_gradient(self, s: int, route: GradientRoute) -> None:
+    def _graph(self, s: int) -> SegmentGraph:
+        """Of segment ``s``, before it is run: by itself, or as pieces."""
+        again = self.program.recomputation
+        pieces = again.pieces.get(s)
+        functions: Sequence[Callable[[Tensor], Tensor]]
+        functions = self.program.runners[s : s + 1] if pieces is None else pieces
+        behind = partial(_behind, s, self.batch, self.plan.masking, self.noise)
+        runs = []
+        for number, function in enumerate(functions):
+            ends = behind if number == len(functions) - 1 else None
+            runs.append(
+                Run(
+                    partial(_run, self.program, function, ends),
+                    self.program.segments[s] if pieces is None else pieces[number],
+                    crossed=s in self._crossed or number > 0,
+                    graph=s not in again.bare,
+                    again=s in again.segments,
+                )
+            )
+        return SegmentGraph(runs)
+
+    def _input_gradient(self, work: InputGradient) -> None:
+        s, route = work.segment, work.route
         cotangent = self.in_flight[s].pop(route)
-        (below,) = torch.autograd.grad(self.outputs[s], self.inputs[s], cotangent.value, retain_graph=True)
+        keep = work not in self.program.recomputation.dropped
+        below = self.graphs[s].input_gradient(cotangent.value, keep)
         self._add(s - 1, route, Cotangent(below, cotangent.scale))
         if s in route.learns:
             self.accumulated[s] = cotangent.plus(self.accumulated[s])
 
     def _weight_gradient(self, s: int, route: GradientRoute | None) -> None:
         parameters = self.program.trained(s)
-        output, x = self.outputs.pop(s), self.inputs.pop(s)
         accumulated, self.accumulated[s] = self.accumulated[s], None
         cotangent = self.in_flight[s].pop(route) if route is not None else accumulated
         assert cotangent is not None
-        wanted = parameters if route is None else [*parameters, x]
-        gradients = list(torch.autograd.grad(output, wanted, cotangent.value))
+        gradients = self.graphs.pop(s).weight_gradients(cotangent.value, parameters, route is not None)
         if route is not None:
             self._add(s - 1, route, Cotangent(gradients.pop(), cotangent.scale))
         overflow = self._finish(parameters, gradients, cotangent.scale)
@@ -274,6 +298,23 @@ class RoutedStep:
         if self.early is not None:
             self.early.added(parameters)
         return overflow
+
+
+def _run(
+    program: Program,
+    function: Callable[[Tensor], Tensor],
+    behind: Callable[[Tensor], Tensor] | None,
+    x: Tensor,
+) -> Tensor:
+    with program.autocast(x):
+        output = function(x)
+        return output if behind is None else behind(output)
+
+
+def _behind(s: int, batch: Batch, masking: Masking | None, noise: Noise | None, x: Tensor) -> Tensor:
+    """What happens to the output of segment ``s``."""
+    x = visible_tokens(s, x, batch, masking)
+    return x if noise is None else noise.on(x, s)
 
 
 def _by_view(parts: Sequence[Tensor], views: int) -> Tensor:

@@ -177,10 +177,11 @@ def synchronize_among(modules: Iterable[nn.Module], group: dist.ProcessGroup) ->
 
 
 @contextmanager
-def frozen_statistics(network: nn.Module) -> Iterator[None]:
+def frozen_statistics(*networks: nn.Module) -> Iterator[None]:
     """Within the context, BatchNorms in training mode normalize with the batch and keep their running statistics."""
     moving = [
         m
+        for network in networks
         for m in network.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats
     ]

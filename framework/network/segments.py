@@ -7,7 +7,7 @@ of timm, and when a child is replaced (by SyncBatchNorm, for instance) the segme
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -38,7 +38,8 @@ class Segment:
     Args:
         backbone: the whole network.
         name: what tables and metrics call the segment (``"layer2"``, ``"layer2.0"``).
-        steps: children of the backbone by their dotted names, and what stands between them.
+        parts: stem, blocks and tail, as far as they are in it: children of the backbone by their dotted names, and
+            what stands between them.
         to_map: from this segment's output to a map (N, C, H, W).
         stages: the network's, for heads that copy blocks of other segments.
         blocks: names of the blocks in it.
@@ -50,14 +51,16 @@ class Segment:
         self,
         backbone: nn.Module,
         name: str,
-        steps: Steps,
+        parts: Sequence[Steps],
         to_map: ToMap = is_map,
         stages: tuple[Stage, ...] = (),
         blocks: tuple[str, ...] = (),
         final: bool = False,
         follows: tuple[str, ...] = (),
     ) -> None:
-        self.backbone, self.name, self.steps, self.to_map = backbone, name, steps, to_map
+        self.backbone, self.name, self.to_map = backbone, name, to_map
+        self.parts = tuple(part for part in parts if any(part))
+        self.steps = steps = reduce(Steps.then, parts, Steps())
         self.stages, self.blocks, self.final, self.follows = stages, blocks, final, follows
         self._one = steps.training == steps.evaluation
 
@@ -100,6 +103,10 @@ class Segment:
     def has_class_token(self) -> bool:
         """Whether the first token of its output is a class token."""
         return bool(self.prefix) and has_class_token(self.backbone)
+
+    def pieces(self) -> tuple[Segment, ...]:
+        """Segments of stem, each block, and tail, which run one after the other are this one."""
+        return tuple(Segment(self.backbone, self.name, [part]) for part in self.parts)
 
     def runs(self, training: bool) -> list[nn.Module]:
         """What it runs in order, in this mode."""
@@ -162,16 +169,14 @@ def cut(
     groups = _groups(parts, at, stem_as_module)
     segments = []
     if stem_as_module:
-        segments.append(Segment(backbone, "stem", parts.stem, parts.stem_map, parts.stages))
+        segments.append(Segment(backbone, "stem", [parts.stem], parts.stem_map, parts.stages))
     for i, group in enumerate(groups):
         first, last = i == 0 and not stem_as_module, i == len(groups) - 1
-        steps = parts.stem if first else Steps()
-        for block in group.blocks:
-            steps = steps.then(block.steps)
-        steps = steps.then(parts.tail) if last else steps
+        of_blocks = [block.steps for block in group.blocks]
+        own = [*([parts.stem] * first), *of_blocks, *([parts.tail] * last)]
         to_map = parts.to_map if last else group.blocks[-1].to_map
         names = tuple(block.name for block in group.blocks)
-        segments.append(Segment(backbone, group.name, steps, to_map, parts.stages, names, final=last))
+        segments.append(Segment(backbone, group.name, own, to_map, parts.stages, names, final=last))
     segments[-1].follows = _frozen_behind(backbone, segments)
     return segments
 

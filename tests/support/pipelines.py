@@ -45,6 +45,7 @@ class Run:
     network: str = "resnet14"
     options: dict[str, Any] = field(default_factory=dict)
     layer_decay: float = 1.0
+    recompute: str = "none"
 
     def __str__(self) -> str:
         default = Run("")
@@ -70,7 +71,9 @@ def network(run: Run) -> LocalNetwork:
     backbone: str | nn.Module = run.network
     if run.network in networks.TRANSFORMERS:
         backbone = networks.transformer(run.network, SIZE)
-    net = networks.network(run.case, backbone, image_size=SIZE, precision=run.precision, sync_bn=True)
+    net = networks.network(
+        run.case, backbone, image_size=SIZE, precision=run.precision, sync_bn=True, recompute=run.recompute
+    )
     if net.scales is not None:
         net.scales.scale.mul_(2.0**-8)  # as after some steps: at first they may overflow
     return net.to(getattr(torch, run.dtype))

@@ -54,6 +54,7 @@ class Case:
     network: str = "resnet8"
     layer_decay: float = 1.0
     sharding: dict[str, Any] = field(default_factory=dict)
+    recompute: str = "none"
 
     def __str__(self) -> str:
         default = asdict(Case())
@@ -151,6 +152,7 @@ def network(case: Case) -> Any:
         stem_as_module=case.method == "mim",
         precision=case.precision,
         sync_bn=True,
+        recompute=case.recompute,
     )
     return net.to(getattr(torch, case.dtype)).train()
 

@@ -70,6 +70,7 @@ def settings(**changed: Any) -> argparse.Namespace:
             "--head mlp: for --method gim must be paper or gap or moco or mocov3 or byol or simsiam",
         ),
         ("mlam", "paper", "--method mlam: must be among simclr, gim, .*mlaan"),
+        ("bp+layer", "paper", r"--method bp\+layer: what is run again must be segment or block"),
     ],
 )
 def test_a_head_that_would_be_ignored_is_refused(
@@ -105,6 +106,14 @@ def test_end_to_end_is_one_segment_that_is_compiled_whole(tool: Any, monkeypatch
     whole, cut = (tool("benched_steps").build("bp", settings(), 16, at) for at in (1, "block"))
     batch = Batch(torch.randn(4, 3, 16, 16), torch.randint(10, (4,)))
     assert peak(whole, batch) == peak(cut, batch)
+
+
+@pytest.mark.slow
+def test_rows_of_what_is_computed_again(tool: Any) -> None:
+    """End-to-end beside it keeps all its activations."""
+    kept, again = (tool("bench_step").row(m, settings(no_naive=True)) for m in ("bp", "bp+segment"))
+    assert kept["ratio_peak_activations"] == 1.0 and again["ratio_peak_activations"] < 0.9
+    assert again["reference"] == "bp" and again["ratio_time"] > 0
 
 
 @pytest.mark.slow
