@@ -79,7 +79,8 @@ def write_share(
 ) -> None:
     """Write this rank's share; the first one's waits for the others, and puts the folder in place.
 
-    The folder gets its name when all of it is on the disk, and replaces one of that name.
+    The folder gets its name when all of it is on the disk, and replaces one of that name. Where one of several ranks
+    fails, others may still be writing: then the partial folder is left to whoever has waited for all of them.
 
     Args:
         folder: of the checkpoint.
@@ -116,7 +117,7 @@ def write_share(
         _put_in_place(partial, folder)
         _flush(folder.parent)
     except OSError as error:
-        if share.number == 0:
+        if share.count == 1:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder}: can't be written: {error}; earlier checkpoints are untouched") from error
 
