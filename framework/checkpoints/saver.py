@@ -27,11 +27,11 @@ GRACE = 20.0
 
 
 class Saver:
-    """Writes one checkpoint at a time, in a thread of each rank that has a share; writing and hashing leave Python's
-    lock alone.
+    """Writes one checkpoint at a time, in a thread of each rank that has a share of it.
 
-    Training waits while states are copied to the ranks' memory, and for the checkpoint before if that is not on
-    the disk yet. One that can't be written is a warning until ``wait``: the disk may have room again next time.
+    Writing and hashing leave Python's lock alone. Training waits while states are copied to the ranks' memory, and for
+    the checkpoint before if that is not on the disk yet. One that can't be written is a warning until ``wait``: the
+    disk may have room again next time.
 
     Args:
         run_dir: folder of the run.
@@ -90,9 +90,9 @@ class Saver:
         elsewhere = self._failed_elsewhere() if shares > 1 else None
         if elsewhere is not None:
             self._patience = 0.0
-        if shares:
-            self._failure = elsewhere
         writing, self._writing = self._writing, None
+        if shares or writing is not None:
+            self._failure = elsewhere
         if writing is None:
             return
         try:
