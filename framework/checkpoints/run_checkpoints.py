@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from framework.checkpoints.folder import damage_of, write_files
+from framework.checkpoints.damage import common_finding
+from framework.checkpoints.folder import write_share
 from framework.checkpoints.retention import Keep, superfluous
-from framework.checkpoints.snapshot import Snapshot, take_snapshot
-from framework.engines.base import Engine
-from framework.runtime.distributed import from_main, is_main, same_outcome
+from framework.checkpoints.snapshot import Snapshot
+from framework.runtime.distributed import from_main, is_main
 from framework.runtime.errors import UserError
 from framework.runtime.files import unlocked
 
@@ -24,61 +22,63 @@ logger = logging.getLogger(__name__)
 
 
 def write_checkpoint(
-    run_dir: Path, snapshot: Snapshot, keep: Keep | None = None, check: Callable[[], None] = unlocked
-) -> Path:
-    """Write a checkpoint on this rank alone, and delete those that ``keep`` does not want.
+    run_dir: Path,
+    snapshot: Snapshot,
+    keep: Keep,
+    check: Callable[[], None] = unlocked,
+    patience: Callable[[], float] = lambda: float("inf"),
+) -> None:
+    """Write this rank's share of a checkpoint; the first share's rank deletes those that ``keep`` does not want.
 
     Args:
         run_dir: folder of the run.
-        snapshot: of rank 0; its step names the folder. One of that name is replaced.
-        keep: judges by ``loss`` in the states; two stay if left out.
+        snapshot: its step names the folder. One of that name is replaced.
+        keep: judges by ``loss`` in the states.
         check: raises unless this process may still write.
-
-    Returns:
-        The new folder.
+        patience: as in ``write_share``.
 
     Raises:
         UserError: by ``check``; or it can't be written. Earlier checkpoints are untouched.
     """
-    folder = _folder(run_dir, snapshot.step)
-    write_files(folder, snapshot.model, snapshot.optimizer, snapshot.state, check)
+    folder = checkpoint_folder(run_dir, snapshot.step)
+    write_share(folder, snapshot.token, snapshot.share, snapshot.state, check, patience)
+    if snapshot.share.number != 0:
+        return
     # Later ones are those of a run that went back to an earlier step; they are not ours to delete.
     with suppress(OSError):  # where one can't be judged for the moment, the next save deletes
         losses = {_step(f): _loss(f) for f in _folders(run_dir) if _step(f) <= snapshot.step}
-        for step in superfluous(losses, keep or Keep()):
-            shutil.rmtree(_folder(run_dir, step), ignore_errors=True)
-    return folder
-
-
-def save_checkpoint(
-    run_dir: Path, engine: Engine, step: int, state: Mapping[str, Any], keep: Keep | None = None
-) -> Path:
-    """``take_snapshot`` and ``write_checkpoint`` in one; all ranks must call it, and return when it is on the disk.
-
-    Raises:
-        UserError: on every rank, as they do.
-    """
-    snapshot = take_snapshot(engine, step, state)
-    with same_outcome():
-        if is_main():
-            write_checkpoint(run_dir, snapshot, keep)
-    return _folder(run_dir, step)
+        for step in superfluous(losses, keep):
+            shutil.rmtree(checkpoint_folder(run_dir, step), ignore_errors=True)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, None if it has no checkpoint; all ranks must call it.
 
-    Rank 0 compares every file with the manifest; a damaged checkpoint is passed over with a warning.
+    The ranks share its files, and compare each with the manifest; a damaged checkpoint is passed over with a warning.
 
     Raises:
-        UserError: there are checkpoints and all of them are damaged.
+        UserError: on every rank: there are checkpoints and all of them are damaged; the file system fails for the
+            moment.
     """
-    found = None
-    with same_outcome():
+    folders: list[str] = from_main([str(folder) for folder in _folders(run_dir)] if is_main() else None)
+    failing = ""
+    for folder in map(Path, reversed(folders)):
+        found = common_finding(folder)
+        if not found.damage:
+            return folder
+        if found.at_the_moment:
+            if not found.may_stay:
+                raise UserError.as_transient(found.damage)
+            failing = found.damage
         if is_main():
-            found = _newest_whole(run_dir)
-    path = from_main(str(found) if found else None)
-    return Path(path) if path else None
+            logger.warning("%s: passed over: %s", folder, found.damage)
+    if failing:
+        raise UserError.as_transient(failing)
+    if folders:
+        raise UserError(
+            f"{run_dir / 'checkpoints'}: all {len(folders)} checkpoints are damaged; delete them to start afresh"
+        )
+    return None
 
 
 def set_aside_later(run_dir: Path, step: int) -> list[str]:
@@ -100,7 +100,8 @@ def _folders(run_dir: Path) -> list[Path]:
     )
 
 
-def _folder(run_dir: Path, step: int) -> Path:
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step belongs."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
@@ -118,26 +119,3 @@ def _loss(folder: Path) -> float | None:
         return float(json.loads((folder / "state.json").read_text())["loss"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-
-
-def _newest_whole(run_dir: Path) -> Path | None:
-    folders = _folders(run_dir)
-    unread: UserError | None = None
-    for folder in reversed(folders):
-        damage: str | UserError | None
-        try:
-            damage = damage_of(folder)
-        except UserError as error:
-            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO):
-                raise  # EIO may be a bad sector, which stays: then an older checkpoint serves
-            damage = unread = error
-        if damage is None:
-            return folder
-        logger.warning("%s: passed over: %s", folder, damage)
-    if unread:
-        raise unread
-    if folders:
-        raise UserError(
-            f"{run_dir / 'checkpoints'}: all {len(folders)} checkpoints are damaged; delete them to start afresh"
-        )
-    return None

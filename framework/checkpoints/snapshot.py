@@ -6,58 +6,59 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
-from safetensors.torch import save as to_bytes
-from torch import Tensor
 
-from framework.checkpoints.folder import damage_of, read_files
-from framework.engines.base import Engine, OptimizerState
+from framework.checkpoints.damage import check_whole, damage_of
+from framework.checkpoints.folder import read_files
+from framework.checkpoints.tensor_files import Tensors, write_tensors
+from framework.engines.base import Engine, Share
 from framework.execution.local_network import LOSS_SCALES
 from framework.execution.weight_average import PREFIX as AVERAGES
-from framework.execution.weight_average import evaluated_backbone
-from framework.runtime.distributed import is_main, same_outcome
+from framework.execution.weight_average import evaluated_backbone, evaluated_prefix
+from framework.runtime.distributed import from_main, is_main, own_errors, same_outcome
 from framework.runtime.errors import UserError
-from framework.runtime.files import write_whole
 
 FORMAT = 1
 ABOUT = "stagewise"  # key of a backbone file's metadata
 
 
 class Snapshot(NamedTuple):
-    """The state of a run after a step, copied from the engine; on ranks other than 0 the tensors are missing.
+    """The state of a run after a step, copied from the engine.
 
     Attributes:
         step: optimizer steps done.
-        model: parameters and buffers by name.
-        optimizer: full tensors by parameter and key.
+        share: this rank's, of weights and optimizer.
         state: whatever else is saved; JSON's types only.
+        token: no other snapshot has it, and all ranks' have the same.
     """
 
     step: int
-    model: dict[str, Tensor]
-    optimizer: OptimizerState
+    share: Share
     state: dict[str, Any]
+    token: str
 
 
 def take_snapshot(engine: Engine, step: int, state: Mapping[str, Any]) -> Snapshot:
     """Copies of everything that a checkpoint holds; all ranks must call it.
 
     Args:
-        engine: whose network and optimizer are copied, to rank 0's CPU.
+        engine: whose network and optimizer are copied, to the CPU of rank 0 or, of an engine that cuts them, each
+            rank's.
         step: optimizer steps done.
         state: what else ``load_checkpoint`` is to return; JSON's types only.
 
     Raises:
         UserError: on every rank, if a weight is not finite. Nobody could go on from it.
     """
-    model, optimizer = engine.model_state(), engine.optimizer_state()
+    share = engine.share()
     with same_outcome():
-        for name, tensor in model.items():
+        for name, tensor in share.model.items():
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{name} is not finite after step {step}; earlier checkpoints are untouched")
     head = {"format": FORMAT, "step": step, "optimizer": type(engine.optimizer).__name__}
-    return Snapshot(step, model, optimizer, {**head, **state})
+    return Snapshot(step, share, {**head, **state}, from_main(uuid4().hex[:8]))
 
 
 def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
@@ -71,20 +72,20 @@ def load_checkpoint(folder: Path, engine: Engine) -> dict[str, Any]:
     Raises:
         UserError: the folder is missing or damaged, or belongs to another network or optimizer.
     """
+    check_whole(folder)
     with same_outcome():
-        if damage := damage_of(folder):  # as this rank reads it
-            raise UserError(f"{folder}: {damage}")
         state, model, optimizer = read_files(folder)
         _take_over_precision(folder, model, engine)
         _take_over_average(folder, model, engine)
         _check(folder, state, model, engine)
-    engine.load_model_state(model)
-    engine.load_optimizer_state(optimizer)
+    with own_errors():
+        engine.load_model_state(model)
+        engine.load_optimizer_state(optimizer)
     return state
 
 
-def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """State and model tensors of a checkpoint, for one process that has no engine.
+def read_model(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """State and model tensors of a checkpoint, for one process that has no engine; they are read when asked for.
 
     Raises:
         UserError: the folder is damaged.
@@ -98,7 +99,8 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def export_backbone(engine: Engine, path: Path, about: Mapping[str, Any] | None = None) -> None:
     """Write the backbone alone, averaged if the network has averages, under timm's names; all ranks must call it.
 
-    ``timm.create_model(name, num_classes=0, checkpoint_path=path)`` reads the file.
+    ``timm.create_model(name, num_classes=0, checkpoint_path=path)`` reads the file, as one process whole; so rank 0 may
+    hold the backbone in its host memory here. Other ranks hold no more than one tensor whole.
 
     Args:
         engine: whose network is written.
@@ -109,14 +111,17 @@ def export_backbone(engine: Engine, path: Path, about: Mapping[str, Any] | None 
     Raises:
         UserError: on every rank, if rank 0 can't write. An earlier file of that name is untouched.
     """
-    model = engine.model_state()
+    backbone = evaluated_backbone(engine.model_state(evaluated_prefix(engine.model_shapes())))
     with same_outcome():
         if is_main():
-            backbone = evaluated_backbone(model)
-            write_whole(path, to_bytes(backbone, metadata={ABOUT: json.dumps(about or {})}))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_tensors(path, backbone, {ABOUT: json.dumps(about or {})})
+            except OSError as error:
+                raise UserError(f"{path}: can't be written: {error.strerror}") from error
 
 
-def _take_over_precision(folder: Path, model: dict[str, Tensor], engine: Engine) -> None:
+def _take_over_precision(folder: Path, model: Tensors, engine: Engine) -> None:
     """Leave in ``model`` the loss scales that the engine's network has, and say so where they are others."""
     here = engine.net.state_dict()
     fresh = {name: here[name].clone().cpu() for name in here if name.startswith(LOSS_SCALES)}
@@ -131,7 +136,7 @@ def _take_over_precision(folder: Path, model: dict[str, Tensor], engine: Engine)
         print(f"train.precision is another than in {folder}: {what}", flush=True)
 
 
-def _take_over_average(folder: Path, model: dict[str, Tensor], engine: Engine) -> None:
+def _take_over_average(folder: Path, model: Tensors, engine: Engine) -> None:
     """Drop from ``model`` an average of weights that the engine's network does without, and say so.
 
     Raises:
@@ -149,10 +154,10 @@ def _take_over_average(folder: Path, model: dict[str, Tensor], engine: Engine) -
             print(f"train.ema=0: the average of the weights in {folder} is dropped", flush=True)
 
 
-def _check(folder: Path, state: dict[str, Any], model: dict[str, Tensor], engine: Engine) -> None:
+def _check(folder: Path, state: dict[str, Any], model: Tensors, engine: Engine) -> None:
     if state["format"] != FORMAT:
         raise UserError(f"{folder}: its format is {state['format']}, and this version reads {FORMAT}")
-    here, there = _shapes(engine.net.state_dict()), _shapes(model)
+    here, there = {name: tuple(shape) for name, shape in engine.model_shapes().items()}, model.shapes
     for name in [*here, *there]:
         if here.get(name) != there.get(name):
             raise UserError(
@@ -164,7 +169,3 @@ def _check(folder: Path, state: dict[str, Any], model: dict[str, Tensor], engine
         raise UserError(
             f"{folder}: its optimizer is {state['optimizer']}, and optim.name asks for {optimizer}"
         )
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

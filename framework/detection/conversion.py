@@ -27,7 +27,7 @@ from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.checkpoints.snapshot import ABOUT, read_model
 from framework.detection.layouts import NETWORKS, Layout
 from framework.detection.normalization import Normalization
-from framework.execution.weight_average import evaluated_backbone
+from framework.execution.weight_average import evaluated_prefix
 from framework.runtime.errors import UserError
 
 #: ``network.args`` that change training or initial values, but not what the trained network computes
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
     """
 
     where: str
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     network: str | None = None
     normalization: Normalization | None = None
     unused: Mapping[str, str] = {}
@@ -273,10 +273,10 @@ def _read_safetensors(path: Path) -> Weights:
 
 def _backbone(weights: Weights) -> Weights:
     """What is below ``backbone``, where there is such a thing; DDP's ``module`` is taken off."""
-    tensors = {name.removeprefix("module."): tensor for name, tensor in weights.tensors.items()}
-    below = evaluated_backbone(tensors)
+    tensors, names = weights.tensors, {name.removeprefix("module."): name for name in weights.tensors}
+    prefix = evaluated_prefix(names)
+    below = {n.removeprefix(prefix): tensors[name] for n, name in names.items() if n.startswith(prefix)}
     if not below:
-        return weights._replace(tensors=tensors)
-    chosen = {id(tensor) for tensor in below.values()}
-    others = {name: "not below backbone" for name, tensor in tensors.items() if id(tensor) not in chosen}
+        return weights._replace(tensors={n: tensors[name] for n, name in names.items()})
+    others = {n: "not below backbone" for n in names if not n.startswith(prefix)}
     return weights._replace(tensors=below, unused={**weights.unused, **others})

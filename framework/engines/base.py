@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -14,12 +14,19 @@ from framework.data.batch import Batch
 from framework.engines.host_copy import read_later
 from framework.execution import LocalNetwork, StepOutput
 from framework.optim import SkippableOptimizer
-from framework.runtime.distributed import broadcast_weights, device, start_sum_over_ranks, world_size
+from framework.runtime.distributed import (
+    broadcast_weights,
+    device,
+    is_main,
+    start_sum_over_ranks,
+    world_size,
+)
 from framework.runtime.errors import UserError
 
 OptimizerFactory = Callable[[nn.Module], SkippableOptimizer]
 OptimizerState = dict[str, dict[str, Tensor]]
 Rate = Callable[[], float]
+SavedOptimizer = Mapping[str, Mapping[str, Tensor]]  # the same, perhaps read from files when asked for
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,32 @@ class StepResult(NamedTuple):
         return read_later(*start_sum_over_ranks(self.unit_losses))
 
 
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What this rank keeps of an engine's state for a checkpoint, copied to the host.
+
+    Attributes:
+        number: of this share, counted from 0; ``None`` on a rank that keeps nothing.
+        count: ranks that keep a share.
+        model: parameters and buffers by name: of what is cut the elements in row-major order that follow those of the
+            share before, as a vector; what is not cut is in the first share alone.
+        optimizer: state by parameter and key, cut as the parameter is; counters are whole.
+        shapes: of what is cut, whole; by name in ``model``.
+    """
+
+    number: int | None
+    count: int
+    model: Mapping[str, Tensor]
+    optimizer: SavedOptimizer
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
 class Engine(Protocol):
     """Runs a network on every rank as if one process saw the whole batch.
 
     States are full CPU tensors by parameter name, whatever the engine shards, so they can be loaded by another engine,
     ZeRO stage or number of ranks. Reading gives them on rank 0 and empty dictionaries elsewhere; loading takes them on
-    every rank. Both are collective.
+    every rank, one by one. Both are collective.
     """
 
     net: LocalNetwork
@@ -90,20 +117,31 @@ class Engine(Protocol):
     def whole_net(self) -> LocalNetwork:
         """The network, to be evaluated on every rank; collective."""
 
-    def model_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers."""
+    def model_shapes(self) -> dict[str, torch.Size]:
+        """Of all parameters and buffers, whole."""
 
-    def load_model_state(self, state: dict[str, Tensor]) -> None:
+    def model_state(self, prefix: str = "") -> dict[str, Tensor]:
+        """Parameters and buffers whose names begin with ``prefix``."""
+
+    def share(self) -> Share:
+        """This rank's share of both states; the only one is rank 0's where the engine cuts nothing. Collective."""
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         """Overwrite parameters and buffers; names and shapes must match."""
 
     def optimizer_state(self) -> OptimizerState:
         """State of each parameter, e.g. ``{"heads.0.fc.weight": {"momentum_buffer": ...}}``."""
 
-    def load_optimizer_state(self, state: OptimizerState) -> None:
+    def load_optimizer_state(self, state: SavedOptimizer) -> None:
         """Overwrite the optimizer's state; a parameter that is missing starts afresh."""
 
     def close(self) -> None:
         """Free what the engine holds; the network must not be trained with it any more."""
+
+
+def whole_share(engine: Engine) -> Share:
+    """``Engine.share`` of an engine that cuts nothing; collective."""
+    return Share(0 if is_main() else None, 1, engine.model_state(), engine.optimizer_state())
 
 
 def prepare(net: nn.Module, settings: EngineSettings, stages: int = 1) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -21,9 +22,12 @@ from framework.engines.base import (
     OptimizerState,
     Outputs,
     Rate,
+    SavedOptimizer,
+    Share,
     StepResult,
     marked,
     set_learning_rate,
+    whole_share,
 )
 from framework.engines.deepspeed_config import AskedKeys, merged_config
 from framework.execution import LocalNetwork
@@ -78,10 +82,16 @@ class DeepSpeedEngine:
     def whole_net(self) -> LocalNetwork:
         return self.net
 
-    def model_state(self) -> dict[str, Tensor]:
-        return state.read_model(self.net)
+    def model_shapes(self) -> dict[str, torch.Size]:
+        return state.shapes_of(self.net)
 
-    def load_model_state(self, full: dict[str, Tensor]) -> None:
+    def model_state(self, prefix: str = "") -> dict[str, Tensor]:
+        return state.read_model(self.net, prefix)
+
+    def share(self) -> Share:
+        return whole_share(self)
+
+    def load_model_state(self, full: Mapping[str, Tensor]) -> None:
         state.write_model(self.net, full)
         if self._zero:
             self._zero.refresh_fp32_params()
@@ -91,7 +101,7 @@ class DeepSpeedEngine:
             return partition.read_optimizer(self._zero, self._groups)
         return state.read_optimizer(self.optimizer, self.net)
 
-    def load_optimizer_state(self, full: OptimizerState) -> None:
+    def load_optimizer_state(self, full: SavedOptimizer) -> None:
         if self._zero:
             partition.write_optimizer(self._zero, self._groups, full)
         else:

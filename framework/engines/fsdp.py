@@ -6,8 +6,10 @@ local network computes gradients inside the forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -18,6 +20,8 @@ from framework.engines.base import (
     OptimizerFactory,
     OptimizerState,
     Rate,
+    SavedOptimizer,
+    Share,
     StepResult,
 )
 from framework.engines.sharded import ShardedUpdates
@@ -53,7 +57,7 @@ class ShardedEngine:
         if world_size() % options.replicas:
             raise UserError(f"sharding.replicas={options.replicas}: must divide the {world_size()} ranks")
         mesh = init_device_mesh(device().type, (options.replicas, world_size() // options.replicas))
-        ranks = ShardRanks(mesh)
+        ranks = self._ranks = ShardRanks(mesh)
         kinds = {"fp32": None, "bf16": torch.bfloat16}
         place = torch.device("cpu") if options.offload else device()
         home = Home(place, kinds[options.gather], kinds[options.reduce])
@@ -85,18 +89,40 @@ class ShardedEngine:
             for name, tensor in entries.items()
         }
 
-    def model_state(self) -> dict[str, Tensor]:
+    def model_state(self, prefix: str = "") -> dict[str, Tensor]:
         self._steps.finish()
         state = {}
         for name, tensor in self.net.state_dict(keep_vars=True).items():
-            slices = self._of.get(tensor)
-            whole = slices.whole(tensor) if slices is not None else tensor.detach()
-            if is_main():
-                state[name] = torch.empty(whole.shape, dtype=whole.dtype).copy_(whole)
+            if name.startswith(prefix):
+                slices = self._of.get(tensor)
+                whole = slices.whole(tensor) if slices is not None else tensor.detach()
+                if is_main():
+                    state[name] = _on_host(whole)
         return state
 
+    def share(self) -> Share:
+        self._steps.finish()
+        number, count = self._ranks.number, self._ranks.size
+        if not self._ranks.first:
+            return Share(None, count, {}, {})
+        model: dict[str, Tensor] = {}
+        optimizer: OptimizerState = {}
+        entries = self.net.state_dict(keep_vars=True)
+        for name, tensor in entries.items():
+            if (slices := self._of.get(tensor)) is not None:
+                model[name] = _on_host(slices.part(tensor))
+            elif number == 0:
+                model[name] = _on_host(tensor.detach())
+        for name, key, value, parameter, slices in self._optimizer_entries():
+            if slices is not None or number == 0:
+                part = value if slices is None else slices.part(parameter, value)
+                optimizer.setdefault(name, {})[key] = _on_host(part)
+        cut = entries.items() if count > 1 else ()
+        shapes = {name: self._of[tensor].shape(tensor) for name, tensor in cut if tensor in self._of}
+        return Share(number, count, model, optimizer, shapes)
+
     @torch.no_grad()
-    def load_model_state(self, full: dict[str, Tensor]) -> None:
+    def load_model_state(self, full: Mapping[str, Tensor]) -> None:
         self._steps.finish()
         for name, tensor in self.net.state_dict(keep_vars=True).items():
             if tensor in self._of:
@@ -106,23 +132,31 @@ class ShardedEngine:
 
     def optimizer_state(self) -> OptimizerState:
         self._steps.finish()
-        names = {parameter: name for name, parameter in self.net.named_parameters()}
         found: OptimizerState = {}
+        for name, key, value, parameter, slices in self._optimizer_entries():
+            whole = slices.whole(parameter, value) if slices is not None else value
+            if is_main():
+                found.setdefault(name, {})[key] = _on_host(whole)
+        return found
+
+    def _optimizer_entries(self) -> Iterator[tuple[str, str, Tensor, nn.Parameter, Slices | None]]:
+        """Each parameter's name, a key of its state, the tensor, and the parameter.
+
+        What is cut is a vector laid out like the slices that come with it, and has this rank's.
+        """
+        names = {parameter: name for name, parameter in self.net.named_parameters()}
         for group in self._steps.groups:
             states = [self.optimizer.state.get(flat, {}) for flat in group.flats.values()]
             for key in (key for key in states[0] if torch.is_tensor(states[0][key])) if states else ():
                 values = [state[key] for state in states]
+                vector = None if key in COUNTERS else torch.cat(values)
                 for parameter in group.trained:
-                    if key in COUNTERS:
-                        whole = values[group.kind_of(parameter)]
+                    if vector is None:
+                        yield names[parameter], key, values[group.kind_of(parameter)], parameter, None
                     else:
-                        whole = group.slices.whole(parameter, torch.cat(values))
-                    if is_main():
-                        copy = torch.empty(whole.shape, dtype=whole.dtype).copy_(whole)
-                        found.setdefault(names[parameter], {})[key] = copy
-        return found
+                        yield names[parameter], key, vector, parameter, group.slices
 
-    def load_optimizer_state(self, full: OptimizerState) -> None:
+    def load_optimizer_state(self, full: SavedOptimizer) -> None:
         self._steps.finish()
         names = {parameter: name for name, parameter in self.net.named_parameters()}
         self.optimizer.state.clear()
@@ -142,3 +176,7 @@ class ShardedEngine:
 
     def close(self) -> None:
         self._steps.close()
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)

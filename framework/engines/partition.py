@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from framework.engines.base import OptimizerState
+from framework.engines.base import OptimizerState, SavedOptimizer
 from framework.engines.state import COUNTERS
 from framework.optim.lars import Piece, Shard
 
@@ -103,7 +103,7 @@ def read_optimizer(zero: DeepSpeedZeroOptimizer, groups: list[PartitionedGroup])
 
 
 def write_optimizer(
-    zero: DeepSpeedZeroOptimizer, groups: list[PartitionedGroup], state: OptimizerState
+    zero: DeepSpeedZeroOptimizer, groups: list[PartitionedGroup], state: SavedOptimizer
 ) -> None:
     """Replace the optimizer's state by this rank's part of full tensors."""
     zero.optimizer.state.clear()

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from framework.data.batch import Batch
 from framework.engines import state
-from framework.engines.base import OptimizerState, Outputs, Rate, StepResult, marked, update
+from framework.engines.base import (
+    OptimizerState,
+    Outputs,
+    Rate,
+    SavedOptimizer,
+    Share,
+    StepResult,
+    marked,
+    update,
+    whole_share,
+)
 from framework.execution import LocalNetwork, StepOutput
 from framework.optim import SkippableOptimizer
 
@@ -51,11 +62,17 @@ class PlainEngine:
         self._steps.finish()
         return self.net
 
-    def model_state(self) -> dict[str, Tensor]:
-        self._steps.finish()
-        return state.read_model(self.net)
+    def model_shapes(self) -> dict[str, torch.Size]:
+        return state.shapes_of(self.net)
 
-    def load_model_state(self, full: dict[str, Tensor]) -> None:
+    def model_state(self, prefix: str = "") -> dict[str, Tensor]:
+        self._steps.finish()
+        return state.read_model(self.net, prefix)
+
+    def share(self) -> Share:
+        return whole_share(self)
+
+    def load_model_state(self, full: Mapping[str, Tensor]) -> None:
         self._steps.finish()
         state.write_model(self.net, full)
 
@@ -63,7 +80,7 @@ class PlainEngine:
         self._steps.finish()
         return state.read_optimizer(self.optimizer, self.net)
 
-    def load_optimizer_state(self, full: OptimizerState) -> None:
+    def load_optimizer_state(self, full: SavedOptimizer) -> None:
         self._steps.finish()
         state.write_optimizer(self.optimizer, self.net, full)
 

@@ -30,6 +30,8 @@ class ShardRanks:
         copies: ranks that have the same slice.
         number: of this rank's slice.
         group: the ranks that have the others.
+        ranks: all of them.
+        first: whether this rank is of the first replica.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -37,6 +39,7 @@ class ShardRanks:
         self.number = mesh.get_local_rank(1)
         self._same, self.group = mesh.get_group(0), mesh.get_group(1)
         self.ranks = mesh.size()
+        self.first = mesh.get_local_rank(0) == 0
 
     def gather(self, whole: Tensor, part: Tensor) -> Pending | None:
         """Start to put every rank's ``part`` (n,) together in ``whole`` (size * n,)."""
@@ -136,6 +139,15 @@ class Slices:
     def of(self, tensor: Tensor, flat: Tensor | None = None) -> Tensor:
         """This rank's slice, in ``flat`` or in another vector laid out like it."""
         return (self.flat if flat is None else flat).narrow(0, self.places[tensor], self.widths[tensor])
+
+    def part(self, tensor: Tensor, flat: Tensor | None = None) -> Tensor:
+        """``of`` without the zeros behind it: the parts of all ranks, one behind the other, are the whole.
+
+        Of a single rank it has the whole's shape.
+        """
+        begin = self._ranks.number * self.widths[tensor]
+        part = self.of(tensor, flat)[: max(0, self._shapes[tensor].numel() - begin)]
+        return part.view(self._shapes[tensor]) if self._ranks.size == 1 else part
 
     def start(self) -> None:
         """Begin to gather, unless that has begun or is done; collective."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from framework.engines.base import OptimizerState
+from framework.engines.base import OptimizerState, SavedOptimizer
 from framework.optim import SkippableOptimizer
 from framework.runtime.distributed import is_main
 
@@ -14,14 +16,19 @@ from framework.runtime.distributed import is_main
 COUNTERS = frozenset({"step"})
 
 
-def read_model(net: nn.Module) -> dict[str, Tensor]:
-    """Full copies of parameters and buffers on rank 0's CPU; empty elsewhere."""
-    state = {name: _full(tensor) for name, tensor in net.state_dict().items()}
+def shapes_of(net: nn.Module) -> dict[str, torch.Size]:
+    """Of parameters and buffers."""
+    return {name: tensor.shape for name, tensor in net.state_dict().items()}
+
+
+def read_model(net: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Full copies, on rank 0's CPU, of parameters and buffers with such names; empty elsewhere."""
+    state = {name: _full(tensor) for name, tensor in net.state_dict().items() if name.startswith(prefix)}
     return state if is_main() else {}
 
 
 @torch.no_grad()
-def write_model(net: nn.Module, state: dict[str, Tensor]) -> None:
+def write_model(net: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Overwrite parameters and buffers with full tensors."""
     for name, tensor in net.state_dict().items():
         tensor.copy_(_like(tensor, state[name]))
@@ -44,7 +51,7 @@ def own_optimizer(optimizer: SkippableOptimizer, net: nn.Module) -> OptimizerSta
     }
 
 
-def write_optimizer(optimizer: SkippableOptimizer, net: nn.Module, state: OptimizerState) -> None:
+def write_optimizer(optimizer: SkippableOptimizer, net: nn.Module, state: SavedOptimizer) -> None:
     """Replace every parameter's state."""
     optimizer.state.clear()
     for name, parameter in net.named_parameters():

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from framework import network
+from framework.checkpoints.folder import read_weights
 from framework.checkpoints.run_checkpoints import newest_checkpoint
 from framework.config import loading
 from framework.config.recipe import Execution, Method, Pipeline, Recipe
@@ -96,12 +95,7 @@ class Run:
         Raises:
             UserError: there is no checkpoint, or it can't be read.
         """
-        path = self.checkpoint / "model.safetensors"
-        try:
-            model = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: can't be read: {error}") from error
-        return evaluated_backbone(model)
+        return evaluated_backbone(read_weights(self.checkpoint))
 
     def encoder(self, trained: bool = True) -> LocalNetwork:
         """The network in evaluation mode on this rank's device, with a bare classifier in place of its heads.

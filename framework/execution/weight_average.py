@@ -73,9 +73,14 @@ class WeightAverage(nn.Module):
 
 def evaluated_backbone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The backbone in a network's state that is scored and exported, averaged if it has averages; timm's names."""
+    prefix = evaluated_prefix(state)
+    return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+
+
+def evaluated_prefix(names: Iterable[str]) -> str:
+    """How the names of those tensors begin."""
     averages = f"{PREFIX}backbone."
-    prefix = averages if any(name.startswith(averages) for name in state) else "backbone."
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return averages if any(name.startswith(averages) for name in names) else "backbone."
 
 
 def _module(root: nn.Module, path: str) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -16,9 +18,12 @@ from framework.engines.base import (
     OptimizerFactory,
     OptimizerState,
     Rate,
+    SavedOptimizer,
+    Share,
     StepResult,
     marked,
     prepare,
+    whole_share,
 )
 from framework.engines.deepspeed import check_applied, checked_config, join_ranks
 from framework.engines.deepspeed_config import merged_config
@@ -31,7 +36,7 @@ from framework.pipeline.scheduling.placement import Placement
 from framework.pipeline.scheduling.schedule import Layout, drain_instructions, step_instructions
 from framework.pipeline.scheduling.simulation import AHEAD, Event
 from framework.pipeline.scheduling.weight_readers import WeightReaders
-from framework.runtime.distributed import device, gather_tensors, is_main, rank, world_size
+from framework.runtime.distributed import device, gather_tensors, rank, world_size
 
 
 class PipelinedEngine:
@@ -128,18 +133,23 @@ class PipelinedEngine:
                 tensor.copy_(whole)
         return self.net
 
-    def model_state(self) -> dict[str, Tensor]:
+    def model_shapes(self) -> dict[str, torch.Size]:
+        return state.shapes_of(self.net)
+
+    def model_state(self, prefix: str = "") -> dict[str, Tensor]:
         self._drain()
         mine = {}
         if self._leads:
             entries = self.net.state_dict()
-            mine = {
-                name: entries[name] for name, stage in self._owners.items() if stage == self._worker.stage
-            }
+            own = (name for name, stage in self._owners.items() if stage == self._worker.stage)
+            mine = {name: entries[name] for name in own if name.startswith(prefix)}
         gathered = gather_tensors(mine)
-        return {name: gathered[name] for name in self._owners} if is_main() else {}
+        return {name: gathered[name] for name in self._owners if name in gathered}
 
-    def load_model_state(self, full: dict[str, Tensor]) -> None:
+    def share(self) -> Share:
+        return whole_share(self)
+
+    def load_model_state(self, full: Mapping[str, Tensor]) -> None:
         self._drain()
         state.write_model(self.net, full)
         if self._zero:
@@ -158,7 +168,7 @@ class PipelinedEngine:
             full.setdefault(name, {})[kind] = value
         return full
 
-    def load_optimizer_state(self, full: OptimizerState) -> None:
+    def load_optimizer_state(self, full: SavedOptimizer) -> None:
         own = {name: values for name, values in full.items() if self._owners[name] == self._worker.stage}
         if self._zero:
             partition.write_optimizer(self._zero, self._groups, own)

@@ -22,7 +22,8 @@ from torch import nn
 
 from framework.checkpoints.folder import FILES, MANIFEST
 from framework.checkpoints.retention import Keep
-from framework.checkpoints.run_checkpoints import newest_checkpoint, save_checkpoint
+from framework.checkpoints.run_checkpoints import newest_checkpoint
+from framework.checkpoints.saver import save_checkpoint
 from framework.checkpoints.snapshot import export_backbone, load_checkpoint, read_model
 from framework.runtime import joining
 from framework.runtime.errors import UserError

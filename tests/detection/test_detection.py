@@ -26,6 +26,7 @@ from framework.detection import conversion, weight_files
 from framework.detection.conversion import Weights
 from framework.detection.layouts import NETWORKS, RESNETS, layout
 from framework.detection.normalization import Normalization, pixels_of
+from framework.engines.base import Share
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_USAGE
 from tests.support.commands import run_tool
@@ -157,6 +158,12 @@ def test_every_kind_of_source_gives_the_same_file(resnet18: dict[str, Tensor], t
     torch.save({"state_dict": {f"module.{k}": t for k, t in resnet18.items()}}, tmp_path / "ddp.pth")
     sources = [run, run / "checkpoints" / "step-00000007", run / "backbone.safetensors", tmp_path / "ddp.pth"]
     assert all(torch.equal(unfinished[name], tensor) for name, tensor in resnet18.items())
+    shapes = {name: tensor.shape for name, tensor in inside.items()}
+    for number in (1, 0):  # as two ranks write it
+        halves = {n: t.flatten()[number * (k := -(-t.numel() // 2)) :][:k] for n, t in inside.items()}
+        share = Share(number, 2, halves, {}, shapes)
+        folder.write_share(tmp_path / "shares", "token", share, state)
+    sources.append(tmp_path / "shares")
     for source in sources:
         output = tmp_path / "out.pkl"
         assert run_tool("convert_to_detectron2", source, "-o", output) == 0

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from framework.checkpoints.folder import read_weights
 from framework.config import loading
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
@@ -200,7 +201,7 @@ def arguments(folder: Path, *overrides: str, method: str = "dgl") -> list[str]:
 
 
 def model(folder: Path, step: int) -> dict[str, Tensor]:
-    return load_file(folder / "run" / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+    return dict(read_weights(folder / "run" / "checkpoints" / f"step-{step:08d}"))
 
 
 @pytest.mark.slow

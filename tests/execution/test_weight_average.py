@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from framework.checkpoints.run_checkpoints import save_checkpoint
+from framework.checkpoints.saver import save_checkpoint
 from framework.checkpoints.snapshot import load_checkpoint
 from framework.data.batch import Batch
 from framework.engines import Engine

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from framework.checkpoints.folder import read_files
 from framework.config import loading
 from framework.runtime.errors import UserError
 from framework.tracking.metric_log import read_log
@@ -50,11 +50,9 @@ def run(argv: list[str]) -> str:
 def weights(folder: Path, step: int) -> dict[str, Tensor]:
     """Weights and optimizer of a checkpoint of the run in ``folder``."""
     checkpoint = folder / "run" / "checkpoints" / f"step-{step:08d}"
-    return {
-        name: tensor
-        for file in ("model.safetensors", "optimizer.safetensors")
-        for name, tensor in load_file(checkpoint / file).items()
-    }
+    _, model, optimizer = read_files(checkpoint)
+    flat = {f"{name}/{key}": value for name, values in optimizer.items() for key, value in values.items()}
+    return {**model, **flat}
 
 
 def losses(folder: Path) -> list[dict[str, float]]:

@@ -242,6 +242,24 @@ def fill_disk(ranks: Ranks, folder: Path) -> tuple[int, tuple[int, int]]:
 
 
 @pytest.mark.slow
+def test_a_rank_that_dies_while_it_writes_its_share_costs_the_steps_since(
+    tmp_path: Path, pool: PoolOf
+) -> None:
+    """A share of two ranks is four renames on each: two files, and two with their sums. It dies at the sixth."""
+    short = ("engine=fsdp", "train.max_steps=8")
+    with start(tmp_path / "straight", *short) as ranks:
+        assert ranks.statuses() == [0, 0], ranks.printed
+    trouble = Trouble(1, "kill", event="os.rename", path=".partial", count=6)
+    with start(tmp_path / "killed", *short, trouble=trouble) as ranks:
+        assert ranks.statuses() == [EXIT_TRY_AGAIN, -signal.SIGKILL], ranks.printed
+    newest = newest_checkpoint(tmp_path / "killed" / "run")
+    assert newest is not None and newest.name == "step-00000002"
+    finish(tmp_path / "killed", *short)
+    assert_same_run(tmp_path / "killed", tmp_path / "straight", 8)
+    assert not half_written(tmp_path / "killed")
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path, undisturbed: Path) -> None:
     with start(tmp_path) as ranks:
         ranks.until(lambda: steps_done(tmp_path) >= 10)

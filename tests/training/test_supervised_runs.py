@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from framework.checkpoints.folder import read_weights
 from framework.config import loading
 from framework.evaluation.run_folder import Run
 from framework.runtime.errors import UserError
@@ -61,7 +62,10 @@ def test_a_resumed_run_is_bitwise_that_of_an_undisturbed_one(
     for steps in (3, 5):
         assert set(pool(ranks).run(run, arguments(broken, *common, f"train.max_steps={steps}"))) == {""}
     assert_same_run(broken, straight, 5)
-    assert any(name.startswith("average.") for name in load_file(_checkpoint(straight, 5)))
+    assert any(name.startswith("average.") for name in read_weights(_checkpoint(straight, 5)))
+    exported = load_file(straight / "run" / "backbone.safetensors")
+    for name, value in Run.open(straight / "run").backbone().state_dict().items():
+        assert torch.equal(value, exported[name]), name
 
 
 @pytest.mark.slow
@@ -73,7 +77,7 @@ def test_ranks_micro_batches_and_stages_make_the_run_of_one_process(tmp_path: Pa
         assert set(pool(ranks).run(run, arguments(tmp_path / name, *common, *more))) == {""}
         for ours, theirs in zip(losses(tmp_path / name), losses(tmp_path / "one"), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
-        ours, theirs = (load_file(_checkpoint(tmp_path / n, 6)) for n in (name, "one"))
+        ours, theirs = (read_weights(_checkpoint(tmp_path / n, 6)) for n in (name, "one"))
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-4)
@@ -84,7 +88,7 @@ def test_ranks_micro_batches_and_stages_make_the_run_of_one_process(tmp_path: Pa
 @pytest.mark.slow
 def test_the_averaged_backbone_is_exported_and_evaluated(tmp_path: Path, pool: PoolOf) -> None:
     assert pool(1).run(run, arguments(tmp_path, *ALL, "train.max_steps=4")) == [""]
-    saved = load_file(_checkpoint(tmp_path, 4))
+    saved = read_weights(_checkpoint(tmp_path, 4))
     exported = str(tmp_path / "run" / "backbone.safetensors")
     backbone = timm.create_model("resnet8", num_classes=0, checkpoint_path=exported).state_dict()
     encoder = Run.open(tmp_path / "run").encoder().backbone.state_dict()
@@ -172,4 +176,4 @@ def test_the_recipe_that_has_all_of_it_makes_two_steps(tmp_path: Path, pool: Poo
 
 
 def _checkpoint(folder: Path, step: int) -> Path:
-    return folder / "run" / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
+    return folder / "run" / "checkpoints" / f"step-{step:08d}"
