@@ -1,4 +1,10 @@
-"""DeepSpeed with ZeRO-0, 1 or 2. (``import deepspeed`` below is the library: imports are absolute.)"""
+"""DeepSpeed with ZeRO-0, 1 or 2. (``import deepspeed`` below is the library: imports are absolute.)
+
+DeepSpeed divides optimizer and gradients among the ranks; what travels between them is started by this package while a
+step runs (``late_zero.py``, which says why; ZeRO-0 divides nothing and is ``late.py``). Keys of DeepSpeed's own in the
+recipe's section ``deepspeed`` may be about its steps, so with any of them DeepSpeed makes the steps itself: all of a
+step's gradients are handed to it at the end.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +32,11 @@ from framework.engines.base import (
     set_learning_rate,
 )
 from framework.engines.deepspeed_config import AskedKeys, merged_config
+from framework.engines.late import LateUpdates, Ranks
+from framework.engines.late_zero import LateZero, Partitions
+from framework.engines.plain import Steps
 from framework.execution import LocalNetwork
+from framework.optim import SkippableOptimizer
 from framework.runtime.distributed import device, world_size
 from framework.runtime.errors import UserError
 
@@ -51,12 +61,85 @@ class DeepSpeedEngine:
         checked_config(config)
         self.net, self.lag = net, lag_of(net)
         self.optimizer = make_optimizer(net)
-        self._engine, *_ = deepspeed.initialize(model=net, optimizer=self.optimizer, config=config)
-        wrapped = self._engine.optimizer
-        self._zero = wrapped if isinstance(wrapped, DeepSpeedZeroOptimizer) else None
+        self._zero: DeepSpeedZeroOptimizer | None = None
+
+        def initialize() -> Any:
+            self._engine, wrapped, *_ = deepspeed.initialize(
+                model=net, optimizer=self.optimizer, config=config
+            )
+            return wrapped
+
+        self._steps: Steps
+        if not settings.deepspeed and settings.zero_stage:
+            self._steps = LateZero(
+                net,
+                self.optimizer,
+                initialize,
+                settings.clip,
+                Partitions(),
+                world_size(),
+                settings.zero_stage,
+            )
+            self._zero = self._steps.zero
+        elif not settings.deepspeed:
+            initialize()
+            self._steps = LateUpdates(net, self.optimizer, settings.clip, Ranks(), world_size())
+        else:
+            wrapped = initialize()
+            self._zero = wrapped if isinstance(wrapped, DeepSpeedZeroOptimizer) else None
+            self._steps = DeepSpeedSteps(self._engine, self.optimizer)
         self._groups = partition.partitioned_groups(self._zero, net) if self._zero else []
         for group, partitioned in zip(self.optimizer.param_groups, self._groups, strict=False):
             group["shard"] = partitioned.shard()
+
+    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+        return self._steps.step(micro_batches, lr)
+
+    def finish(self) -> None:
+        self._steps.finish()
+
+    def whole_net(self) -> LocalNetwork:
+        self.finish()
+        return self.net
+
+    def model_state(self) -> dict[str, Tensor]:
+        self.finish()
+        return state.read_model(self.net)
+
+    def load_model_state(self, full: dict[str, Tensor]) -> None:
+        self.finish()
+        state.write_model(self.net, full)
+        if self._zero:
+            self._zero.refresh_fp32_params()
+
+    def optimizer_state(self) -> OptimizerState:
+        self.finish()
+        if self._zero:
+            return partition.read_optimizer(self._zero, self._groups)
+        return state.read_optimizer(self.optimizer, self.net)
+
+    def load_optimizer_state(self, full: OptimizerState) -> None:
+        self.finish()
+        if self._zero:
+            partition.write_optimizer(self._zero, self._groups, full)
+        else:
+            state.write_optimizer(self.optimizer, self.net, full)
+
+    def close(self) -> None:
+        self._steps.close()
+        self._engine.destroy()
+
+
+class DeepSpeedSteps:
+    """``Steps`` as DeepSpeed makes them.
+
+    Args:
+        engine: DeepSpeed's.
+        optimizer: the one that it was given.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: SkippableOptimizer) -> None:
+        self._engine, self._optimizer = engine, optimizer
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         outputs = Outputs()
@@ -67,8 +150,8 @@ class DeepSpeedEngine:
             if not batch.last:
                 self._engine.step()  # only counts
         result = outputs.result()
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.skip = result.skipped
+        set_learning_rate(self._optimizer, lr)
+        self._optimizer.skip = result.skipped
         self._engine.step()
         if not result.skipped and not self._engine.was_step_applied():
             raise UserError("the norm of the gradient is not finite: lower optim.lr, or check the data")
@@ -77,30 +160,8 @@ class DeepSpeedEngine:
     def finish(self) -> None:
         """Nothing is left over."""
 
-    def whole_net(self) -> LocalNetwork:
-        return self.net
-
-    def model_state(self) -> dict[str, Tensor]:
-        return state.read_model(self.net)
-
-    def load_model_state(self, full: dict[str, Tensor]) -> None:
-        state.write_model(self.net, full)
-        if self._zero:
-            self._zero.refresh_fp32_params()
-
-    def optimizer_state(self) -> OptimizerState:
-        if self._zero:
-            return partition.read_optimizer(self._zero, self._groups)
-        return state.read_optimizer(self.optimizer, self.net)
-
-    def load_optimizer_state(self, full: OptimizerState) -> None:
-        if self._zero:
-            partition.write_optimizer(self._zero, self._groups, full)
-        else:
-            state.write_optimizer(self.optimizer, self.net, full)
-
     def close(self) -> None:
-        self._engine.destroy()
+        """Nothing is held."""
 
 
 def join_ranks() -> None:

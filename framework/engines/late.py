@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.engines.base import Outputs, StepResult, marked, set_learning_rate
-from framework.engines.buckets import Bucket, buckets
+from framework.engines.buckets import Bucket, filled
 from framework.engines.host_copy import Pending
 from framework.execution import LocalNetwork
 from framework.optim import SkippableOptimizer
@@ -53,7 +53,7 @@ class LateUpdates:
         self._net, self._optimizer, self._clip = net, optimizer, clip
         self._wire, self._ranks = wire, ranks
         finishing = net.attach(self)
-        self._buckets = buckets(finishing.order)
+        self._buckets = [Bucket(parameters) for parameters in filled(finishing.order)]
         self._owner = {p: bucket for bucket in self._buckets for p in bucket.views}
         self._used: dict[int, list[Bucket]] = {}
         for p, bucket in self._owner.items():

@@ -134,6 +134,8 @@ class UnitNorms:
                 if p.grad is not None
             ]
         (flat,) = group["params"]
+        if flat.grad is None:
+            return []
         units = [self._by_name[shard.parameters[piece.parameter]] for piece in shard.pieces]
         return list(map(_Piece, units, shard.views(flat), shard.views(flat.grad)))
 
