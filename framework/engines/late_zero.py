@@ -95,7 +95,9 @@ class LateZero:
         self._filling: dict[_Group, Bucket] = {}
         self._scattering: dict[_Group, tuple[Tensor, Pending]] = {}
         self._gradients: dict[_Group, Tensor] = {}
-        self._due: dict[_Group, None] = {}  # in order of their gradients
+        # Of the step before, and of this one; in order of their gradients.
+        self._late: list[_Group] = []
+        self._due: list[_Group] = []
         self._gathering: dict[_Group, Pending] = {}
         self._at_end = clip > 0 or net.may_skip
         self._micro_batches, self._first, self._last = 1, True, True
@@ -103,6 +105,7 @@ class LateZero:
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         """One optimizer step, some updates of which the next step makes."""
         outputs = Outputs()
+        self._late, self._due = self._late + self._due, []
         self._micro_batches = len(micro_batches)
         for number, batch in enumerate(marked(micro_batches)):
             self._first, self._last = number == 0, batch.last
@@ -115,7 +118,8 @@ class LateZero:
 
     def finish(self) -> None:
         """Make all updates that are due, and have all weights."""
-        self._update(list(self._due))
+        self._late, self._due = self._late + self._due, []
+        self._update(self._late)
         self._await(list(self._gathering))
 
     def close(self) -> None:
@@ -126,7 +130,7 @@ class LateZero:
 
     def before_use(self, s: int) -> None:
         """See ``StepHooks``. The weights of the segment above are sent for; they travel while this one computes."""
-        self._update([group for group in self._due if group.first_use <= s + 1])
+        self._update([group for group in self._late if group.first_use <= s + 1])
         self._await([group for group in self._gathering if group.first_use <= s])
 
     def finished(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
@@ -152,7 +156,7 @@ class LateZero:
         self._collect(group)
         self._scattering[group] = self._wire.scatter(flat)
         if self._last:
-            self._due[group] = None
+            self._due.append(group)
 
     def _collect(self, group: _Group) -> None:
         """Wait for this rank's part of a micro-batch's gradients, if it is under way, and add it to the others."""
@@ -165,8 +169,8 @@ class LateZero:
         """Step what this rank has of the groups, and send for the rest."""
         if not groups:
             return
+        self._late = [group for group in self._late if group not in groups]
         for group in groups:
-            del self._due[group]
             self._collect(group)
             group.partition.grad = self._gradients.pop(group)
         self._optimizer.step()  # passes by the others, which have no gradient
@@ -180,15 +184,15 @@ class LateZero:
             self._gathering.pop(group).wait()
 
     def _finish_now(self, skipped: bool) -> None:
-        for group in self._due:
+        due, self._due = self._due, []
+        for group in due:
             self._collect(group)
         if skipped:
-            self._due.clear()
             self._gradients.clear()
             return
         if self._clip > 0:
             _clip(list(self._gradients.values()), self._clip)
-        self._update(list(self._due))
+        self._update(due)
 
 
 class _Group:
