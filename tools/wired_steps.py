@@ -42,7 +42,7 @@ class SlowWire:
     """
 
     def __init__(self) -> None:
-        self.rate, self.bytes, self._free = float("inf"), 0, 0.0
+        self.rate, self.bytes, self._free = float("inf"), 0.0, 0.0
 
     def arrival(self, x: Tensor) -> float:
         """When a tensor that is sent now will be there, by ``time.perf_counter``."""
@@ -53,13 +53,15 @@ class SlowWire:
 
     def sum(self, x: Tensor) -> Pending:
         """See ``Wire``; ``x`` stays as it is."""
-        return _Arrival(self.arrival(x))
+        return Arrival(self.arrival(x))
 
     def close(self) -> None:
         """See ``Wire``."""
 
 
-class _Arrival:
+class Arrival:
+    """``Pending``: is there at this time, by ``time.perf_counter``."""
+
     def __init__(self, at: float) -> None:
         self._at = at
 
@@ -73,7 +75,7 @@ class Silence:
 
     def sum(self, x: Tensor) -> Pending:
         """See ``Wire``."""
-        return _Arrival(0.0)
+        return Arrival(0.0)
 
     def close(self) -> None:
         """See ``Wire``."""
@@ -173,7 +175,7 @@ def _meet() -> None:
 def row(method: str, cut: str | int, arguments: argparse.Namespace) -> dict[str, Any]:
     """What is hidden of a method's communication, in each way to train it; "ddp" is PyTorch's, end to end."""
     network, batch = _built(method, cut, arguments)
-    make = ddp if method == "ddp" else late
+    make = ddp if method == "ddp" else _under_zero(arguments.zero_stage) if arguments.zero_stage else late
     wire: SlowWire | Ranks = Ranks() if world_size() > 1 else SlowWire()
     silent, wired = make(copy.deepcopy(network), batch, Silence()), make(network, batch, wire)
     seconds(wired, wait=True)  # two steps, which tell how much travels
@@ -202,6 +204,7 @@ def row(method: str, cut: str | int, arguments: argparse.Namespace) -> dict[str,
         "segments": len(network.segments),
         "ranks": world_size(),
         "wire": arguments.wire,
+        "zero_stage": 0 if method == "ddp" else arguments.zero_stage,
         "travel_seconds": travel,
         "compute_seconds": least,
         "early_seconds": min(took for took, _ in found["early"]),
@@ -209,6 +212,12 @@ def row(method: str, cut: str | int, arguments: argparse.Namespace) -> dict[str,
         "hidden_early": hidden["early"],
         "hidden_late": None if method == "ddp" else hidden["late"],
     }
+
+
+def _under_zero(stage: int) -> Callable[[LocalNetwork, Batch, Wire], Training]:
+    from wired_zero import zero  # DeepSpeed takes seconds to import
+
+    return lambda network, batch, wire: zero(network, batch, wire, stage)
 
 
 def _built(method: str, cut: str | int, arguments: argparse.Namespace) -> tuple[LocalNetwork, Batch]:
@@ -280,6 +289,12 @@ def _measure(rank: int, methods: list[str], arguments: argparse.Namespace, folde
     dist.destroy_process_group()
 
 
+def _name(row: dict[str, Any]) -> str:
+    if row["method"] == "ddp":
+        return "end to end, PyTorch's DDP"
+    return f"{row['method']}, ZeRO-{row['zero_stage']}" if row["zero_stage"] else str(row["method"])
+
+
 def show(found: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
     wire = "gloo" if found[0]["ranks"] > 1 else f"a wire with {found[0]['wire']:g} of the step"
@@ -296,7 +311,7 @@ def show(found: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="left" if column in ("method", "cut") else "right")
     for r in found:
         table.add_row(
-            "end to end, PyTorch's DDP" if r["method"] == "ddp" else r["method"],
+            _name(r),
             str(r["cut"]),
             str(r["segments"]),
             f"{r['compute_seconds']:.2f}",

@@ -33,7 +33,7 @@ from framework.engines.base import (
 )
 from framework.engines.deepspeed_config import AskedKeys, merged_config
 from framework.engines.late import LateUpdates, Ranks
-from framework.engines.late_zero import LateZero, Partitions
+from framework.engines.late_zero import LateZero, Partitions, PartitionWire
 from framework.engines.plain import Steps
 from framework.execution import LocalNetwork
 from framework.optim import SkippableOptimizer
@@ -51,43 +51,48 @@ def build(net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineS
 
 
 class DeepSpeedEngine:
-    """See ``Engine``. DeepSpeed runs in float32: autocast and loss scales belong to the network."""
+    """See ``Engine``. DeepSpeed runs in float32: autocast and loss scales belong to the network.
+
+    Args:
+        net: the network.
+        make_optimizer: called here.
+        settings: of the steps.
+        wire: between the ranks under ZeRO-1 and 2; ``Partitions()`` if ``None``.
+    """
 
     loads = True
 
-    def __init__(self, net: LocalNetwork, make_optimizer: OptimizerFactory, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        net: LocalNetwork,
+        make_optimizer: OptimizerFactory,
+        settings: EngineSettings,
+        wire: PartitionWire | None = None,
+    ) -> None:
         config = merged_config(settings, sum(p.numel() for p in net.parameters()), world_size())
         join_ranks()
         checked_config(config)
         self.net, self.lag = net, lag_of(net)
-        self.optimizer = make_optimizer(net)
-        self._zero: DeepSpeedZeroOptimizer | None = None
+        self.optimizer = optimizer = make_optimizer(net)
 
         def initialize() -> Any:
-            self._engine, wrapped, *_ = deepspeed.initialize(
-                model=net, optimizer=self.optimizer, config=config
-            )
+            self._engine, wrapped, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
             return wrapped
 
+        self._zero: DeepSpeedZeroOptimizer | None = None
         self._steps: Steps
-        if not settings.deepspeed and settings.zero_stage:
-            self._steps = LateZero(
-                net,
-                self.optimizer,
-                initialize,
-                settings.clip,
-                Partitions(),
-                world_size(),
-                settings.zero_stage,
-            )
-            self._zero = self._steps.zero
-        elif not settings.deepspeed:
-            initialize()
-            self._steps = LateUpdates(net, self.optimizer, settings.clip, Ranks(), world_size())
-        else:
+        clip, stage = settings.clip, settings.zero_stage
+        if settings.deepspeed:
             wrapped = initialize()
-            self._zero = wrapped if isinstance(wrapped, DeepSpeedZeroOptimizer) else None
-            self._steps = DeepSpeedSteps(self._engine, self.optimizer)
+            self._zero = wrapped if stage else None
+            self._steps = DeepSpeedSteps(self._engine, optimizer)
+        elif stage:
+            wire = wire or Partitions()
+            self._steps = LateZero(net, optimizer, initialize, clip, wire, world_size(), stage)
+            self._zero = self._steps.zero
+        else:
+            initialize()
+            self._steps = LateUpdates(net, optimizer, clip, Ranks(), world_size())
         self._groups = partition.partitioned_groups(self._zero, net) if self._zero else []
         for group, partitioned in zip(self.optimizer.param_groups, self._groups, strict=False):
             group["shard"] = partitioned.shard()
