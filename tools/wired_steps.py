@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,65 +21,18 @@ from benched_steps import CLASSES, CONTRASTIVE, build
 from rich.console import Console
 from rich.table import Table
 from simulated_wire import Recorder, Step
+from slow_wire import Silence, SlowWire
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from framework.data.batch import Batch
-from framework.engines.host_copy import Pending
+from framework.engines.base import EngineSettings
 from framework.engines.late import LateUpdates, Ranks, Wire
 from framework.execution.local_network import LocalNetwork
 from framework.optim import SGD
 from framework.runtime.distributed import is_main, world_size
 
 LR = 1e-3
-
-
-class SlowWire:
-    """A ``Wire`` that takes time and no processor: a sum is there bytes / rate after the one before it.
-
-    Attributes:
-        rate: bytes a second.
-        bytes: sent so far.
-    """
-
-    def __init__(self) -> None:
-        self.rate, self.bytes, self._free = float("inf"), 0.0, 0.0
-
-    def arrival(self, x: Tensor) -> float:
-        """When a tensor that is sent now will be there, by ``time.perf_counter``."""
-        size = x.numel() * x.element_size()
-        self.bytes += size
-        self._free = max(self._free, time.perf_counter()) + size / self.rate
-        return self._free
-
-    def sum(self, x: Tensor) -> Pending:
-        """See ``Wire``; ``x`` stays as it is."""
-        return Arrival(self.arrival(x))
-
-    def close(self) -> None:
-        """See ``Wire``."""
-
-
-class Arrival:
-    """``Pending``: is there at this time, by ``time.perf_counter``."""
-
-    def __init__(self, at: float) -> None:
-        self._at = at
-
-    def wait(self) -> None:
-        """Return when it is there."""
-        time.sleep(max(0.0, self._at - time.perf_counter()))
-
-
-class Silence:
-    """A ``Wire`` on which nothing travels, for the time of the computation alone."""
-
-    def sum(self, x: Tensor) -> Pending:
-        """See ``Wire``."""
-        return Arrival(0.0)
-
-    def close(self) -> None:
-        """See ``Wire``."""
 
 
 class Training(NamedTuple):
@@ -151,6 +105,20 @@ def late(network: LocalNetwork, batch: Batch, wire: Wire) -> Training:
     return Training(lambda: updates.step([batch], LR), updates.finish)
 
 
+def zero(stage: int, network: LocalNetwork, batch: Batch, wire: SlowWire | Silence | Ranks) -> Training:
+    """The same under ZeRO."""
+    from framework.engines.deepspeed import DeepSpeedEngine  # takes seconds to import
+
+    settings = EngineSettings(batch.images.shape[0] * world_size(), zero_stage=stage)
+    engine = DeepSpeedEngine(
+        network,
+        lambda net: SGD(net.parameters(), lr=LR, momentum=0.9),
+        settings,
+        None if isinstance(wire, Ranks) else wire,
+    )
+    return Training(lambda: engine.step([batch], LR), engine.finish)
+
+
 def seconds(training: Training, wait: bool) -> float:
     """Of one step in a row of steps; ``wait``: until all its gradients are there and applied."""
     training.step()
@@ -175,7 +143,7 @@ def _meet() -> None:
 def row(method: str, cut: str | int, arguments: argparse.Namespace) -> dict[str, Any]:
     """What is hidden of a method's communication, in each way to train it; "ddp" is PyTorch's, end to end."""
     network, batch = _built(method, cut, arguments)
-    make = ddp if method == "ddp" else _under_zero(arguments.zero_stage) if arguments.zero_stage else late
+    make = ddp if method == "ddp" else partial(zero, arguments.zero_stage) if arguments.zero_stage else late
     wire: SlowWire | Ranks = Ranks() if world_size() > 1 else SlowWire()
     silent, wired = make(copy.deepcopy(network), batch, Silence()), make(network, batch, wire)
     seconds(wired, wait=True)  # two steps, which tell how much travels
@@ -212,12 +180,6 @@ def row(method: str, cut: str | int, arguments: argparse.Namespace) -> dict[str,
         "hidden_early": hidden["early"],
         "hidden_late": None if method == "ddp" else hidden["late"],
     }
-
-
-def _under_zero(stage: int) -> Callable[[LocalNetwork, Batch, Wire], Training]:
-    from wired_zero import zero  # DeepSpeed takes seconds to import
-
-    return lambda network, batch, wire: zero(network, batch, wire, stage)
 
 
 def _built(method: str, cut: str | int, arguments: argparse.Namespace) -> tuple[LocalNetwork, Batch]:

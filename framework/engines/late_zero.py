@@ -9,17 +9,16 @@ DeepSpeed's own ways (0.19.8) hide less and send more, which is why only its par
 
 * ``DeepSpeedZeroOptimizer.average_tensor`` sends gradients. By ``allreduce_and_scatter``, its default, it all-reduces
   whole buckets and keeps a part, twice the bytes of a reduce-scatter; by ``allreduce_no_retain`` it makes one reduce
-  per rank. Both wait: on a CPU for the wire; on a GPU, without ``overlap_comm``, the kernels of the step do. With it
-  there is a stream for them, but ``average_tensor`` has the kernels wait for that stream each time, so that one bucket
-  is under way at most.
-* Its hooks (``create_gradient_handling_hooks``) do take a small backward per segment in the middle of a forward: what
-  is handed over outside of ``engine.backward`` runs ``process_gradients``, and ``run_grad_acc_post_hooks`` passes by.
-  But stage 1 without ``overlap_comm`` reduces in ``reduce_gradients`` only, after the last backward; stage 2 reduces
-  every micro-batch; and ``reduce_independent_p_g_buckets_and_remove_grads`` refuses a gradient that comes in two parts.
-* ``step`` updates every group and gathers all weights by ``all_gather_dp_groups``, one blocking collective after the
-  other: nothing can be left to the next step. ``_optimizer_step`` is for one group, as the wrapped optimizer itself is
-  for the partitions that have a gradient.
-* ``no_sync`` is refused under stage 2, and ``coalesce_grad_reduction`` reduces all at its end.
+  for each rank. Both block: on a CPU the process, on a GPU the step's kernels. Under ``overlap_comm`` a GPU has a
+  stream for them (a CPU has none), but ``average_tensor`` has the kernels wait for that stream before every bucket but
+  the first, so that one is under way at most.
+* Its hooks (``create_gradient_handling_hooks``) do take a small backward for every segment in the middle of a forward:
+  outside of ``engine.backward`` they run ``process_gradients``, and ``run_grad_acc_post_hooks`` does nothing. But
+  stage 1 without ``overlap_comm`` sends in ``reduce_gradients``, after the last backward, and so does stage 0 in
+  ``buffered_allreduce_fallback``. ``no_sync`` is refused under stage 2; ``coalesce_grad_reduction`` sends at its end.
+* ``DeepSpeedZeroOptimizer.step`` updates all groups and then gathers all weights in ``all_gather_dp_groups``, one
+  blocking collective after the other: nothing can be left to the next step. A step for one group is there
+  (``_optimizer_step``); it is that of the wrapped optimizer, which passes by partitions without a gradient.
 """
 
 from __future__ import annotations
