@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import tempfile
 import threading
 import time
@@ -237,6 +238,7 @@ def rows(methods: list[str], arguments: argparse.Namespace) -> list[dict[str, An
 
 def _measure(rank: int, methods: list[str], arguments: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(arguments.threads)
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
     store = dist.FileStore(f"{folder}/store", arguments.ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=arguments.ranks)
     cut = arguments.modules or arguments.cut or "stage"

@@ -48,6 +48,7 @@ def test_communication_is_measured(
     tool: Any, tmp_path: Path, monkeypatch: Any, ranks: int, stage: int
 ) -> None:
     bench, written = tool("bench_step"), tmp_path / "rows.json"
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the tool sets it
     how = [*(["--wire", 0.3] if ranks == 1 else ["--ranks", ranks]), "--zero-stage", stage]
     network = ["--network", "resnet8", "--image-size", 16, "--batch", 4, "--method", "gim,loco"]
     monkeypatch.setattr(
