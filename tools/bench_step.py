@@ -274,6 +274,13 @@ def argument_parser() -> Parser:
     parser.add_argument(
         "--ranks", type=bounded(int, 1), default=1, help="the same over gloo, between so many processes"
     )
+    parser.add_argument(
+        "--zero-stage",
+        type=int,
+        choices=(0, 1, 2),
+        default=0,
+        help="the same under ZeRO, in place of engine=ddp",
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--csv", type=Path, help="add them here, without what --breakdown adds")
     return parser

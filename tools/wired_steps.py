@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,63 +22,18 @@ from benched_steps import CLASSES, CONTRASTIVE, build
 from rich.console import Console
 from rich.table import Table
 from simulated_wire import Recorder, Step
+from slow_wire import Silence, SlowWire
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from framework.data.batch import Batch
-from framework.engines.host_copy import Pending
+from framework.engines.base import EngineSettings
 from framework.engines.late import LateUpdates, Ranks, Wire
 from framework.execution.local_network import LocalNetwork
 from framework.optim import SGD
 from framework.runtime.distributed import is_main, world_size
 
 LR = 1e-3
-
-
-class SlowWire:
-    """A ``Wire`` that takes time and no processor: a sum is there bytes / rate after the one before it.
-
-    Attributes:
-        rate: bytes a second.
-        bytes: sent so far.
-    """
-
-    def __init__(self) -> None:
-        self.rate, self.bytes, self._free = float("inf"), 0, 0.0
-
-    def arrival(self, x: Tensor) -> float:
-        """When a tensor that is sent now will be there, by ``time.perf_counter``."""
-        size = x.numel() * x.element_size()
-        self.bytes += size
-        self._free = max(self._free, time.perf_counter()) + size / self.rate
-        return self._free
-
-    def sum(self, x: Tensor) -> Pending:
-        """See ``Wire``; ``x`` stays as it is."""
-        return _Arrival(self.arrival(x))
-
-    def close(self) -> None:
-        """See ``Wire``."""
-
-
-class _Arrival:
-    def __init__(self, at: float) -> None:
-        self._at = at
-
-    def wait(self) -> None:
-        """Return when it is there."""
-        time.sleep(max(0.0, self._at - time.perf_counter()))
-
-
-class Silence:
-    """A ``Wire`` on which nothing travels, for the time of the computation alone."""
-
-    def sum(self, x: Tensor) -> Pending:
-        """See ``Wire``."""
-        return _Arrival(0.0)
-
-    def close(self) -> None:
-        """See ``Wire``."""
 
 
 class Training(NamedTuple):
@@ -149,6 +106,20 @@ def late(network: LocalNetwork, batch: Batch, wire: Wire) -> Training:
     return Training(lambda: updates.step([batch], lambda: LR), updates.finish)
 
 
+def zero(stage: int, network: LocalNetwork, batch: Batch, wire: SlowWire | Silence | Ranks) -> Training:
+    """The same under ZeRO."""
+    from framework.engines.deepspeed import DeepSpeedEngine  # takes seconds to import
+
+    settings = EngineSettings(batch.images.shape[0] * world_size(), zero_stage=stage)
+    engine = DeepSpeedEngine(
+        network,
+        lambda net: SGD(net.parameters(), lr=LR, momentum=0.9),
+        settings,
+        None if isinstance(wire, Ranks) else wire,
+    )
+    return Training(lambda: engine.step([batch], lambda: LR), engine.finish)
+
+
 def seconds(training: Training, wait: bool) -> float:
     """Of one step in a row of steps; ``wait``: until all its gradients are there and applied."""
     training.step()
@@ -173,7 +144,7 @@ def _meet() -> None:
 def row(method: str, cut: str | int, arguments: argparse.Namespace) -> dict[str, Any]:
     """What is hidden of a method's communication, in each way to train it; "ddp" is PyTorch's, end to end."""
     network, batch = _built(method, cut, arguments)
-    make = ddp if method == "ddp" else late
+    make = ddp if method == "ddp" else partial(zero, arguments.zero_stage) if arguments.zero_stage else late
     wire: SlowWire | Ranks = Ranks() if world_size() > 1 else SlowWire()
     silent, wired = make(copy.deepcopy(network), batch, Silence()), make(network, batch, wire)
     seconds(wired, wait=True)  # two steps, which tell how much travels
@@ -202,6 +173,7 @@ def row(method: str, cut: str | int, arguments: argparse.Namespace) -> dict[str,
         "segments": len(network.segments),
         "ranks": world_size(),
         "wire": arguments.wire,
+        "zero_stage": 0 if method == "ddp" else arguments.zero_stage,
         "travel_seconds": travel,
         "compute_seconds": least,
         "early_seconds": min(took for took, _ in found["early"]),
@@ -266,6 +238,7 @@ def rows(methods: list[str], arguments: argparse.Namespace) -> list[dict[str, An
 
 def _measure(rank: int, methods: list[str], arguments: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(arguments.threads)
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
     store = dist.FileStore(f"{folder}/store", arguments.ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=arguments.ranks)
     cut = arguments.modules or arguments.cut or "stage"
@@ -278,6 +251,12 @@ def _measure(rank: int, methods: list[str], arguments: argparse.Namespace, folde
     if is_main():
         Path(folder, "rows.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+
+
+def _name(row: dict[str, Any]) -> str:
+    if row["method"] == "ddp":
+        return "end to end, PyTorch's DDP"
+    return f"{row['method']}, ZeRO-{row['zero_stage']}" if row["zero_stage"] else str(row["method"])
 
 
 def show(found: list[dict[str, Any]]) -> None:
@@ -296,7 +275,7 @@ def show(found: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="left" if column in ("method", "cut") else "right")
     for r in found:
         table.add_row(
-            "end to end, PyTorch's DDP" if r["method"] == "ddp" else r["method"],
+            _name(r),
             str(r["cut"]),
             str(r["segments"]),
             f"{r['compute_seconds']:.2f}",

@@ -327,7 +327,7 @@ class Recipe:
         resume: "auto" goes on from the newest whole checkpoint of ``run_dir``, "never" starts afresh,
             anything else is the path of a checkpoint. A job that Slurm started again goes on from the newest.
         zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer, 2 also the gradients. Weights, too: engine=fsdp.
-        deepspeed: handed to DeepSpeed as it is.
+        deepspeed: handed to DeepSpeed as it is; with any key in it DeepSpeed makes its steps itself.
     """
 
     name: str = MISSING

@@ -38,7 +38,7 @@ class EngineSettings:
         micro_batches: per optimizer step; their gradients are averaged.
         clip: largest norm of the whole averaged gradient; 0 for no clipping.
         zero_stage: deepspeed only: 0, 1 or 2.
-        deepspeed: deepspeed only: further keys of DeepSpeed's configuration.
+        deepspeed: deepspeed only: further keys of DeepSpeed's configuration, which then makes its steps itself.
         sharding: fsdp only.
     """
 

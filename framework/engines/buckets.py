@@ -16,16 +16,17 @@ class Bucket:
 
     Args:
         parameters: of one type, on one device.
+        size: numbers in the tensor, of which the last may belong to no gradient; as many as there are if ``None``.
 
     Attributes:
         flat: their gradients, one after the other.
         views: the same by parameter, each of its parameter's shape.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        like = parameters[0]
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=like.dtype, device=like.device)
-        pieces = self.flat.split([p.numel() for p in parameters])
+    def __init__(self, parameters: Sequence[nn.Parameter], size: int | None = None) -> None:
+        like, used = parameters[0], sum(p.numel() for p in parameters)
+        self.flat = torch.zeros(size or used, dtype=like.dtype, device=like.device)
+        pieces = self.flat[:used].split([p.numel() for p in parameters])
         self.views = {p: piece.view_as(p) for p, piece in zip(parameters, pieces, strict=True)}
         self._missing = len(self.views)
 
@@ -47,13 +48,13 @@ class Bucket:
         return not self._missing
 
 
-def buckets(order: Sequence[Sequence[nn.Parameter]]) -> list[Bucket]:
+def filled(order: Sequence[Sequence[nn.Parameter]]) -> list[list[nn.Parameter]]:
     """Buckets filled in this order. They hold a sixteenth of all bytes, but no group of parameters is divided.
 
     Large buckets wait for their last gradient and for their first use, small ones pay for each exchange.
     """
     size = min(LARGEST, max(SMALLEST, sum(map(_bytes, order)) // 16))
-    return [Bucket(parameters) for parameters in _filled(order, size)]
+    return list(_filled(order, size))
 
 
 def _filled(order: Sequence[Sequence[nn.Parameter]], size: int) -> Iterator[list[nn.Parameter]]:

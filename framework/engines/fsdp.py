@@ -176,6 +176,7 @@ class ShardedEngine:
 
     def close(self) -> None:
         self._steps.close()
+        self._ranks.close()
 
 
 def _on_host(tensor: Tensor) -> Tensor:

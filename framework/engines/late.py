@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from framework.data.batch import Batch
 from framework.engines.base import Outputs, Rate, StepResult, marked, set_learning_rate
-from framework.engines.buckets import Bucket, buckets
+from framework.engines.buckets import Bucket, filled
 from framework.engines.host_copy import Pending
 from framework.execution import LocalNetwork
+from framework.execution.hooks import WholeWeights
 from framework.execution.uses import Use
 from framework.optim import SkippableOptimizer
 from framework.runtime.distributed import new_group, world_size
@@ -35,7 +36,7 @@ class Wire(Protocol):
         """Free what the wire holds."""
 
 
-class LateUpdates:
+class LateUpdates(WholeWeights):
     """Runs the steps of a network whose weights, gradients and optimizer are whole on every rank.
 
     Where gradients are clipped, all of a step's gradients must be there first: then the update is made at the end of
@@ -50,15 +51,13 @@ class LateUpdates:
         ranks: their number.
     """
 
-    in_slices = False
-
     def __init__(
         self, net: LocalNetwork, optimizer: SkippableOptimizer, clip: float, wire: Wire, ranks: int
     ) -> None:
         self._net, self._optimizer, self._clip = net, optimizer, clip
         self._wire, self._ranks = wire, ranks
         finishing = net.attach(self)
-        self._buckets = buckets(finishing.order)
+        self._buckets = [Bucket(parameters) for parameters in filled(finishing.order)]
         self._owner = {p: bucket for bucket in self._buckets for p in bucket.views}
         self._used: dict[int, list[Bucket]] = {}
         for p, bucket in self._owner.items():
@@ -98,9 +97,6 @@ class LateUpdates:
         if use.what == "forward":
             self.before_read(use.segment)
 
-    def after(self, use: Use) -> None:
-        """See ``StepHooks``."""
-
     def before_read(self, s: int) -> None:
         """See ``StepHooks``."""
         for bucket in self._used.get(s, ()):
@@ -110,14 +106,6 @@ class LateUpdates:
         """See ``StepHooks``."""
         self.finish()
         return nullcontext()
-
-    def total(self, part: Tensor) -> Tensor:
-        """See ``StepHooks``; weights are whole."""
-        return part
-
-    def penalized(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
-        """See ``StepHooks``."""
-        raise AssertionError("penalties give whole gradients where weights are whole")
 
     def finished(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """See ``StepHooks``."""

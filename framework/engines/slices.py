@@ -40,14 +40,17 @@ class ShardRanks:
         self._same, self.group = mesh.get_group(0), mesh.get_group(1)
         self.ranks = mesh.size()
         self.first = mesh.get_local_rank(0) == 0
+        # What is sent through a group goes in order: the weights of the first segment would wait for the gradients of
+        # the last. So each has a group of its own.
+        self._gathers, self._sums = _group_like(mesh), _group_like(mesh)
 
     def gather(self, whole: Tensor, part: Tensor) -> Pending | None:
         """Start to put every rank's ``part`` (n,) together in ``whole`` (size * n,)."""
-        return dist.all_gather_into_tensor(whole, part, group=self.group, async_op=True)
+        return dist.all_gather_into_tensor(whole, part, group=self._gathers, async_op=True)
 
     def sum_slice(self, part: Tensor, whole: Tensor) -> Pending | None:
         """Start to sum ``whole`` (size * n,) over the ranks of the group; ``part`` (n,) gets this rank's slice."""
-        return dist.reduce_scatter_tensor(part, whole, group=self.group, async_op=True)
+        return dist.reduce_scatter_tensor(part, whole, group=self._sums, async_op=True)
 
     def sum_copies(self, part: Tensor) -> Pending | None:
         """Start to sum ``part`` over the ranks that have the same slice."""
@@ -55,11 +58,24 @@ class ShardRanks:
             return None
         return dist.all_reduce(part, group=self._same, async_op=True)
 
+    def close(self) -> None:
+        """Free the groups, which have threads."""
+        for group in (self._gathers, self._sums):
+            dist.destroy_process_group(group)
+
     def total(self, part: Tensor) -> Tensor:
         """Sum over the slices; stays where ``part`` is."""
         whole = part.to(device(), copy=True)
         dist.all_reduce(whole, group=self.group)
         return whole.to(part.device)
+
+
+def _group_like(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """Another group of the ranks that share slices with this one; collective."""
+    groups = [dist.new_group(ranks) for ranks in mesh.mesh.tolist()]
+    own = groups[mesh.get_local_rank(0)]
+    assert isinstance(own, dist.ProcessGroup)  # -100 where this rank is no member
+    return own
 
 
 class Home(NamedTuple):

@@ -45,6 +45,23 @@ class StepHooks(Protocol):
         """To these gradients of the micro-batch nothing is added any more, and the step keeps none of them."""
 
 
+class WholeWeights:
+    """The part of ``StepHooks`` that is the same wherever weights stay whole."""
+
+    in_slices = False
+
+    def after(self, use: Use) -> None:
+        """See ``StepHooks``."""
+
+    def total(self, part: Tensor) -> Tensor:
+        """See ``StepHooks``."""
+        return part
+
+    def penalized(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """See ``StepHooks``."""
+        raise AssertionError("penalties give whole gradients where weights are whole")
+
+
 class Finishing:
     """When the gradients of a micro-batch are finished; worked out once, from the program.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.data.batch import Batch
-from framework.engines.buckets import SMALLEST, buckets
+from framework.engines.buckets import SMALLEST, Bucket, filled
 from framework.engines.late import LateUpdates
 from framework.execution.hooks import Finishing
 from framework.model import local_network
@@ -139,8 +139,8 @@ def test_buckets_divide_no_group_and_mix_no_types() -> None:
         return [nn.Parameter(torch.zeros(SMALLEST // 8, dtype=kind)) for _ in range(count)]
 
     order = [group(1), group(1), group(5), group(1), group(1, torch.float64), group(2)]
-    assert [len(bucket.views) for bucket in buckets(order)] == [2, 5, 1, 1, 2]
-    (bucket,) = buckets([group(2)])
+    assert [len(bucket) for bucket in filled(order)] == [2, 5, 1, 1, 2]
+    bucket = Bucket(*filled([group(2)]))
     first, second = bucket.views
     assert not bucket.add({first: torch.ones_like(first)}, 0.5, True)
     assert bucket.add({second: torch.ones_like(second)}, 0.5, True)

@@ -43,10 +43,13 @@ def test_the_clock_of_a_step(tool: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_communication_is_measured(tool: Any, tmp_path: Path, monkeypatch: Any, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (1, 1), (2, 2)])
+def test_communication_is_measured(
+    tool: Any, tmp_path: Path, monkeypatch: Any, ranks: int, stage: int
+) -> None:
     bench, written = tool("bench_step"), tmp_path / "rows.json"
-    how = ["--wire", 0.3] if ranks == 1 else ["--ranks", ranks]
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the tool sets it
+    how = [*(["--wire", 0.3] if ranks == 1 else ["--ranks", ranks]), "--zero-stage", stage]
     network = ["--network", "resnet8", "--image-size", 16, "--batch", 4, "--method", "gim,loco"]
     monkeypatch.setattr(
         "sys.argv", ["bench_step", *map(str, [*network, "--rounds", 1, *how, "--json", written])]
