@@ -69,11 +69,11 @@ def own_pooling(segment: Segment, shape: tuple[int, ...]) -> tuple[int, tuple[st
     """
     if not segment.final or not hasattr(segment.backbone, "forward_head"):
         return None
-    first = next(segment.backbone.parameters())
+    like = min(segment.backbone.parameters(), key=Tensor.numel)
     modes = [(module, module.training) for module in segment.backbone.modules()]
     segment.backbone.eval()
     try:
-        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(first)
+        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
         with torch.enable_grad():
             parameters = {
                 n: segment.backbone.get_parameter(n).detach().requires_grad_() for n in segment.follows
@@ -87,9 +87,19 @@ def own_pooling(segment: Segment, shape: tuple[int, ...]) -> tuple[int, tuple[st
             module.training = mode
     names = tuple(name for name, gradient in zip(parameters, grown, strict=True) if gradient is not None)
     mean = segment.to_map(x).mean((2, 3))
-    if found.shape == mean.shape and (found.is_meta or torch.allclose(found, mean, rtol=1e-4, atol=1e-5)):
+    if found.shape == mean.shape and _equal(found, mean):
         return None
     return found.shape[1], names
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Of tensors on the device ``meta`` nobody knows, unless they were recorded (``network.recording``)."""
+    try:
+        return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    except RuntimeError:
+        if a.is_meta:
+            return True
+        raise
 
 
 class _Pooled(nn.Module):

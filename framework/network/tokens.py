@@ -28,10 +28,10 @@ def takes_any_tokens(segments: Sequence[Segment], shape: tuple[int, ...]) -> boo
     if any(segment.prefix is None or segment.prefix != prefix for segment in segments):
         return False
     assert prefix is not None
-    first = next(backbone.parameters())
+    like = min(backbone.parameters(), key=Tensor.numel)
     generator = torch.Generator().manual_seed(0)
-    few = torch.randn(1, prefix + TRIED, shape[1], generator=generator).to(first)
-    turned = [*range(prefix), *reversed(range(prefix, prefix + TRIED))]
+    few = torch.randn(1, prefix + TRIED, shape[1], generator=generator).to(like)
+    turned = torch.tensor([*range(prefix), *reversed(range(prefix, prefix + TRIED))])
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
     try:
@@ -51,6 +51,8 @@ def takes_any_tokens(segments: Sequence[Segment], shape: tuple[int, ...]) -> boo
 
 
 def _through(segments: Sequence[Segment], x: Tensor) -> Tensor:
+    """Where the weights are recorded (``network.recording``), they are computed for a segment at a time."""
+    device = x.device
     for segment in segments:
-        x = segment(x)
+        x = segment(x).to(device)
     return x
