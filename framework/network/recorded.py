@@ -7,15 +7,28 @@ what they would have been. Only what the values follow from is computed, and fre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from framework.network.values import leaves, mapped
+
+
+class Unrecordable(Exception):
+    """What code does to a tensor without memory can't be recorded, or its values are asked for and it has none."""
+
+
+def computed(tensor: Tensor) -> Tensor:
+    """A tensor of a network that is being built, with values to look at; where they were not just recorded, itself."""
+    if has_torch_function_unary(tensor):
+        result: Tensor = handle_torch_function(computed, (tensor,), tensor)
+        return result
+    return tensor
 
 
 @dataclass(eq=False)
@@ -123,15 +136,29 @@ class Replay:
         return read.on(self._storage(read.history, read.version))
 
     def _storage(self, history: History, version: int) -> UntypedStorage:
-        if (history, version) not in self._known:
-            self._known[history, version] = self._computed(history, version)
+        waiting = [
+            (history, version)
+        ]  # not a recursion: a chain of calls may be as long as a network is deep
+        while waiting:
+            key = waiting[-1]
+            if key not in self._known:
+                if missing := [read for read in self._needed(*key) if read not in self._known]:
+                    waiting += missing
+                    continue
+                self._known[key] = self._computed(*key)
+            waiting.pop()
         return self._known[history, version]
 
+    def _needed(self, history: History, version: int) -> Iterator[tuple[History, int]]:
+        """The other storages that one follows from."""
+        for change in _since_overwritten(history, version):
+            for leaf in leaves((change.call.args, change.call.kwargs)):
+                if isinstance(leaf, Read) and leaf.history is not history:
+                    yield leaf.history, leaf.version
+
     def _computed(self, history: History, version: int) -> UntypedStorage:
-        changes = history.changes[:version]
-        first = max(i for i, change in enumerate(changes) if change.overwrites)
         storage = UntypedStorage(0)
-        for change in changes[first:]:
+        for change in _since_overwritten(history, version):
             if change.made is None:
                 if change.overwrites:
                     storage = UntypedStorage(history.nbytes)
@@ -170,7 +197,7 @@ class Replay:
                 return leaf.on(own.clone() if leaf.written else own)
             if isinstance(leaf, Constant):
                 if leaf.tensor._version != leaf.version:
-                    raise RuntimeError("a tensor was changed after a network's weights were copied from it")
+                    raise Unrecordable("a tensor was changed after a network's weights were copied from it")
                 return leaf.tensor
             if isinstance(leaf, Drawn):
                 return torch.Generator().set_state(leaf.state)
@@ -182,3 +209,10 @@ class Replay:
             if call.state is not None:
                 torch.set_rng_state(call.state)
             return given, call.function(*args, **kwargs)
+
+
+def _since_overwritten(history: History, version: int) -> list[Change]:
+    """The changes up to a version of which something is left."""
+    changes = history.changes[:version]
+    first = max(number for number, change in enumerate(changes) if change.overwrites)
+    return changes[first:]

@@ -15,7 +15,17 @@ from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from framework.network.recorded import Call, Change, Constant, Drawn, History, Read, Replay
+from framework.network.recorded import (
+    Call,
+    Change,
+    Constant,
+    Drawn,
+    History,
+    Read,
+    Replay,
+    Unrecordable,
+    computed,
+)
 from framework.network.values import leaves, mapped
 from framework.runtime.heap import Heap
 
@@ -59,10 +69,42 @@ class OnTheHost(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func not in _PLACE or self._recording.busy or self._recording.history(args[0]) is None:
-            return result
-        return _PLACE[func]
+        kwargs = kwargs or {}
+        if self._recording.busy:
+            return func(*args, **kwargs)
+        if func in _PLACE:
+            return _PLACE[func] if self._recorded(args[0]) else func(*args)
+        if func is computed:
+            return args[0].to(_CPU) if self._recorded(args[0]) else args[0]
+        if func is Tensor.cpu and self._recorded(args[0]):
+            return args[0]
+        if func is Tensor.to:
+            args, kwargs = self._staying(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _recorded(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and self._recording.history(leaf) is not None
+
+    def _staying(self, tensor: Tensor, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of ``Tensor.to``: from the CPU to the CPU nothing is copied, whether it is recorded or not."""
+        own = tensor.device
+        if not self._recorded(tensor) and own != _CPU:
+            return (tensor, *args), kwargs
+
+        def stays(leaf: Any) -> bool:
+            return (
+                self._recorded(leaf)
+                or (isinstance(leaf, Tensor) and leaf.device == _CPU)
+                or leaf in ("cpu", _CPU)
+            )
+
+        if args and isinstance(args[0], Tensor) and stays(args[0]):
+            args = (own, args[0].dtype, *args[1:])
+        if isinstance(other := kwargs.get("other"), Tensor) and stays(other):
+            args = (own, other.dtype)
+            kwargs = {key: value for key, value in kwargs.items() if key != "other"}
+        args = tuple(own if not isinstance(leaf, Tensor) and stays(leaf) else leaf for leaf in args)
+        return (tensor, *args), {k: own if k == "device" and stays(v) else v for k, v in kwargs.items()}
 
 
 class Recording(TorchDispatchMode):
@@ -100,7 +142,7 @@ class Recording(TorchDispatchMode):
         """The values of a tensor; not to be changed.
 
         Raises:
-            RuntimeError: it was made without any.
+            Unrecordable: it was made without any.
         """
         return self._real(tensor, Replay())
 
@@ -123,12 +165,14 @@ class Recording(TorchDispatchMode):
         written = _written(func, args, kwargs)
         if len(known) < sum(tensor.is_meta for tensor in tensors):
             if any(self.history(tensor) is not None or not tensor.is_meta for tensor in written):
-                raise RuntimeError(f"{func} writes a tensor without values into one that has some")
+                raise Unrecordable(f"{func} writes a tensor without values into one that has some")
             return func(*_on_meta(args), **_on_meta(kwargs))
         if not known:
             return self._of_values(func, args, kwargs, tensors)
-        if _asks(func) or kwargs.get("device") is not None or any(not tensor.is_meta for tensor in written):
+        if _asks(func) or any(not tensor.is_meta for tensor in written):
             return self._computed(func, args, kwargs)
+        if kwargs.get("device") is not None and func is torch.ops.aten._to_copy.default:
+            return self._computed(func, args, kwargs)  # PyTorch's own code is about to read it (tolist)
         return self._recorded(func, args, kwargs, written)
 
     def _of_values(
@@ -150,7 +194,7 @@ class Recording(TorchDispatchMode):
     def _computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that is made at once, on values."""
         if any(tensor.is_meta for tensor in _written(func, args, kwargs)):
-            raise RuntimeError(f"{func} can't be recorded while a network is built")
+            raise Unrecordable(f"{func} can't be recorded while a network is built")
         replay = Replay()
 
         def real(leaf: Any) -> Any:
@@ -163,7 +207,7 @@ class Recording(TorchDispatchMode):
     ) -> Any:
         """A call that is written down."""
         if func._schema.name in ("aten::set_", "aten::resize_"):
-            raise RuntimeError(f"{func} can't be recorded while a network is built")
+            raise Unrecordable(f"{func} can't be recorded while a network is built")
         made = "device" in kwargs or not any(isinstance(leaf, Tensor) for leaf in leaves((args, kwargs)))
         try:
             result = func(*_on_meta(args), **_on_meta(kwargs, made))
@@ -250,7 +294,7 @@ class Recording(TorchDispatchMode):
             return tensor
         history = self.history(tensor)
         if history is None:
-            raise RuntimeError(
+            raise Unrecordable(
                 f"a tensor of shape {tuple(tensor.shape)} was made on the device meta: no values"
             )
         return replay.tensor(Read.of(tensor, history))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from framework.network.recorded import computed
 from framework.network.segments import Segment
 from framework.runtime.errors import UserError
 
@@ -51,8 +52,6 @@ def takes_any_tokens(segments: Sequence[Segment], shape: tuple[int, ...]) -> boo
 
 
 def _through(segments: Sequence[Segment], x: Tensor) -> Tensor:
-    """Where the weights are recorded (``network.recording``), they are computed for a segment at a time."""
-    device = x.device
     for segment in segments:
-        x = segment(x).to(device)
+        x = computed(segment(x))  # so that not all of the weights are needed at once
     return x
