@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
@@ -80,7 +81,16 @@ class OnTheHost(TorchFunctionMode):
             return args[0]
         if func is Tensor.to:
             args, kwargs = self._staying(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and self._recorded(args[0]):
+            args = (args[0], _as_tensors(args[1]), *args[2:])
+        self._recording.blank = kwargs.get("device") in ("meta", _META) or any(
+            isinstance(leaf, Tensor) and leaf.is_meta and not self._recorded(leaf)
+            for leaf in leaves((args, kwargs))
+        )
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._recording.blank = False
 
     def _recorded(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and self._recording.history(leaf) is not None
@@ -121,6 +131,7 @@ class Recording(TorchDispatchMode):
     Attributes:
         recorded: bytes of the tensors that got no memory.
         busy: whether a call is being recorded.
+        blank: whether the call at hand is given the device ``meta``, or tensors on it that have no values.
         heap: of this process.
         kept: bytes of large tensors with values that calls have read; a copy stays as long as what follows from them.
         mapped: the same for those that lie in files, of which there is no copy.
@@ -130,7 +141,7 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self._bytes = large
         self.recorded = self.kept = self.mapped = 0
-        self.busy = False
+        self.busy = self.blank = False
         self.heap = Heap()
         self._histories: WeakKeyDictionary[UntypedStorage, History] = WeakKeyDictionary()
 
@@ -157,9 +168,9 @@ class Recording(TorchDispatchMode):
 
     def _call_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("device") == _META:
-            if func is not torch.ops.aten._to_copy.default:
+            if self.blank:
                 return func(*args, **kwargs)
-            del kwargs["device"]  # to where another tensor is: it keeps its values
+            del kwargs["device"]  # PyTorch's own code takes that of another tensor
         tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = [tensor for tensor in tensors if self.history(tensor) is not None]
         written = _written(func, args, kwargs)
@@ -298,6 +309,13 @@ class Recording(TorchDispatchMode):
                 f"a tensor of shape {tuple(tensor.shape)} was made on the device meta: no values"
             )
         return replay.tensor(Read.of(tensor, history))
+
+
+def _as_tensors(key: Any) -> Any:
+    """An index whose lists and arrays are tensors; PyTorch would make those on the device of what is indexed."""
+    if isinstance(key, tuple):
+        return tuple(map(_as_tensors, key))
+    return torch.as_tensor(key) if isinstance(key, list | np.ndarray) else key
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

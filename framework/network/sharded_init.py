@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,19 @@ from framework.network.recording import OnTheHost, Recording
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Made:
     """The values of tensors that were made within ``built_in_slices``.
 
-    Args:
+    Attributes:
         rank: whose slices.
         ranks: of how many.
         recording: of how the tensors were made.
     """
 
-    def __init__(self, rank: int, ranks: int, recording: Recording) -> None:
-        self.rank, self.ranks, self._recording = rank, ranks, recording
+    rank: int
+    ranks: int
+    recording: Recording
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor as it would be without ``built_in_slices``, on the CPU, with memory of its own."""
@@ -48,12 +51,12 @@ class Made:
         part = self._values(tensor).reshape(-1)[self.rank * n : (self.rank + 1) * n]
         own[: len(part)] = part
         del part
-        self._recording.heap.freed(tensor.nbytes)
+        self.recording.heap.freed(tensor.nbytes)
         return own
 
     @torch.no_grad()
     def _values(self, tensor: Tensor) -> Tensor:
-        return self._recording.values(tensor.detach())
+        return self.recording.values(tensor.detach())
 
 
 @contextmanager

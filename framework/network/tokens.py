@@ -32,7 +32,7 @@ def takes_any_tokens(segments: Sequence[Segment], shape: tuple[int, ...]) -> boo
     like = min(backbone.parameters(), key=Tensor.numel)
     generator = torch.Generator().manual_seed(0)
     few = torch.randn(1, prefix + TRIED, shape[1], generator=generator).to(like)
-    turned = torch.tensor([*range(prefix), *reversed(range(prefix, prefix + TRIED))])
+    turned = [*range(prefix), *reversed(range(prefix, prefix + TRIED))]
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
     try:
