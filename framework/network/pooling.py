@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from framework.network.layouts import ToMap
 from framework.network.segments import Segment
@@ -79,17 +80,31 @@ def own_pooling(segment: Segment, shape: tuple[int, ...]) -> tuple[int, tuple[st
                 n: segment.backbone.get_parameter(n).detach().requires_grad_() for n in segment.follows
             }
             found = torch.func.functional_call(_Pooled(segment), _below("backbone", parameters), (x,))
-            grown: list[torch.Tensor | None] = [None] * len(parameters)
-            if found.requires_grad:  # else its pooling has none of them
-                grown = list(torch.autograd.grad(found.sum(), list(parameters.values()), allow_unused=True))
     finally:
         for module, mode in modes:
             module.training = mode
-    names = tuple(name for name, gradient in zip(parameters, grown, strict=True) if gradient is not None)
+    reached = _reached(found)
+    names = tuple(name for name, parameter in parameters.items() if parameter in reached)
     mean = segment.to_map(x).mean((2, 3))
     if found.shape == mean.shape and _equal(found, mean):
         return None
     return found.shape[1], names
+
+
+def _reached(output: Tensor) -> set[Tensor]:
+    """The parameters that would get a gradient; none is computed, for which all would have to be on one device."""
+    found: set[Tensor] = set()
+    seen: set[Node] = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        if node.name() == "torch::autograd::AccumulateGrad":
+            found.add(node.variable)  # type: ignore[attr-defined]
+    return found
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -46,7 +46,7 @@ def same_built_in_slices(
     assert torch.equal(torch.get_rng_state(), drawn)
     found = state(net)
     assert list(found) == list(expected)
-    assert sum(tensor.is_meta for tensor in found.values()) > 0.3 * len(found)
+    assert any(tensor.is_meta for tensor in found.values())
     for name, tensor in found.items():
         assert tensor.shape == expected[name].shape
         for ranks in splits:
@@ -95,7 +95,7 @@ def test_networks(name: str, arguments: dict[str, Any]) -> None:
         backbone = networks.create(name, **arguments)
         return local_network(backbone, "gim", image_size=224, cut="stage")
 
-    same_built_in_slices(make, 2**16)
+    same_built_in_slices(make, 2**16, (3,))
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_networks(name: str, arguments: dict[str, Any]) -> None:
 )
 def test_recipes(recipe: str, overrides: list[str]) -> None:
     parsed = load([f"recipes/{recipe}", "data.path=unused", *overrides])
-    same_built_in_slices(lambda: recipe_network(parsed, 10), 2**12)
+    same_built_in_slices(lambda: recipe_network(parsed, 10), 2**12, (3,))
 
 
 @pytest.mark.slow
