@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from framework.network.layouts import ToMap
 from framework.network.segments import Segment
@@ -69,27 +70,51 @@ def own_pooling(segment: Segment, shape: tuple[int, ...]) -> tuple[int, tuple[st
     """
     if not segment.final or not hasattr(segment.backbone, "forward_head"):
         return None
-    first = next(segment.backbone.parameters())
+    like = min(segment.backbone.parameters(), key=Tensor.numel)
     modes = [(module, module.training) for module in segment.backbone.modules()]
     segment.backbone.eval()
     try:
-        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(first)
+        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
         with torch.enable_grad():
             parameters = {
                 n: segment.backbone.get_parameter(n).detach().requires_grad_() for n in segment.follows
             }
             found = torch.func.functional_call(_Pooled(segment), _below("backbone", parameters), (x,))
-            grown: list[torch.Tensor | None] = [None] * len(parameters)
-            if found.requires_grad:  # else its pooling has none of them
-                grown = list(torch.autograd.grad(found.sum(), list(parameters.values()), allow_unused=True))
     finally:
         for module, mode in modes:
             module.training = mode
-    names = tuple(name for name, gradient in zip(parameters, grown, strict=True) if gradient is not None)
+    reached = _reached(found)
+    names = tuple(name for name, parameter in parameters.items() if parameter in reached)
     mean = segment.to_map(x).mean((2, 3))
-    if found.shape == mean.shape and (found.is_meta or torch.allclose(found, mean, rtol=1e-4, atol=1e-5)):
+    if found.shape == mean.shape and _equal(found, mean):
         return None
     return found.shape[1], names
+
+
+def _reached(output: Tensor) -> set[Tensor]:
+    """The parameters that would get a gradient; none is computed, for which all would have to be on one device."""
+    found: set[Tensor] = set()
+    seen: set[Node] = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        if node.name() == "torch::autograd::AccumulateGrad":
+            found.add(node.variable)  # type: ignore[attr-defined]
+    return found
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Of tensors on the device ``meta`` nobody knows, unless they were recorded (``network.recording``)."""
+    try:
+        return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    except RuntimeError:
+        if a.is_meta:
+            return True
+        raise
 
 
 class _Pooled(nn.Module):

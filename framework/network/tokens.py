@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from framework.network.recorded import computed
 from framework.network.segments import Segment
 from framework.runtime.errors import UserError
 
@@ -28,9 +29,9 @@ def takes_any_tokens(segments: Sequence[Segment], shape: tuple[int, ...]) -> boo
     if any(segment.prefix is None or segment.prefix != prefix for segment in segments):
         return False
     assert prefix is not None
-    first = next(backbone.parameters())
+    like = min(backbone.parameters(), key=Tensor.numel)
     generator = torch.Generator().manual_seed(0)
-    few = torch.randn(1, prefix + TRIED, shape[1], generator=generator).to(first)
+    few = torch.randn(1, prefix + TRIED, shape[1], generator=generator).to(like)
     turned = [*range(prefix), *reversed(range(prefix, prefix + TRIED))]
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
@@ -52,5 +53,5 @@ def takes_any_tokens(segments: Sequence[Segment], shape: tuple[int, ...]) -> boo
 
 def _through(segments: Sequence[Segment], x: Tensor) -> Tensor:
     for segment in segments:
-        x = segment(x)
+        x = computed(segment(x))  # so that not all of the weights are needed at once
     return x
