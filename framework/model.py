@@ -19,6 +19,7 @@ from framework.local import MethodOptions, NetworkInfo, Plan, methods
 from framework.local.methods import Method
 from framework.network import Cut, Segment
 from framework.network.norm import synchronize
+from framework.network.sharded_init import built_in_slices
 from framework.runtime.errors import UserError
 
 
@@ -145,6 +146,24 @@ def recipe_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         net.keep_average(recipe.train.ema)
     if recipe.execution.compile:
         net.compile_segments()
+    return net
+
+
+def sliced_network(recipe: Recipe, num_classes: int, rank: int, ranks: int) -> LocalNetwork:
+    """The same without ever being whole: large tensors have no memory, and ``made`` has one rank's slices of them.
+
+    Args:
+        recipe: of the network.
+        num_classes: of the data.
+        rank: whose slices.
+        ranks: of how many.
+
+    Raises:
+        UserError: as ``recipe_network``.
+    """
+    with built_in_slices(rank, ranks) as made:
+        net = recipe_network(recipe, num_classes)
+    net.made = made
     return net
 
 

@@ -147,6 +147,8 @@ def whole_share(engine: Engine) -> Share:
 def prepare(net: nn.Module, settings: EngineSettings, stages: int = 1) -> None:
     """Move ``net`` to this rank's device, make its weights contiguous and rank 0's on all ranks; collective.
 
+    What a network that was built in slices has no memory for is left to the engine.
+
     A network still computes in channels-last order if its images come in it.
 
     Args:
@@ -164,10 +166,15 @@ def prepare(net: nn.Module, settings: EngineSettings, stages: int = 1) -> None:
             f"train.batch_size={settings.batch_size}: must be a multiple of {parts} "
             f"(train.accumulation={settings.micro_batches} x {replicas})"
         )
-    net.to(device())
-    convert: Callable[..., nn.Module] = net.to  # its overloads lack memory_format alone before torch 2.15
-    convert(memory_format=torch.contiguous_format)  # DeepSpeed takes no other
-    broadcast_weights(net)
+    with torch.no_grad():
+        for tensor in with_memory(net):
+            tensor.data = tensor.data.to(device()).contiguous()  # DeepSpeed takes no other
+    broadcast_weights(with_memory(net))
+
+
+def with_memory(net: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once, but for those of a network in slices that the engine still has to make."""
+    return [tensor for tensor in dict.fromkeys([*net.parameters(), *net.buffers()]) if not tensor.is_meta]
 
 
 def marked(micro_batches: list[Batch]) -> Iterator[Batch]:

@@ -28,6 +28,7 @@ from framework.engines.sharded import ShardedUpdates
 from framework.engines.slices import Home, ShardRanks, Slices
 from framework.engines.state import COUNTERS
 from framework.execution import LocalNetwork
+from framework.network.sharded_init import put
 from framework.runtime.distributed import device, is_main, world_size
 from framework.runtime.errors import UserError
 
@@ -60,7 +61,7 @@ class ShardedEngine:
         ranks = self._ranks = ShardRanks(mesh)
         kinds = {"fp32": None, "bf16": torch.bfloat16}
         place = torch.device("cpu") if options.offload else device()
-        home = Home(place, kinds[options.gather], kinds[options.reduce])
+        home = Home(net.made, place, kinds[options.gather], kinds[options.reduce])
         often = options.reduce_every == "micro_batch"
         self._steps = ShardedUpdates(net, self.optimizer, settings.clip, ranks, home, often)
         self._slices = [group.slices for group in self._steps.groups]
@@ -69,8 +70,18 @@ class ShardedEngine:
             sliced = {tensor: slices for slices in self._slices for tensor in slices.tensors}
             averages = [average for average, live in pairs if live in sliced]
             if averages:
-                self._slices.append(Slices(averages, ranks, place))
+                self._slices.append(Slices(averages, ranks, home))
+        self._make_the_rest()
         self._of = {tensor: slices for slices in self._slices for tensor in slices.tensors}
+
+    def _make_the_rest(self) -> None:
+        """What no step uses stays whole, and what was needed to make it goes."""
+        made, self.net.made = self.net.made, None
+        if made is None:
+            return
+        for tensor in (*self.net.parameters(), *self.net.buffers()):
+            if tensor.is_meta:
+                put(tensor, made.whole(tensor).to(device()))
 
     def step(self, micro_batches: list[Batch], lr: Rate) -> StepResult:
         return self._steps.step(micro_batches, lr)

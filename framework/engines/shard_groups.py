@@ -48,7 +48,7 @@ class ShardGroup:
         trained = (t for t in weights if isinstance(t, nn.Parameter) and t in kinds)
         self.trained = sorted(trained, key=lambda p: kinds[p])
         others = (t for t in weights if t not in kinds)
-        self.slices = Slices([*self.trained, *others], ranks, home.device, gathered)
+        self.slices = Slices([*self.trained, *others], ranks, home, gathered)
         self.gradients = SliceGradients(self.slices, self.trained, ranks, home.reduced)
         widths = Counter[int]()
         for parameter in self.trained:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from framework.engines.host_copy import Pending
+from framework.network.sharded_init import Made, put
 from framework.runtime.distributed import device
 
 
@@ -82,11 +83,13 @@ class Home(NamedTuple):
     """How slices are kept, and what travels.
 
     Attributes:
+        made: has the slices of tensors without memory.
         device: where slices are; the host's memory, or where they are used.
         gathered: type in which weights of two dimensions and more are gathered and used; ``None`` for their own.
         reduced: type in which gradients are summed over ranks; ``None`` for their own.
     """
 
+    made: Made | None
     device: torch.device
     gathered: torch.dtype | None = None
     reduced: torch.dtype | None = None
@@ -96,9 +99,9 @@ class Slices:
     """Tensors of one type that become whole together.
 
     Args:
-        tensors: of one type, whole; they become slices.
+        tensors: of one type, whole or without memory; they become slices.
         ranks: that share them.
-        home: where and how they are kept.
+        home: where they are kept, and who has those without memory.
         gathered: type in which they are gathered and used; ``None`` for their own.
 
     Attributes:
@@ -111,7 +114,7 @@ class Slices:
         self,
         tensors: Sequence[Tensor],
         ranks: ShardRanks,
-        home: torch.device,
+        home: Home,
         gathered: torch.dtype | None = None,
     ) -> None:
         self._ranks = ranks
@@ -120,14 +123,20 @@ class Slices:
         ends = list(accumulate(self.widths.values()))
         self.places = {t: end - width for (t, width), end in zip(self.widths.items(), ends, strict=True)}
         like, kind = tensors[0], gathered or tensors[0].dtype
-        pinned = home.type == "cpu" and like.is_cuda
-        self.flat = torch.zeros(ends[-1], dtype=like.dtype, device=home, pin_memory=pinned)
+        used_on = device()
+        pinned = home.device.type == "cpu" and used_on.type == "cuda"
+        self.flat = torch.zeros(ends[-1], dtype=like.dtype, device=home.device, pin_memory=pinned)
         for tensor in tensors:
-            self.write(tensor, tensor.detach())
-        sizes = [tensor.numel() for tensor in tensors]
-        self._whole = torch.empty(sum(sizes), dtype=kind, device=like.device)
+            if tensor.is_meta:
+                assert home.made is not None
+                self.of(tensor).copy_(home.made.slice_of(tensor))
+                put(tensor, self.of(tensor))
+            else:
+                self.write(tensor, tensor.detach())
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        self._whole = torch.empty(sum(sizes), dtype=kind, device=used_on)
         pieces = self._whole.split(sizes)
-        self._views = {t: piece.view(t.shape) for t, piece in zip(tensors, pieces, strict=True)}
+        self._views = {t: piece.view(s) for (t, s), piece in zip(self._shapes.items(), pieces, strict=True)}
         self._gathered: Tensor | None = None
         self._gathering: Pending | None = None
         self.present = True

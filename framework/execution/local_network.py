@@ -43,6 +43,7 @@ from framework.network import pooling
 from framework.network.feedback import use_feedback
 from framework.network.norm import frozen_statistics
 from framework.network.segments import Segment
+from framework.network.sharded_init import Made
 from framework.runtime.errors import UserError
 
 LOSS_SCALES = "scales."  # how names of float16's loss scales begin, in a network's state
@@ -72,6 +73,8 @@ class LocalNetwork(nn.Module):
         program: what a step does.
         teacher: its moving average, of plans that want one.
         average: moving average of the weights for evaluation, where one was asked for (``keep_average``).
+        made: has the values of tensors that have no memory yet, in a network that was built in slices; the engine that
+            cuts it takes them from there.
         noise: of the micro-batch at hand, of plans that want some.
         masks: likewise.
         scales: loss scales, of float16.
@@ -107,6 +110,7 @@ class LocalNetwork(nn.Module):
         self.heads = nn.ModuleDict({names[head]: head for head in plan.heads})
         self.teacher = Teacher(backbone, segments, plan, names) if plan.teacher is not None else None
         self.average: WeightAverage | None = None
+        self.made: Made | None = None
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.weights: Tensor
         self.register_buffer("weights", _weights(plan), persistent=False)

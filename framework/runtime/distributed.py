@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from framework.runtime.errors import LocalError, UserError
 
@@ -137,11 +137,11 @@ def from_main(value: Any) -> Any:
     return json.loads(gather_text(json.dumps(value) if is_main() else "")[0])
 
 
-def broadcast_weights(net: nn.Module) -> None:
-    """Overwrite every parameter and buffer with rank 0's."""
+def broadcast_weights(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with rank 0's."""
     if world_size() == 1:
         return
-    for tensor in [*net.parameters(), *net.buffers()]:
+    for tensor in tensors:
         whole = tensor.detach().contiguous()
         dist.broadcast(whole, src=0)
         tensor.data.copy_(whole)

@@ -8,8 +8,26 @@ from framework import engines
 from framework.config.recipe import Recipe
 from framework.engines.base import Engine, EngineSettings, prepare
 from framework.execution import LocalNetwork
+from framework.model import recipe_network, sliced_network
 from framework.optim import SkippableOptimizer, build_optimizer
 from framework.pipeline.scheduling.balance import place
+from framework.runtime.distributed import rank, world_size
+from framework.runtime.errors import UserError
+
+
+def build_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
+    """The recipe's network, as its engine wants it: on the CPU, and whole unless the engine cuts it into slices.
+
+    Raises:
+        UserError: the network can't be built so; replicas that don't divide the ranks.
+    """
+    if recipe.engine != "fsdp":
+        return recipe_network(recipe, num_classes)
+    replicas = recipe.sharding.replicas
+    if world_size() % replicas:
+        raise UserError(f"sharding.replicas={replicas}: must divide the {world_size()} ranks")
+    shards = world_size() // replicas
+    return sliced_network(recipe, num_classes, rank() % shards, shards)
 
 
 def build_engine(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Engine:

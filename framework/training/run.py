@@ -16,14 +16,13 @@ from framework.evaluation.features import averaged
 from framework.evaluation.scoring import check_scorable, score_trained
 from framework.execution import LocalNetwork
 from framework.local import Need
-from framework.model import recipe_network
 from framework.runtime import distributed, joining, requests, watchdog
 from framework.runtime.errors import UserError
 from framework.runtime.exit_status import EXIT_TRY_AGAIN
 from framework.runtime.requests import Request
 from framework.runtime.run_lock import held
 from framework.tracking.environment import device_name
-from framework.training.engine_choice import build_engine
+from framework.training.engine_choice import build_engine, build_network
 from framework.training.loop import Loop
 from framework.training.results import leave_results
 from framework.training.resume import as_it_goes_on, contrasted_images, restore
@@ -124,7 +123,7 @@ def _opened(recipe: Recipe) -> tuple[Splits, LocalNetwork, TrainLoader]:
     splits = Splits.open(recipe)
     built = as_it_goes_on(recipe)
     with distributed.same_outcome():
-        net = recipe_network(built, splits.num_classes)
+        net = build_network(built, splits.num_classes)
         loader = splits.train_loader(net.plan.views)
         if net.teacher is not None:
             net.teacher.total = recipe.train.epochs * loader.steps_per_epoch
