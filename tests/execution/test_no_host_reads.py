@@ -89,6 +89,8 @@ MORE += [Row(case, "lars", {"precision": "fp16"}) for case in ("mlaan", "loco-up
 MORE += [Row(case, "adamw", {"precision": "bf16"}) for case in ("gim-byol", "sign-2", "infopro")]
 MORE += [Row(case, "sgd", {"skip_nonfinite": True}) for case in ("loco-soft", "mlaan-code")]
 
+MORE += [Row(case, "sgd", {"recompute": kind}) for case, kind in (("loco", "segment"), ("simclr", "block"))]
+
 
 @pytest.mark.parametrize("row", [*FEW, *slow(MORE)], ids=str)
 def test_a_step_is_launched_without_waiting(row: Row) -> None:
