@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils import swap_tensors
 from torch.utils.serialization import config
 
-from framework.network.recording import OnTheHost, Recording
+from framework.network.on_the_host import OnTheHost
+from framework.network.recording import Recording
 
 _log = logging.getLogger(__name__)
 
