@@ -110,7 +110,7 @@ def main() -> None:
     from torch.multiprocessing import spawn
 
     # Large blocks go back to the system at once, so that resident memory is memory in use.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
         for engine, method, ranks in progress.track(chosen(arguments)):

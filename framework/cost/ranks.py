@@ -6,10 +6,10 @@ are images, workspaces of kernels, and what the optimizer needs while it compute
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from framework.cost.counting import countable, end_to_end, peak_of
 from framework.execution import LocalNetwork
 from framework.execution.hooks import Finishing
 from framework.execution.program import Program
+from framework.execution.uses import STAYS, Use
+from framework.local.copies import followers
 from framework.model import recipe_network
 from framework.optim import build_optimizer
 from framework.runtime.errors import UserError
@@ -27,7 +29,6 @@ Engine = Literal["ddp", "ZeRO-1", "ZeRO-2", "fsdp"]
 Training = Literal["local", "end to end"]
 ENGINES: tuple[Engine, ...] = ("ddp", "ZeRO-1", "ZeRO-2", "fsdp")
 TRAININGS: tuple[Training, ...] = ("local", "end to end")
-STAYS = 2  # turns of the loop over segments for which sharded weights wait for their next use
 
 
 @dataclass(frozen=True)
@@ -96,27 +97,8 @@ def states_per_weight(optim: Optim) -> int:
     return sum(isinstance(state, Tensor) and state.shape == like.weight.shape for state in states)
 
 
-class Use(NamedTuple):
-    """A segment's forward pass, the heads on it, or one pass of gradients through it."""
-
-    what: Literal["forward", "heads", "backward"]
-    segment: int
-
-
-def turns(program: Program) -> list[list[Use]]:
-    """What a micro-batch does, in order; what stands together is done in one turn of the loop over segments."""
-    forward = [[Use("forward", s)] for s in range(len(program.segments))]
-    after = [
-        [Use("heads", s), *(Use("backward", step.segment) for step in own.walk)]
-        for s, own in enumerate(program.segment_programs)
-    ]
-    if program.top_first:
-        return forward + after[::-1]
-    return [[*first, *then] for first, then in zip(forward, after, strict=True)]
-
-
 def backpropagation_turns(program: Program) -> list[list[Use]]:
-    """The same as PyTorch's FSDP2 sees it: the backward pass is another way through all segments."""
+    """What PyTorch's FSDP2 sees of a micro-batch: the backward pass is another way through all segments."""
     segments = range(len(program.segments))
     down = [[Use("backward", s)] for s in reversed(segments)]
     return [*([Use("forward", s)] for s in segments), [Use("heads", segments[-1])], *down]
@@ -142,25 +124,14 @@ class ShardGroup:
 def shard_groups(net: LocalNetwork, order: Sequence[Use]) -> list[ShardGroup]:
     """Those of a network whose micro-batches use weights in this order."""
     places: dict[Tensor, list[int]] = {}
+    used = net.uses().weights
     for place, use in enumerate(order):
-        for weight in dict.fromkeys(_weights(net, use)):
+        for weight in dict.fromkeys(used[use]):
             places.setdefault(weight, []).append(place)
     together: dict[tuple[int, ...], list[Tensor]] = {}
     for weight, own in places.items():
         together.setdefault(tuple(own), []).append(weight)
     return [ShardGroup(tuple(weights), own) for own, weights in together.items()]
-
-
-def _weights(net: LocalNetwork, use: Use) -> Iterator[Tensor]:
-    if use.what == "heads":
-        for call in net.program.segment_programs[use.segment].heads:
-            yield from call.head.parameters()
-        return
-    segment = net.segments[use.segment]
-    yield from segment.parameters()
-    yield from (p for module in segment.modules() for p in module.parameters())
-    if use.what == "forward" and net.teacher is not None:
-        yield from net.teacher.averages(use.segment)
 
 
 def slice_bytes(tensors: Iterable[Tensor], ranks: int) -> int:
@@ -255,13 +226,12 @@ class Held:
         order = Finishing(net.program).order
         trained = dict.fromkeys(parameter for group in order for parameter in group)
         frozen = [p for p in net.parameters() if p not in trained]
-        following = [
-            b for module in (net.teacher, net.average) if module is not None for b in module.buffers()
-        ]
+        moving = (module for module in (net.teacher, net.average) if module is not None)
+        following = [*(b for module in moving for b in module.buffers()), *followers(net.heads)]
         whole = dict.fromkeys(net.buffers()).keys() - set(following)
         sizes = [_bytes(group) for group in order]
         backward = training == "end to end"
-        done = backpropagation_turns(net.program) if backward else turns(net.program)
+        done = backpropagation_turns(net.program) if backward else net.uses().turns
         return cls(
             ranks=ranks,
             micro_batches=micro_batches,
@@ -277,15 +247,15 @@ class Held:
     def cost(self, engine: Engine, training: Training, states: int, activations: int) -> RankCost:
         """Under an engine whose optimizer keeps ``states`` numbers for each weight.
 
-        ddp has gradients in buckets, and each once more until it is in one. ZeRO gets all at once, when the micro-batch
-        is done: as the step computed them, as ``.grad``, and in a bucket as large; stage 2 keeps a slice of them, too.
-        It optimizes a copy of its slice of the weights. fsdp has slices, and whole what is finished and what travels;
-        of several micro-batches only the sums are reduced, so that all are whole.
+        ddp has gradients in buckets, and each once more until it is in one. ZeRO-1 has them, too, and slices of their
+        sums; ZeRO-2 has slices, and whole what is finished and what travels. Either optimizes a copy of its slice of
+        the weights. fsdp has slices, and whole what is finished and what travels; of several micro-batches only the
+        sums are reduced, so that all are whole.
         """
         whole, part = self.trained, self.sliced
         gradients, optimizer, sent = whole + self.finished, states * whole, 2 * whole
         if engine.startswith("ZeRO"):
-            gradients = 3 * whole + (part if engine == "ZeRO-2" else 0)
+            gradients = part + self.finished + (self.travelling if engine == "ZeRO-2" else whole)
             optimizer = (states + 1) * part
         if engine == "fsdp":
             gradients = part + (self.travelling if self.micro_batches == 1 else whole) + self.finished

@@ -69,8 +69,8 @@ class LateZero(WholeWeights):
         clip: largest norm of the averaged gradient; 0 for no clipping.
         wire: to the other ranks.
         ranks: their number.
-        stage: 2 has every micro-batch's gradients summed over the ranks, and only this rank's part kept. 1 keeps them
-            whole until the last micro-batch, and sends once.
+        stage: 2 has every micro-batch's gradients summed over the ranks, and only this rank's part kept, so that those
+            of two groups are whole at most. 1 keeps them whole until the last micro-batch, and sends once.
 
     Attributes:
         zero: what ``partition`` returned.
@@ -166,6 +166,8 @@ class LateZero(WholeWeights):
             flat.mul_(1 / self._ranks)
         self._collect(group)
         self._scattering[group] = self._wire.scatter(flat)
+        for earlier in list(self._scattering)[:-1] if self._each else ():
+            self._collect(earlier)  # what travels is whole
         if self._last:
             self._due.append(group)
 

@@ -11,13 +11,9 @@ from torch import Tensor, nn
 
 from framework.engines.slice_gradients import SliceGradients
 from framework.engines.slices import Home, ShardRanks, Slices
-from framework.execution.uses import Use, Uses
+from framework.execution.uses import STAYS, Use, Uses
 from framework.optim import SkippableOptimizer
 from framework.optim.lars import Piece, Shard
-
-# Turns of the loop over segments for which weights wait for their next use. Beyond that, as in backpropagation or in
-# windows of more than three segments, they are released and gathered again: memory is dearer than traffic here.
-STAYS = 2
 
 
 class ShardGroup:

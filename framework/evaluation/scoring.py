@@ -23,7 +23,6 @@ from framework.evaluation.knn import knn_top1
 from framework.evaluation.linear_probe import linear_top1
 from framework.evaluation.run_folder import Run
 from framework.execution import LocalNetwork
-from framework.model import recipe_network
 from framework.runtime import distributed, watchdog
 from framework.runtime.errors import UserError
 
@@ -53,19 +52,20 @@ def check_scorable(recipe: Recipe, net: LocalNetwork, splits: Splits) -> None:
         )
 
 
-def score(recipe: Recipe, net: LocalNetwork, splits: Splits) -> dict[str, float]:
+def score(
+    recipe: Recipe, net: LocalNetwork, splits: Splits, untrained: Callable[[], LocalNetwork]
+) -> dict[str, float]:
     """The scores of a finished training: its own, those of the untrained network, and those of raw pixels.
 
-    *Untrained* is the network as the recipe's seed makes it.
+    ``untrained`` makes the network as the recipe's seed does.
 
     Returns:
         Per cent by name, on rank 0; elsewhere only those that every rank knows. Empty without a test split.
     """
     scores = score_trained(recipe, net, splits)
     if splits.labeled and recipe.evaluate.knn:
-        untrained = recipe_network(recipe, splits.num_classes).to(distributed.device())
         for suffix, features_of, linear in (
-            ("_untrained", partial(network_features, untrained), recipe.evaluate.linear),
+            ("_untrained", partial(network_features, untrained()), recipe.evaluate.linear),
             ("_pixels", pixel_features, False),
         ):
             probed = _probe(recipe, splits, splits.held_out, features_of, linear)

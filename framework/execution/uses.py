@@ -13,6 +13,11 @@ from framework.execution.teacher import Teacher
 from framework.local.copies import followers
 from framework.network import Segment
 
+# Turns of the loop over segments for which sharded weights wait for their next use. Beyond that, as in
+# backpropagation or in windows of more than three segments, they are released and gathered again: memory is dearer than
+# traffic here.
+STAYS = 2
+
 
 class Use(NamedTuple):
     """Something that a micro-batch does with weights.

@@ -11,7 +11,7 @@ from framework.execution import LocalNetwork
 from framework.model import recipe_network, sliced_network
 from framework.optim import SkippableOptimizer, build_optimizer
 from framework.pipeline.scheduling.balance import place
-from framework.runtime.distributed import rank, world_size
+from framework.runtime.distributed import device, rank, world_size
 from framework.runtime.errors import UserError
 
 
@@ -28,6 +28,14 @@ def build_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
         raise UserError(f"sharding.replicas={replicas}: must divide the {world_size()} ranks")
     shards = world_size() // replicas
     return sliced_network(recipe, num_classes, rank() % shards, shards)
+
+
+def untrained(recipe: Recipe, num_classes: int) -> LocalNetwork:
+    """The recipe's network as its seed makes it, on this rank's device, to be evaluated on all ranks; collective."""
+    net = build_network(recipe, num_classes)
+    if recipe.engine == "fsdp":
+        return build_engine(recipe, net, num_classes).whole_net()
+    return net.to(device())
 
 
 def build_engine(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Engine:

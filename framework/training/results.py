@@ -20,6 +20,7 @@ from framework.evaluation.scoring import score
 from framework.runtime import distributed
 from framework.runtime.files import read_object, write_whole
 from framework.tracking.metric_log import read_log, write_result
+from framework.training.engine_choice import untrained
 
 
 def leave_results(
@@ -45,7 +46,7 @@ def leave_results(
         check()
     export_backbone(engine, run_dir / "backbone.safetensors", about)
     with averaged(engine.whole_net()) as net:
-        scores = score(recipe, net, splits)
+        scores = score(recipe, net, splits, lambda: untrained(recipe, splits.num_classes))
         scored = splits.labeled and recipe.evaluate.knn
         picture = neighbors_picture(recipe, net, splits) if scored else b""
     with distributed.same_outcome():

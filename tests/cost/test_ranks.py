@@ -12,16 +12,15 @@ from framework.config import loading
 from framework.config.recipe import Optim
 from framework.cost.ranks import (
     ENGINES,
-    STAYS,
     Held,
     RankCost,
     Sharded,
     rank_costs,
     states_per_weight,
-    turns,
 )
 from framework.data.batch import Batch
 from framework.execution import LocalNetwork
+from framework.execution.uses import STAYS
 from framework.local import LocalUnit, Plan, sliding_windows
 from framework.local.head import Head
 from framework.network import cut
@@ -86,7 +85,7 @@ def net(window: int) -> LocalNetwork:
 )
 def test_gathered_bytes(window: int, gathers: int, at_most: int) -> None:
     network = net(window)
-    assert Sharded.of(network, turns(network.program), STAYS, RANKS) == Sharded(4 * at_most, 4 * gathers)
+    assert Sharded.of(network, network.uses().turns, STAYS, RANKS) == Sharded(4 * at_most, 4 * gathers)
 
 
 def test_backpropagation_gathers_segments_twice() -> None:
@@ -108,8 +107,8 @@ def test_memory_and_traffic_of_each_engine() -> None:
     assert [found[e].weights for e in ("ddp", "ZeRO-1", "ZeRO-2")] == [whole + buffers] * 3
     assert found["fsdp"].weights == part + buffers
     assert found["ddp"].gradients == whole + 4 * 40
-    assert [found[e].gradients for e in ("ZeRO-1", "ZeRO-2")] == [3 * whole, 3 * whole + part]
-    assert found["fsdp"].gradients == part + 4 * (40 + 16) + 4 * 40
+    assert found["ZeRO-1"].gradients == whole + part + 4 * 40
+    assert found["ZeRO-2"].gradients == found["fsdp"].gradients == part + 4 * (40 + 16) + 4 * 40
     assert [found[e].optimizer for e in ("ddp", "ZeRO-1", "fsdp")] == [2 * whole, 3 * part, 2 * part]
     assert [found[e].sent for e in ("ddp", "ZeRO-2")] == [2 * whole * 2 // 3] * 2
     assert found["fsdp"].sent == 2 * 3 * part * 2 // 3

@@ -14,9 +14,8 @@ from framework.config import loading
 from framework.config.recipe import Recipe
 from framework.cost.ranks import rank_costs
 from framework.data.batch import Batch
-from framework.model import recipe_network
 from framework.runtime.distributed import world_size
-from framework.training.engine_choice import build_engine
+from framework.training.engine_choice import build_engine, build_network
 from tests.support.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +32,12 @@ RECIPE = (
 # The same code, which is in memory from then on.
 TINY = ("network.args={depth: 2, embed_dim: 48}",)
 METHODS = {"dgl": ("method.head.kind=linear",), "bp": ("method.name=bp",)}
-SETTINGS = {"ddp": ("engine=ddp",)}
+SETTINGS = {
+    "ddp": ("engine=ddp",),
+    "ZeRO-1": ("engine=deepspeed", "zero_stage=1"),
+    "ZeRO-2": ("engine=deepspeed", "zero_stage=2"),
+    "fsdp": ("engine=fsdp",),
+}
 
 
 def resident(kind: str) -> int:
@@ -60,13 +64,13 @@ def peak_of_training(recipe: Recipe, tiny: Recipe) -> int:
 
 def _train(recipe: Recipe) -> int:
     """``VmHWM`` of two steps after the first."""
-    engine = build_engine(recipe, recipe_network(recipe, CLASSES), CLASSES)
+    engine = build_engine(recipe, build_network(recipe, CLASSES), CLASSES)
     images, size = recipe.train.batch_size // world_size(), recipe.data.image_size
     batch = Batch(torch.randn(images, 3, size, size), torch.zeros(images, dtype=torch.int64), views=1)
-    engine.step([batch], 1e-3)
+    engine.step([batch], lambda: 1e-3)
     forget()
     for _ in range(2):
-        engine.step([batch], 1e-3)
+        engine.step([batch], lambda: 1e-3)
     engine.finish()
     peak = resident("VmHWM")
     engine.close()
