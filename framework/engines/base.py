@@ -168,7 +168,9 @@ def prepare(net: nn.Module, settings: EngineSettings, stages: int = 1) -> None:
         )
     with torch.no_grad():
         for tensor in with_memory(net):
-            tensor.data = tensor.data.to(device()).contiguous()  # DeepSpeed takes no other
+            tensor.data = tensor.data.to(
+                device(), memory_format=torch.contiguous_format
+            )  # DeepSpeed takes no other
     broadcast_weights(with_memory(net))
 
 

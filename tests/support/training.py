@@ -80,7 +80,7 @@ class Dyadic(nn.Module):
     would, if steps may be skipped.
     """
 
-    average = None
+    average = made = None
 
     def __init__(self, may_skip: bool = False) -> None:
         super().__init__()
