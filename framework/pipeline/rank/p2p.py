@@ -74,8 +74,8 @@ class Sender:
 
     def _finish(self, message: list[tuple[dist.Work, Tensor]]) -> None:
         with _Named(self._peer, self._timeout, "does not take what was sent to it"):
-            for work, _ in message:
-                work.wait(timedelta(seconds=self._timeout))
+            for work, part in message:
+                _await(work, part, self._timeout)
 
 
 class Receiver:
@@ -104,8 +104,19 @@ class Receiver:
         with _Named(self._peer, self._timeout, "has sent nothing"):
             work = dist.irecv(_dense(tensor), self._peer.rank, group=self._group)
             assert work is not None
-            work.wait(timedelta(seconds=self._timeout))
+            _await(work, tensor, self._timeout)
         return tensor
+
+
+def _await(work: dist.Work, tensor: Tensor, timeout: float) -> None:
+    """Wait for a message. On a GPU its stream waits: with a time-out given, NCCL would block the host.
+
+    There the group's own time-out ends a process whose peer is silent.
+    """
+    if tensor.is_cuda:
+        work.wait()
+    else:
+        work.wait(timedelta(seconds=timeout))
 
 
 class _Named:
