@@ -65,7 +65,7 @@ def same_built_in_slices(
 
 
 @pytest.mark.parametrize(
-    ("case", "splits"), [("gim-byol", (3,)), *slow((case, (1, 2, 3)) for case in small.CASES)]
+    ("case", "splits"), [("gim", (3,)), *slow((case, (1, 2, 3)) for case in small.CASES)]
 )
 def test_methods(case: str, splits: tuple[int, ...]) -> None:
     """Heads, copies, teachers, replay buffers; the ViT's blocks are run to see whether they take any tokens."""
