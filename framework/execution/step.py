@@ -139,6 +139,8 @@ class RoutedStep:
         else:
             self._input_gradient(work)
         self._after(use)
+        if self.early is not None and self.early.hooks.in_slices:
+            self.release()  # of all passes of a walk together they would be whole at once
 
     def receive(self, s: int, values: Iterable[Tensor]) -> None:
         """Cotangents for the span's last segment, of the passes that follow the forward of segment ``s`` above it."""

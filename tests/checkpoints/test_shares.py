@@ -212,7 +212,7 @@ def in_slices(folder: Path, run_dir: Path) -> tuple[Path, Run, Run]:
     load_checkpoint(folder, engine)
     before = states(engine)
     (batch,) = pipelines.micro_batches(replace(STAGES, micro_batches=1), net, 1, rank(), 4)
-    engine.step([batch], 1e-3)
+    engine.step([batch], lambda: 1e-3)
     folder, after = save_checkpoint(run_dir, engine, 2, {}), states(engine)
     engine.close()
     return folder, before, after

@@ -85,16 +85,17 @@ def total(events: list[tuple[str, Any]], kind: str = "scatters") -> int:
 def test_gradients_leave_while_the_next_segments_run(
     pool: PoolOf, method: str, ahead: int, stage: int
 ) -> None:
-    """In windows of two a segment later. Nobody waits for them in their own step, and they leave once."""
+    """In windows of two a segment later, and once. ZeRO-2, to keep no more than slices, waits for those before."""
     case = Case(method, optimizer="sgd", zero_stage=stage)
     (first, second, rest), numbers = pool(2).run(noted_steps, case)[0]
     for number, layer in enumerate(LAYERS):
         before = first[: first.index(("runs", layer))]
         assert total(before) >= sum(numbers[: max(0, number - ahead + 1)])
         assert number or not before
-    assert {kind for kind, _ in first} == {"runs", "scatters"}
+    assert {kind for kind, _ in first} == {"runs", "scatters"} | ({"has"} if stage == 2 else set())
     assert total(first) == total(second) >= sum(numbers)
-    assert total(second, "has") == total(first) and total(rest, "has") == total(second)
+    assert total(first + second + rest, "has") == total(first) + total(second)
+    assert stage == 2 or total(second, "has") == total(first)
 
 
 @pytest.mark.parametrize("stage", [1, *slow([2])])

@@ -93,6 +93,7 @@ def lagging(run: Run) -> Outcome:
     heads = [head for head in net.plan.heads if head.reads]
     follow = [head.before_step for head in heads]
     for head in heads:
+        head.will_lag()
         head.before_step = lambda *_: None
     stage_of = Placement(run.bounds).stage_of
     units = {unit.head: unit for unit in net.plan.units}
