@@ -26,7 +26,7 @@ from framework.engines.base import (
 )
 from framework.engines.sharded import ShardedUpdates
 from framework.engines.slices import Home, ShardRanks, Slices
-from framework.engines.state import COUNTERS
+from framework.engines.state import COUNTERS, on_host
 from framework.execution import LocalNetwork
 from framework.network.sharded_init import put
 from framework.runtime.distributed import device, is_main, world_size
@@ -108,7 +108,7 @@ class ShardedEngine:
                 slices = self._of.get(tensor)
                 whole = slices.whole(tensor) if slices is not None else tensor.detach()
                 if is_main():
-                    state[name] = _on_host(whole)
+                    state[name] = on_host(whole)
         return state
 
     def share(self) -> Share:
@@ -121,13 +121,13 @@ class ShardedEngine:
         entries = self.net.state_dict(keep_vars=True)
         for name, tensor in entries.items():
             if (slices := self._of.get(tensor)) is not None:
-                model[name] = _on_host(slices.part(tensor))
+                model[name] = on_host(slices.part(tensor))
             elif number == 0:
-                model[name] = _on_host(tensor.detach())
+                model[name] = on_host(tensor)
         for name, key, value, parameter, slices in self._optimizer_entries():
             if slices is not None or number == 0:
                 part = value if slices is None else slices.part(parameter, value)
-                optimizer.setdefault(name, {})[key] = _on_host(part)
+                optimizer.setdefault(name, {})[key] = on_host(part)
         cut = entries.items() if count > 1 else ()
         shapes = {name: self._of[tensor].shape(tensor) for name, tensor in cut if tensor in self._of}
         return Share(number, count, model, optimizer, shapes)
@@ -147,7 +147,7 @@ class ShardedEngine:
         for name, key, value, parameter, slices in self._optimizer_entries():
             whole = slices.whole(parameter, value) if slices is not None else value
             if is_main():
-                found.setdefault(name, {})[key] = _on_host(whole)
+                found.setdefault(name, {})[key] = on_host(whole)
         return found
 
     def _optimizer_entries(self) -> Iterator[tuple[str, str, Tensor, nn.Parameter, Slices | None]]:
@@ -188,7 +188,3 @@ class ShardedEngine:
     def close(self) -> None:
         self._steps.close()
         self._ranks.close()
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)

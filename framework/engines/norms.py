@@ -14,7 +14,6 @@ from framework.engines.base import Engine
 from framework.engines.host_copy import read_later
 from framework.execution import LocalNetwork
 from framework.optim.lars import Shard
-from framework.optim.skipping import local_part
 from framework.runtime.distributed import device, is_main, world_size
 
 KINDS = ("gradient_norms", "weight_norms", "update_norms")
@@ -125,11 +124,7 @@ class UnitNorms:
     def _pieces_of(self, group: dict[str, Any]) -> list[_Piece]:
         shard: Shard | None = group.get("shard")
         if shard is None:
-            return [
-                _Piece(self._owners[p], local_part(p), local_part(p.grad))
-                for p in group["params"]
-                if p.grad is not None
-            ]
+            return [_Piece(self._owners[p], p, p.grad) for p in group["params"] if p.grad is not None]
         (flat,) = group["params"]
         if flat.grad is None:  # late updates step some groups at a time
             return []

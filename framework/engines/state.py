@@ -1,4 +1,4 @@
-"""Canonical state of a network and its optimizer whose tensors are plain or FSDP2's DTensors."""
+"""Canonical state of a network and its optimizer that every rank has whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from framework.engines.base import OptimizerState, SavedOptimizer
 from framework.optim import SkippableOptimizer
@@ -23,7 +22,7 @@ def shapes_of(net: nn.Module) -> dict[str, torch.Size]:
 
 def read_model(net: nn.Module, prefix: str) -> dict[str, Tensor]:
     """Full copies, on rank 0's CPU, of parameters and buffers with such names; empty elsewhere."""
-    state = {name: _full(tensor) for name, tensor in net.state_dict().items() if name.startswith(prefix)}
+    state = {name: on_host(tensor) for name, tensor in net.state_dict().items() if name.startswith(prefix)}
     return state if is_main() else {}
 
 
@@ -31,7 +30,7 @@ def read_model(net: nn.Module, prefix: str) -> dict[str, Tensor]:
 def write_model(net: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Overwrite parameters and buffers with full tensors."""
     for name, tensor in net.state_dict().items():
-        tensor.copy_(_like(tensor, state[name]))
+        tensor.copy_(state[name])
 
 
 def read_optimizer(optimizer: SkippableOptimizer, net: nn.Module) -> OptimizerState:
@@ -44,7 +43,7 @@ def own_optimizer(optimizer: SkippableOptimizer, net: nn.Module) -> OptimizerSta
     """Full copies, on the CPU, of the state of every parameter that ``optimizer`` steps."""
     return {
         name: {
-            key: _full(value) for key, value in optimizer.state[parameter].items() if torch.is_tensor(value)
+            key: on_host(value) for key, value in optimizer.state[parameter].items() if torch.is_tensor(value)
         }
         for name, parameter in net.named_parameters()
         if optimizer.state.get(parameter)
@@ -57,21 +56,13 @@ def write_optimizer(optimizer: SkippableOptimizer, net: nn.Module, state: SavedO
     for name, parameter in net.named_parameters():
         if name in state:
             optimizer.state[parameter] = {
-                key: value.clone() if key in COUNTERS else _like(parameter, value)
+                key: value.clone()
+                if key in COUNTERS
+                else torch.empty_like(value, device=parameter.device).copy_(value)
                 for key, value in state[name].items()
             }
 
 
-def _full(tensor: Tensor) -> Tensor:
-    whole = tensor.detach()
-    if isinstance(whole, DTensor):
-        whole = whole.full_tensor()
-    return torch.empty(whole.shape, dtype=whole.dtype).copy_(whole)
-
-
-def _like(tensor: Tensor, full: Tensor) -> Tensor:
-    """A copy of ``full``, which every rank has, on the device of ``tensor`` and sharded like it; sends nothing."""
-    full = torch.empty_like(full, device=tensor.device).copy_(full)
-    if isinstance(tensor, DTensor):
-        return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    return full
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())

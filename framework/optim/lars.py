@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from framework.optim.skipping import local_part, step_unless
+from framework.optim.skipping import step_unless
 
 
 class Piece(NamedTuple):
@@ -66,7 +65,7 @@ class LARS(torch.optim.Optimizer):
     The scale is 1 where the norm of w or d is 0, and in groups with ``adapt=False``. The learning rate is
     inside the momentum buffer and there is no Nesterov variant.
 
-    Parameters may be plain tensors, FSDP2's DTensors, or ZeRO's flat slices with a ``Shard`` in their group.
+    Parameters may be whole, or flat slices of several with a ``Shard`` in their group.
     A sharded group costs one all-reduce of 2 x (number of parameters) squared norms. Norms are summed in
     float64 and every other operation rounds once, so the result does not depend on where shards begin.
 
@@ -110,9 +109,9 @@ class LARS(torch.optim.Optimizer):
         trained = [p for p in group["params"] if p.grad is not None]
         if not trained:
             return
-        weights = [local_part(p) for p in trained]
-        gradients = [local_part(p.grad) for p in trained]
-        velocities = [local_part(self._velocity(p)) for p in trained]
+        weights = [p.detach() for p in trained]
+        gradients = [p.grad for p in trained]
+        velocities = [self._velocity(p) for p in trained]
         if shard := group.get("shard"):
             (weights, gradients, velocities) = map(shard.views, (weights[0], gradients[0], velocities[0]))
         if not weights:  # nothing but padding here, but the all-reduce needs this rank
@@ -143,7 +142,7 @@ def _adapted_rates(
     shard: Shard | None = group.get("shard")
     count = len(shard.parameters) if shard else len(weights)
     owners = [piece.parameter for piece in shard.pieces] if shard else range(count)
-    norms = [torch.zeros((), dtype=torch.float64, device=local_part(like).device)] * (2 * count)
+    norms = [torch.zeros((), dtype=torch.float64, device=like.device)] * (2 * count)
     for offset, tensors in ((0, weights), (count, decayed)):
         if tensors:
             for owner, norm in zip(owners, torch._foreach_norm(tensors, 2, torch.float64), strict=True):
@@ -153,8 +152,6 @@ def _adapted_rates(
         there = squares.to(shard.device or squares.device)
         dist.all_reduce(there, group=shard.process_group)
         squares = there.to(squares.device)
-    elif isinstance(like, DTensor):
-        dist.all_reduce(squares, group=like.device_mesh.get_group())
     weight_norms, decayed_norms = squares.sqrt().chunk(2)
     scales = torch.where(squares.view(2, count).all(0), group["trust"] * weight_norms / decayed_norms, 1.0)
     rates = (group["lr"] * scales).to(like.dtype)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 def step_unless(skip: Tensor | None, optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
@@ -38,14 +37,9 @@ def put_back(skip: Tensor, tensors: Sequence[Tensor], before: Sequence[Tensor]) 
         torch.where(skip, old, tensor, out=tensor)
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _tensors(optimizer: torch.optim.Optimizer) -> dict[tuple[Tensor, str], Tensor]:
-    """What a step changes: weights and their state, this rank's part."""
+    """What a step changes: weights and their state."""
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     found = {(p, ""): p for p in trained}
     found |= {(p, name): value for p in trained for name, value in optimizer.state.get(p, {}).items()}
-    return {place: local_part(value).detach() for place, value in found.items()}
+    return {place: value.detach() for place, value in found.items()}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework.optim.skipping import local_part, put_back, step_unless
+from framework.optim.skipping import put_back, step_unless
 
 
 class SGD(torch.optim.SGD):
@@ -42,8 +42,8 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _update(self, group: dict[str, Any], trained: list[Any], skip: Tensor) -> None:
         states = [self._state(p) for p in trained]
-        weights, gradients = [local_part(p) for p in trained], [local_part(p.grad) for p in trained]
-        means, squares = ([local_part(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        weights, gradients = [p.detach() for p in trained], [p.grad for p in trained]
+        means, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
         before = [tensor.clone() for tensor in (*weights, *means, *squares)]
         (beta1, beta2), lr = group["betas"], group["lr"]
         counters = [state["step"] for state in states]
