@@ -28,7 +28,9 @@ from framework.optim import build_optimizer
 Step = Callable[[], object]
 COLLECTIVES = {
     "all_gather_into_tensor": "gathered",
+    "all_gather_single": "gathered",  # FSDP2's since PyTorch 2.15 or before
     "reduce_scatter_tensor": "reduced",
+    "reduce_scatter_single": "reduced",
     "all_reduce": "reduced",
 }
 
@@ -149,10 +151,11 @@ class _Counted:
         self._again: list[Callable[[], object]] = []
 
     def call(self, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-        larger = max((x for x in args if isinstance(x, Tensor)), key=lambda x: x.numel())
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        larger = max(tensors, key=lambda x: x.numel())
         self.bytes[COLLECTIVES[name]] += larger.numel() * larger.element_size()
-        copies = [torch.empty_like(x) if isinstance(x, Tensor) else x for x in args]
-        self._again.append(partial(original, *copies, **{**kwargs, "async_op": False}))
+        others = {key: _like(x) for key, x in kwargs.items()}
+        self._again.append(partial(original, *map(_like, args), **{**others, "async_op": False}))
         started = time.perf_counter()
         work = original(*args, **kwargs)
         self.waited += time.perf_counter() - started
@@ -163,6 +166,10 @@ class _Counted:
         for again in self._again:
             again()
         return time.perf_counter() - started
+
+
+def _like(x: Any) -> Any:
+    return torch.empty_like(x) if isinstance(x, Tensor) else x
 
 
 class _Timed:
@@ -183,6 +190,7 @@ def _counted() -> Iterator[_Counted]:
     patches = [
         mock.patch.object(dist, name, partial(counted.call, name, getattr(dist, name)))
         for name in COLLECTIVES
+        if hasattr(dist, name)
     ]
     for patch in patches:
         patch.start()
