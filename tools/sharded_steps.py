@@ -28,7 +28,7 @@ from framework.optim import build_optimizer
 Step = Callable[[], object]
 COLLECTIVES = {
     "all_gather_into_tensor": "gathered",
-    "all_gather_single": "gathered",  # FSDP2's since PyTorch 2.15 or before
+    "all_gather_single": "gathered",  # what FSDP2 calls in newer versions of PyTorch
     "reduce_scatter_tensor": "reduced",
     "reduce_scatter_single": "reduced",
     "all_reduce": "reduced",
