@@ -34,9 +34,9 @@ def cost(recipe: str, images: int = 2, *overrides: str) -> PlanCost:
 @pytest.mark.parametrize(
     ("recipe", "saving", "paper"),
     [
-        ("loco_r50_100ep", 1.28, 1.28),
         *slow(
             [
+                ("loco_r50_100ep", 1.28, 1.28),
                 ("gim_r50_100ep", 2.07, 1.81),
                 ("gim_pr50_100ep", 4.80, 4.56),
                 ("loco_pr50_100ep", 2.54, 2.76),
@@ -116,7 +116,7 @@ def test_gradients_count_as_operations_too() -> None:
         *slow(["execution.cuda_graph=true"]),
         *slow(["faults.nonfinite=skip"]),
         *slow(["network.sync_bn=true"]),
-        "method.async_mode=buffer",
+        *slow(["method.async_mode=buffer"]),
     ],
 )
 def test_what_changes_only_the_execution_changes_no_count(override: str) -> None:

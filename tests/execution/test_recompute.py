@@ -77,7 +77,7 @@ def assert_the_same(make: Callable[[str], LocalNetwork], recompute: str, micro_b
     ("case", "recompute"),
     [
         ("mlm-2", "segment"),
-        ("simclr", "block"),
+        *slow([("simclr", "block")]),
         *slow(
             [
                 (c, r)
@@ -101,7 +101,7 @@ def test_nothing_but_the_memory_changes(case: str, recompute: str) -> None:
 @pytest.mark.parametrize(
     ("case", "precision", "recompute"),
     [
-        ("loco", "bf16", "segment"),
+        *slow([("loco", "bf16", "segment")]),
         *slow([("bp", "bf16", "block"), ("mlm-3", "fp16", "segment"), ("simclr", "fp16", "block")]),
     ],
 )
@@ -118,7 +118,7 @@ def test_precision_repeats(case: str, precision: str, recompute: str) -> None:
 @pytest.mark.parametrize(
     ("case", "recompute"),
     [
-        ("loco-3", "segment"),
+        *slow([("loco-3", "segment")]),
         *slow([("simclr", "block"), ("bp", "segment"), ("mlm-3", "block"), ("loco", "block")]),
     ],
 )
@@ -138,6 +138,7 @@ def test_micro_batches_move_statistics_once_each(recompute: str) -> None:
     assert_the_same(lambda r: networks.network("loco", recompute=r), recompute, micro_batches=2)
 
 
+@pytest.mark.slow
 def test_replay_buffers_feed_blocks_that_are_run_again() -> None:
     """The modules run in any order, each on an input of its own."""
 
@@ -199,7 +200,7 @@ FORWARDS = {
 
 @pytest.mark.parametrize(
     ("case", "recompute"),
-    [("loco", "block"), ("loco", "segment"), *slow(key for key in FORWARDS if key[0] != "loco")],
+    [("loco", "block"), *slow([("loco", "segment")]), *slow(key for key in FORWARDS if key[0] != "loco")],
 )
 def test_how_often_a_segment_runs_in_a_step(case: str, recompute: str) -> None:
     """Of three segments; with "block" each has two blocks, and runs once more in each pass through it."""
@@ -286,6 +287,7 @@ def test_the_peak_is_what_arithmetic_says(case: str, recompute: str) -> None:
     assert found < 0.8 * peak(networks.network(case, image_size=32), data)
 
 
+@pytest.mark.slow
 def test_hooks_that_move_saved_tensors_see_kept_inputs() -> None:
     """Here to a copy, as ``torch.autograd.graph.save_on_cpu`` does."""
     moved: list[torch.Size] = []
@@ -307,9 +309,9 @@ def test_hooks_that_move_saved_tensors_see_kept_inputs() -> None:
 @pytest.mark.parametrize(
     ("method", "recompute", "engine", "zero_stage"),
     [
-        ("loco", "segment", "ddp", 1),
         *slow(
             [
+                ("loco", "segment", "ddp", 1),
                 ("loco", "block", "ddp", 1),
                 ("simclr", "block", "fsdp", 1),
                 ("mlaan", "segment", "fsdp", 1),

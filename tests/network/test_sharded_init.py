@@ -207,7 +207,7 @@ def test_put_keeps_the_object_and_its_attributes() -> None:
     assert weight.mine == "too"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", *slow(["weights.pth"])])
+@pytest.mark.parametrize("file", slow(["weights.safetensors", "weights.pth"]))
 def test_weights_from_files(file: str, tmp_path: Path) -> None:
     path = tmp_path / file
     weights = {name: tensor.clone() for name, tensor in networks.create("resnet14").state_dict().items()}

@@ -36,7 +36,6 @@ PoolOf = Callable[[int], Any]
 # Every kind of window and head; the long tests have every method. ResNet-14 has 3 stages and 6 blocks.
 QUICK = [
     Run("dgl", 2, 4, steps=5),
-    Run("loco", 3, 2, steps=5),
     Run("bp", 4, 4),
     Run("lam", 4, 1, steps=5),
     Run("loco-moco", 2, 2),
@@ -46,6 +45,7 @@ SPLIT = [
     case for case in networks.CASES if case not in ("loco-soft", "mlaan-after", "dfa")
 ]  # those are refused
 METHODS = [Run(case, 2, 1 + number % 4) for number, case in enumerate(SPLIT)]
+METHODS += [Run("loco", 3, 2, steps=5)]
 DEEPER = [Run(case, 4, 1 + n % 4) for n, case in enumerate(SPLIT) if networks.CASES[case][2] == "block"]
 GRIDS = [
     Run("loco", 2, 2, replicas=2, optimizer="lars"),
@@ -75,7 +75,7 @@ def test_every_method_equals_one_process(pool: PoolOf, run: Run) -> None:
     assert worst(pool, run) < 1e-10
 
 
-@pytest.mark.parametrize("run", [*slow(GRIDS[:3]), GRIDS[3], *slow(GRIDS[4:])], ids=str)
+@pytest.mark.parametrize("run", slow(GRIDS), ids=str)
 def test_grids_of_stages_and_replicas_equal_one_process(pool: PoolOf, run: Run) -> None:
     """SyncBatchNorm and contrasts among the replicas of a stage."""
     assert worst(pool, run) < 1e-10
@@ -85,9 +85,8 @@ def test_grids_of_stages_and_replicas_equal_one_process(pool: PoolOf, run: Run) 
     ("name", "optimizer", "layer_decay"),
     [
         ("vit", "lars", 1.0),
-        ("vit", "adamw", 0.5),
-        ("swin", "sgd", 1.0),
         ("swin", "lars", 0.5),
+        *slow([("vit", "adamw", 0.5), ("swin", "sgd", 1.0)]),
         *slow([("vit", "sgd", 1.0), ("vit", "lars", 0.5), ("swin", "adamw", 0.5), ("vit", "adamw", 1.0)]),
     ],
 )
