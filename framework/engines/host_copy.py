@@ -16,6 +16,13 @@ class Pending(Protocol):
         """Return when it is complete."""
 
 
+class Complete:
+    """``Pending``: there was nothing to do."""
+
+    def wait(self) -> None:
+        """Return."""
+
+
 class _Copy:
     """``Pending``: waits for a copy, not until the device is idle."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from framework.data.batch import Batch
 from framework.engines.base import Outputs, Rate, StepResult, marked, set_learning_rate
 from framework.engines.buckets import Bucket, filled
-from framework.engines.host_copy import Pending
+from framework.engines.host_copy import Complete, Pending
 from framework.execution import LocalNetwork
 from framework.execution.hooks import WholeWeights
 from framework.execution.uses import Use
@@ -158,16 +158,9 @@ class Ranks:
     def sum(self, x: Tensor) -> Pending:
         """See ``Wire``."""
         work = dist.all_reduce(x, group=self._group, async_op=True) if self._group is not None else None
-        return work or _Complete()
+        return work or Complete()
 
     def close(self) -> None:
         """See ``Wire``."""
         if self._group is not None:
             dist.destroy_process_group(self._group)  # it has threads
-
-
-class _Complete:
-    """``Pending``: there was nothing to do."""
-
-    def wait(self) -> None:
-        """Return."""

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from framework.data.batch import Batch
 from framework.engines.base import Outputs, Rate, StepResult, marked, set_learning_rate
 from framework.engines.buckets import Bucket, filled
-from framework.engines.host_copy import Pending
+from framework.engines.host_copy import Complete, Pending
 from framework.execution import LocalNetwork
 from framework.execution.hooks import WholeWeights
 from framework.execution.uses import Use
@@ -264,25 +264,18 @@ class Partitions:
     def scatter(self, flat: Tensor) -> tuple[Tensor, Pending]:
         """See ``PartitionWire``."""
         if not self._groups:
-            return flat, _Complete()
+            return flat, Complete()
         part = flat.new_empty(flat.numel() // world_size())
         work = dist.reduce_scatter_tensor(part, flat, group=self._groups[0], async_op=True)
-        return part, work or _Complete()
+        return part, work or Complete()
 
     def gather(self, flat: Tensor, part: Tensor) -> Pending:
         """See ``PartitionWire``."""
         if not self._groups:
-            return _Complete()
-        return dist.all_gather_into_tensor(flat, part, group=self._groups[1], async_op=True) or _Complete()
+            return Complete()
+        return dist.all_gather_into_tensor(flat, part, group=self._groups[1], async_op=True) or Complete()
 
     def close(self) -> None:
         """See ``PartitionWire``."""
         for group in self._groups:
             dist.destroy_process_group(group)  # it has threads
-
-
-class _Complete:
-    """``Pending``: there was nothing to do."""
-
-    def wait(self) -> None:
-        """Return."""

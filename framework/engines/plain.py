@@ -12,16 +12,14 @@ from framework.data.batch import Batch
 from framework.engines import state
 from framework.engines.base import (
     OptimizerState,
-    Outputs,
     Rate,
     SavedOptimizer,
     Share,
     StepResult,
-    marked,
     update,
     whole_share,
 )
-from framework.execution import LocalNetwork, StepOutput
+from framework.execution import LocalNetwork
 from framework.optim import SkippableOptimizer
 
 
@@ -118,17 +116,3 @@ class UpdatesAtTheEnd:
 
     def close(self) -> None:
         del self._backward  # and with it a recorded graph
-
-
-def averaged(forward: Callable[[Batch], StepOutput]) -> Callable[[list[Batch]], StepResult]:
-    """A ``backward`` in which the backward pass of a step's last micro-batch averages over ranks."""
-
-    def backward(micro_batches: list[Batch]) -> StepResult:
-        outputs = Outputs()
-        for batch in marked(micro_batches):
-            output = forward(batch)
-            (output.loss / len(micro_batches)).backward()
-            outputs.add(output)
-        return outputs.result()
-
-    return backward
