@@ -191,6 +191,8 @@ def show_ranks(recipe: Recipe, costs: Sequence[RankCost], ranks: int) -> None:
         "together": [cost.memory for cost in costs],
         "sent a step": [cost.sent for cost in costs],
     }
+    if recipe.sharding.offload:
+        columns["in host memory"] = [cost.host for cost in costs]
     size, texts = readable.column([n for numbers in columns.values() for n in numbers], readable.BYTES)
     images = recipe.train.batch_size // (ranks * recipe.micro_batches)
     split = f"{_counted(ranks, 'rank')}, {_counted(images, 'image')} each in a micro-batch"

@@ -23,7 +23,7 @@ from framework.execution.masks import visible_tokens
 from framework.local import methods
 from framework.local.head import Head
 from framework.local.units import Plan
-from framework.model import recipe_network
+from framework.model import recipe_network, sliced_network
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def plan_cost(recipe: Recipe, num_classes: int, images: int) -> PlanCost:
         UserError: as ``local_network``.
     """
     net, whole_net = _networks(recipe, num_classes)
-    with FakeTensorMode() as mode:
-        peak, whole = _peaks(net, whole_net, mode, images, recipe.data.image_size)
+    with FakeTensorMode():
+        peak, whole = _peaks(net, whole_net, images, recipe.data.image_size)
         batch = net.masked(_batch(net, images, recipe.data.image_size))
         return PlanCost(
             tuple(_segment_costs(net, batch)),
@@ -142,15 +142,15 @@ def likely_classes(recipe: Recipe) -> int:
 def peak_bytes(recipe: Recipe, num_classes: int, images: int) -> tuple[int, int]:
     """``peak_activation_bytes`` and ``end_to_end_activation_bytes`` of a ``PlanCost``, at a fraction of its time."""
     net, whole_net = _networks(recipe, num_classes)
-    with FakeTensorMode() as mode:
-        return _peaks(net, whole_net, mode, images, recipe.data.image_size)
+    with FakeTensorMode():
+        return _peaks(net, whole_net, images, recipe.data.image_size)
 
 
 def step_flops(recipe: Recipe, num_classes: int, images: int) -> int:
     """FLOPs of training on a micro-batch of ``images`` images: forward, heads, teacher and gradients."""
-    net = recipe_network(countable(recipe), num_classes)
-    with FakeTensorMode() as mode:
-        _drop_values(net, mode)
+    net = network_to_count(countable(recipe), num_classes)
+    with FakeTensorMode():
+        _drop_values(net)
         batch = _batch(net, images, recipe.data.image_size)
         with Flops() as counter:
             net(batch)
@@ -159,8 +159,8 @@ def step_flops(recipe: Recipe, num_classes: int, images: int) -> int:
 
 def peak_of(net: LocalNetwork, images: int, image_size: int) -> int:
     """Most bytes that autograd holds at once in a training step; afterwards the network has no values."""
-    with FakeTensorMode() as mode:
-        _drop_values(net, mode)
+    with FakeTensorMode():
+        _drop_values(net)
         return _peak(net, _batch(net, images, image_size))
 
 
@@ -175,10 +175,10 @@ def end_to_end(recipe: Recipe, plan: Plan) -> Recipe:
 def _networks(recipe: Recipe, num_classes: int) -> tuple[LocalNetwork, LocalNetwork]:
     """The recipe's network and the same trained end-to-end, which keeps all activations."""
     kept = countable(recipe)
-    net = recipe_network(
+    net = network_to_count(
         replace(kept, execution=Execution(recompute=recipe.execution.recompute)), num_classes
     )
-    return net, recipe_network(end_to_end(kept, net.plan), num_classes)
+    return net, network_to_count(end_to_end(kept, net.plan), num_classes)
 
 
 def countable(recipe: Recipe) -> Recipe:
@@ -191,21 +191,35 @@ def countable(recipe: Recipe) -> Recipe:
     )
 
 
-def _peaks(
-    net: LocalNetwork, whole_net: LocalNetwork, mode: FakeTensorMode, images: int, image_size: int
-) -> tuple[int, int]:
+def network_to_count(recipe: Recipe, num_classes: int) -> LocalNetwork:
+    """The recipe's network; without values if it is to be built in slices, since it may be too large for this machine.
+
+    Raises:
+        UserError: as ``local_network``.
+    """
+    if recipe.engine == "fsdp":
+        return sliced_network(recipe, num_classes, rank=0, ranks=1)
+    return recipe_network(recipe, num_classes)
+
+
+def _peaks(net: LocalNetwork, whole_net: LocalNetwork, images: int, image_size: int) -> tuple[int, int]:
     for network in (net, whole_net):
-        _drop_values(network, mode)
+        _drop_values(network)
     batch = _batch(net, images, image_size)
     return _peak(net, batch), _peak(whole_net, batch)
 
 
-def _drop_values(net: nn.Module, mode: FakeTensorMode) -> None:
+def _drop_values(net: nn.Module) -> None:
+    """In ``FakeTensorMode``: give every weight and buffer its shape and no memory, on the CPU."""
+    fakes = {tensor: _fake(tensor) for tensor in (*net.parameters(), *net.buffers())}
     for module in net.modules():
         for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = mode.from_tensor(tensor)  # type: ignore[assignment]
+            tensors.update({name: fakes[t] for name, t in tensors.items() if t is not None})  # type: ignore[misc]
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 def _batch(net: LocalNetwork, images: int, image_size: int) -> Batch:
@@ -245,12 +259,13 @@ def _teacher_cost(net: LocalNetwork, batch: Batch) -> TeacherCost | None:
 def _unit_costs(net: LocalNetwork, batch: Batch) -> Iterator[UnitCost]:
     passing = net.teacher_pass(batch)
     keys = [passing.forward(s) for s in range(len(net.segments))] if passing is not None else []
+    inputs = [net.first_input(batch)]
+    with torch.no_grad():
+        for s in range(len(net.segments) - 1):
+            inputs.append(_through(net, [s], inputs[s], batch))
     for unit in net.plan.units:
-        x = net.first_input(batch)
-        with torch.no_grad():
-            x = _through(net, range(unit.first), x, batch)
         with LiveActivations([*net.parameters(), *net.buffers(), batch.images]) as live:
-            x = x.detach().requires_grad_(unit.first > 0)
+            x = inputs[unit.first].detach().requires_grad_(unit.first > 0)
             x = _through(net, range(unit.first, unit.last + 1), x, batch)
             with Flops() as counter:
                 seen = batch._replace(teacher=keys[unit.last].get(unit.head) if keys else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -53,7 +54,10 @@ def check_scorable(recipe: Recipe, net: LocalNetwork, splits: Splits) -> None:
 
 
 def score(
-    recipe: Recipe, net: LocalNetwork, splits: Splits, untrained: Callable[[], LocalNetwork]
+    recipe: Recipe,
+    net: LocalNetwork,
+    splits: Splits,
+    untrained: Callable[[], AbstractContextManager[LocalNetwork]],
 ) -> dict[str, float]:
     """The scores of a finished training: its own, those of the untrained network, and those of raw pixels.
 
@@ -64,12 +68,12 @@ def score(
     """
     scores = score_trained(recipe, net, splits)
     if splits.labeled and recipe.evaluate.knn:
-        for suffix, features_of, linear in (
-            ("_untrained", partial(network_features, untrained()), recipe.evaluate.linear),
-            ("_pixels", pixel_features, False),
-        ):
-            probed = _probe(recipe, splits, splits.held_out, features_of, linear)
-            scores |= {f"{key}{suffix}": value for key, value in probed.items()}
+        with untrained() as before:
+            features_of = partial(network_features, before)
+            probed = _probe(recipe, splits, splits.held_out, features_of, recipe.evaluate.linear)
+        pixels = _probe(recipe, splits, splits.held_out, pixel_features, linear=False)
+        scores |= {f"{key}_untrained": value for key, value in probed.items()}
+        scores |= {f"{key}_pixels": value for key, value in pixels.items()}
     return scores
 
 

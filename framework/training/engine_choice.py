@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from framework import engines
@@ -30,12 +33,16 @@ def build_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
     return sliced_network(recipe, num_classes, rank() % shards, shards)
 
 
-def untrained(recipe: Recipe, num_classes: int) -> LocalNetwork:
+@contextmanager
+def untrained(recipe: Recipe, num_classes: int) -> Iterator[LocalNetwork]:
     """The recipe's network as its seed makes it, on this rank's device, to be evaluated on all ranks; collective."""
     net = build_network(recipe, num_classes)
-    if recipe.engine == "fsdp":
-        return build_engine(recipe, net, num_classes).whole_net()
-    return net.to(device())
+    if recipe.engine != "fsdp":
+        yield net.to(device())
+        return
+    engine = build_engine(recipe, net, num_classes)
+    yield engine.whole_net()
+    engine.close()
 
 
 def build_engine(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Engine:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from framework.config import loading
-from framework.config.recipe import Optim
+from framework.config.recipe import Optim, Sharding
+from framework.cost.gathering import Sharded
 from framework.cost.ranks import (
     ENGINES,
     Held,
     RankCost,
-    Sharded,
     rank_costs,
     states_per_weight,
 )
@@ -89,12 +91,12 @@ def test_gathered_bytes(window: int, gathers: int, at_most: int) -> None:
 
 
 def test_backpropagation_gathers_segments_twice() -> None:
-    held = Held.of(net(SEGMENTS), RANKS, 1, "end to end")
+    held = Held.of(net(SEGMENTS), RANKS, 1, "end to end", Sharding())
     assert held.sharded == Sharded(4 * 2 * HEAD, 4 * (2 * (FIRST + 4 * OTHER) + HEAD))
 
 
-def costs(window: int, micro_batches: int = 1) -> dict[str, RankCost]:
-    held = Held.of(net(window), RANKS, micro_batches, "local")
+def costs(window: int, micro_batches: int = 1, ranks: int = RANKS, **options: Any) -> dict[str, RankCost]:
+    held = Held.of(net(window), ranks, micro_batches, "local", Sharding(**options))
     return {engine: held.cost(engine, "local", states=2, activations=1000) for engine in ENGINES}
 
 
@@ -122,6 +124,34 @@ def test_with_several_micro_batches_all_are_gathered_and_the_sums_reduced() -> N
     assert two.gradients == part + whole + 4 * 40
 
 
+def test_reducing_every_micro_batch_sends_as_often_and_holds_what_one_does() -> None:
+    one, two = costs(window=1)["fsdp"], costs(window=1, micro_batches=2, reduce_every="micro_batch")["fsdp"]
+    assert two == replace(one, sent=2 * one.sent)
+
+
+def test_replicas_hold_what_fewer_ranks_do_and_add_up_slices() -> None:
+    one, two = costs(window=1)["fsdp"], costs(window=1, ranks=2 * RANKS, replicas=2)["fsdp"]
+    part = 4 * (SLICES + 5 * 14)
+    assert two == replace(one, sent=one.sent + part)
+
+
+def test_bf16_halves_what_is_gathered_and_reduced() -> None:
+    """All weights here have two dimensions and more."""
+    full, low = costs(window=1)["fsdp"], costs(window=1, gather="bf16", reduce="bf16")["fsdp"]
+    assert (low.gathered, low.sent) == (full.gathered // 2, full.sent // 2)
+    travelling = 4 * (40 + 16)
+    assert low == replace(
+        full, gathered=low.gathered, sent=low.sent, gradients=full.gradients - travelling // 2
+    )
+
+
+def test_offloading_leaves_buffers_on_the_device() -> None:
+    full, away = costs(window=1)["fsdp"], costs(window=1, offload=True)["fsdp"]
+    buffers = 8 + 8 * SEGMENTS
+    assert away.host == full.weights - buffers + full.optimizer
+    assert away == replace(full, weights=buffers, optimizer=0, host=away.host)
+
+
 @pytest.mark.parametrize(
     ("optim", "states"),
     [(Optim(), 1), (Optim(name="sgd"), 1), (Optim(name="sgd", momentum=0.0), 0), (Optim(name="adamw"), 2)],
@@ -136,4 +166,10 @@ def test_a_batch_that_cannot_be_divided() -> None:
         rf"^train.batch_size={recipe.train.batch_size}: must be a multiple of 14 \(train.accumulation=2 x 7"
     )
     with pytest.raises(UserError, match=message):
+        rank_costs(recipe, 10, 7)
+
+
+def test_replicas_that_do_not_divide_the_ranks() -> None:
+    recipe = loading.load([str(ROOT / "recipes" / "quickstart_sharded.yaml"), "sharding.replicas=2"])
+    with pytest.raises(UserError, match=r"^sharding.replicas=2: must divide the 7 ranks$"):
         rank_costs(recipe, 10, 7)

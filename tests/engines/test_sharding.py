@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from framework.engines.base import set_learning_rate
 from framework.local.copies import followers
 from tests.support import training
 from tests.support.marks import slow
@@ -114,3 +116,22 @@ def test_local_learning_gathers_a_weight_once_and_backpropagation_twice(
     assert used <= found.gathered <= 1.02 * used
     assert found.weights <= found.reduced <= 1.02 * found.weights
     assert 0 < found.whole <= (window + 1) * found.largest
+
+
+def test_gradients_are_summed_in_the_type_asked_for(pool: PoolOf) -> None:
+    """Of two ranks: each rounds its half of the average, and their sum is rounded once more."""
+    case = Case(optimizer="sgd", engine="fsdp", steps=1, sharding={"reduce": "bf16"})
+    net = training.network(case)
+    optimizer = training.optimizer_factory(case)(net)
+    halves = []
+    for part in range(2):
+        (batch,) = training.micro_batches(case, 0, part, 2)
+        halves.append([g / 2 for g in torch.autograd.grad(net(batch).loss, list(net.weights))])
+    for weight, one, other in zip(net.weights, *halves, strict=True):
+        weight.grad = (one.bfloat16() + other.bfloat16()).float()
+    assert any((w.grad != a + b).any() for w, a, b in zip(net.weights, *halves, strict=True))
+    set_learning_rate(optimizer, training.learning_rate(case, 0))
+    optimizer.step()
+    found = pool(2).run(train, case)[0].model
+    for name, weight in net.named_parameters():
+        assert torch.equal(found[name], weight), name

@@ -260,6 +260,25 @@ def test_a_rank_that_dies_while_it_writes_its_share_costs_the_steps_since(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1)])
+def test_a_killed_run_goes_on_on_other_ranks_as_one_that_was_stopped(
+    tmp_path: Path, pool: PoolOf, before: int, after: int
+) -> None:
+    trouble = Trouble(1, "kill", event="os.rename", path=".partial", count=6)
+    stopped, killed = tmp_path / "stopped", tmp_path / "killed"
+    with start(stopped, "engine=fsdp", "train.max_steps=2", world=before) as ranks:
+        assert ranks.statuses() == [0] * before, ranks.printed
+    with start(killed, "engine=fsdp", "train.max_steps=8", world=before, trouble=trouble) as ranks:
+        assert ranks.statuses()[1] == -signal.SIGKILL, ranks.printed
+    newest = newest_checkpoint(killed / "run")
+    assert newest is not None and newest.name == "step-00000002"
+    for folder in (stopped, killed):
+        with start(folder, "engine=fsdp", "train.max_steps=8", world=after) as ranks:
+            assert ranks.statuses() == [0] * after, ranks.printed
+    assert_same_run(killed, stopped, 8)
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path, undisturbed: Path) -> None:
     with start(tmp_path) as ranks:
         ranks.until(lambda: steps_done(tmp_path) >= 10)
