@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,8 +120,19 @@ def gpu(device: torch.device) -> torch.device:
 
 @pytest.fixture(scope="session")
 def both_runs(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A LoCo run and a GIM run of the same small network on digits, four steps each; not to be changed."""
+    """A LoCo run and a GIM run of the same small network on digits, four steps each; not to be changed.
+
+    Both of pytest's processes share them; whoever comes first makes them.
+    """
     from tests.support.trained import make_both  # needs the whole package, which most tests do not
 
-    loco, gim = pool(1).run(make_both, tmp_path_factory.mktemp("runs"))[0]
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "runs"
+    folder.mkdir(exist_ok=True)
+    paths = folder / "paths.json"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not paths.exists():
+            paths.write_text(json.dumps(pool(1).run(make_both, folder)[0]))
+    loco, gim = json.loads(paths.read_text())
     return Path(loco), Path(gim)

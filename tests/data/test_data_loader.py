@@ -256,9 +256,10 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path):
     assert "shard-000001.tar: cannot be read" in failure(train_loader(shards, workers=1), 1)
 
 
-@pytest.mark.parametrize("passing", [True, *slow([False])])
-def test_a_failing_disk_is_told_from_a_mistake(tmp_path, passing):
-    loader = train_loader(numbered(tmp_path / "a", 9, per_shard=9), workers=1)
+# A worker that has failed is waited for, for five seconds.
+@pytest.mark.parametrize(("passing", "workers"), [(True, 0), *slow([(True, 1), (False, 1)])])
+def test_a_failing_disk_is_told_from_a_mistake(tmp_path, passing, workers):
+    loader = train_loader(numbered(tmp_path / "a", 9, per_shard=9), workers=workers)
     shard = tmp_path / "a" / "shard-000000.tar"
     shard.unlink()
     if passing:
@@ -271,7 +272,7 @@ def test_a_failing_disk_is_told_from_a_mistake(tmp_path, passing):
     assert caught.value.transient == passing
 
 
-@pytest.mark.parametrize("workers", [*slow([0]), 2])
+@pytest.mark.parametrize("workers", [0, *slow([2])])
 def test_evaluation_sees_each_sample_once(tmp_path, workers):
     shards = numbered(tmp_path / "a", 23)
     loaders = [

@@ -54,6 +54,8 @@ LARGE = [
     "convnext_tiny",
     "shufflenetv2_50",
     "swin_tiny_patch4_window7_224",
+    "mobilenetv3_large_100",
+    "densenet121",
 ]
 
 #: one network a family, made small where it has arguments for that
@@ -156,22 +158,19 @@ def test_heads_and_features_get_maps(name: str) -> None:
     assert torch.equal(net.predict(images), head.predict(head.seen(net.segments[-1], output)))
 
 
-def test_segments_count_as_the_papers_do() -> None:
+@pytest.mark.parametrize(
+    ("name", "k"),
+    [("resnet32", 16), ("resnet34", 17), *slow([("resnet110", 55), ("resnet101", 34), ("resnet152", 51)])],
+)
+def test_segments_count_as_the_papers_do(name: str, k: int) -> None:
     """The papers' K counts the stem; MLAAN merges it into the first block, InfoPro does not."""
-    for name, k in [
-        ("resnet32", 16),
-        ("resnet110", 55),
-        ("resnet34", 17),
-        ("resnet101", 34),
-        ("resnet152", 51),
-    ]:
-        with torch.device("meta"):
-            network = create(name)
-        merged, single = cut(network, k), cut(network, k, stem_as_module=True)
-        assert [s.paths for s in merged] == [s.paths for s in cut(network, "block")] and len(merged) == k - 1
-        assert len(single) == k and single[0].name == "stem"
-        assert single[0].paths + single[1].paths == merged[0].paths
-        assert [s.paths for s in single[2:]] == [s.paths for s in merged[1:]]
+    with torch.device("meta"):
+        network = create(name)
+    merged, single = cut(network, k), cut(network, k, stem_as_module=True)
+    assert [s.paths for s in merged] == [s.paths for s in cut(network, "block")] and len(merged) == k - 1
+    assert len(single) == k and single[0].name == "stem"
+    assert single[0].paths + single[1].paths == merged[0].paths
+    assert [s.paths for s in single[2:]] == [s.paths for s in merged[1:]]
 
 
 def ends(name: str, at: Any) -> list[str]:

@@ -71,7 +71,8 @@ def test_stages_have_names_of_their_own(name: str) -> None:
 
 
 #: of the sample; they take longest
-LARGE = ("vgg11", "mobileone_s0", "eva02_tiny_patch14_224", "repghostnet_050")
+LARGE = ("vgg11", "mobileone_s0", "eva02_tiny_patch14_224", "repghostnet_050", "rexnet_100", "ghostnet_050")
+LARGE += ("fastvit_t8", "levit_128s", "mobilevitv2_050", "pvt_v2_b0", "poolformerv2_s12", "hgnetv2_b0")
 
 
 @pytest.mark.parametrize("name", [*sorted(SAMPLE.keys() - set(LARGE)), *slow([*LARGE, *ODD])])
