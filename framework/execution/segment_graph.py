@@ -122,8 +122,9 @@ class Start:
     """
 
     def __init__(self, x: Tensor, part: Segment) -> None:
-        # Saved as autograd saves tensors, so that hooks which count or move those see this one.
-        self._input = Kept.apply(torch.empty(0, device=x.device, requires_grad=True), x.detach()).grad_fn
+        # Saved as autograd saves tensors, so that hooks which count or move those see this one. PyTorch 2.11 frees what a
+        # node has saved when the node's output goes.
+        self._kept = Kept.apply(torch.empty(0, device=x.device, requires_grad=True), x.detach())
         self._modules, self._device = part.modules(), x.device
         self._random = torch.get_rng_state()
         self._random_of_gpu = torch.cuda.get_rng_state(x.device) if x.is_cuda else None
@@ -153,14 +154,14 @@ class Start:
             for module, name, _, _, before in self._buffers:
                 module._buffers[name] = before.clone()
             try:
-                yield self._input.saved_tensors[0]
+                yield self._kept.grad_fn.saved_tensors[0]
             finally:
                 for (module, name, *_), buffer in zip(self._buffers, now, strict=True):
                     module._buffers[name] = buffer
 
 
 class Kept(torch.autograd.Function):
-    """A node that saves a tensor, for itself."""
+    """Has a node that saves a tensor, for itself."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
