@@ -122,8 +122,8 @@ class Start:
     """
 
     def __init__(self, x: Tensor, part: Segment) -> None:
-        # Saved as autograd saves tensors, so that hooks which count or move those see this one. PyTorch 2.11 frees what a
-        # node has saved when the node's output goes.
+        # Saved as autograd saves tensors, so that hooks which count or move those see this one. The output is kept:
+        # with it PyTorch 2.11 frees what its node has saved.
         self._kept = Kept.apply(torch.empty(0, device=x.device, requires_grad=True), x.detach())
         self._modules, self._device = part.modules(), x.device
         self._random = torch.get_rng_state()
