@@ -133,6 +133,6 @@ def both_runs(pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFact
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not paths.exists():
-            paths.write_text(json.dumps(pool(1).run(make_both, folder)[0]))
+            paths.write_text(json.dumps(pool(1).run(make_both, tmp_path_factory.mktemp("both"))[0]))
     loco, gim = json.loads(paths.read_text())
     return Path(loco), Path(gim)

@@ -31,7 +31,7 @@ from framework.runtime.errors import UserError
 from framework.runtime.files import write_whole
 
 ENGINES = ("ddp", "fsdp", "fsdp2")
-MB = 2**20
+MIB = 2**20
 
 
 def chosen(arguments: argparse.Namespace) -> list[tuple[str, str, int]]:
@@ -60,7 +60,7 @@ def chosen(arguments: argparse.Namespace) -> list[tuple[str, str, int]]:
 
 def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Print the rows as a table."""
-    table = Table(title=f"{arguments.network}, {arguments.batch} images a rank, MB a rank")
+    table = Table(title=f"{arguments.network}, {arguments.batch} images a rank, MiB a rank")
     for column in ("engine", "method"):
         table.add_column(column)
     for column in (
@@ -77,8 +77,8 @@ def show(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     ):
         table.add_column(column, justify="right")
     for row in rows:
-        sizes = (row[f"{key}_bytes"] / MB for key in ("weight", "state", "peak"))
-        traffic = (row[f"{key}_bytes"] / MB for key in ("gathered", "reduced"))
+        sizes = (row[f"{key}_bytes"] / MIB for key in ("weight", "state", "peak"))
+        traffic = (row[f"{key}_bytes"] / MIB for key in ("gathered", "reduced"))
         table.add_row(
             row["engine"],
             row["method"],

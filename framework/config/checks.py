@@ -63,7 +63,8 @@ def _check_sharding(recipe: Recipe) -> None:
         raise Fault(
             "zero_stage",
             3,
-            "must be 0, 1 or 2; engine=fsdp shards weights, too",
+            "must be 0, 1 or 2; ZeRO-3 gathers a weight for each forward and again for the backward, and local "
+            "gradients need it in between: engine=fsdp shards weights, too",
         )
     sharding = recipe.sharding
     if sharding != Sharding() and recipe.engine != "fsdp":

@@ -109,13 +109,14 @@ class Held:
         micro_batches: of a step.
         options: of fsdp.
         trained: weights that have gradients.
-        sliced: a slice of them, of one for each rank.
-        shard: a slice of them, of one for each rank of a replica (``sharding.replicas``).
+        sliced: a slice of them where all ranks share them.
+        shard: a slice of them where the ranks of one replica share them (``sharding.replicas``).
         rest: frozen weights and buffers.
         shard_rest: a slice, as ``shard``, of frozen weights and of averages (a teacher's, ``train.ema``).
         buffers: all others.
         finished: largest gradients that are finished at once.
         travelling: largest gradients of two groups of which one is finished after the other.
+        travelling_low: the same where the first is bf16 and the second is being made it.
         sharded: by segment.
     """
 
@@ -130,6 +131,7 @@ class Held:
     buffers: int
     finished: int
     travelling: int
+    travelling_low: int
     sharded: Sharded
 
     @classmethod
@@ -164,6 +166,7 @@ class Held:
             buffers=buffers,
             finished=max(sizes),
             travelling=max(map(sum, pairwise([0, *sizes]))),
+            travelling_low=max(one // 2 + 3 * other // 2 for one, other in pairwise([0, *sizes])),
             sharded=Sharded.of(net, done, stays, shards, options.gather == "bf16"),
         )
 
@@ -203,7 +206,9 @@ class Held:
         low = 2 if options.reduce == "bf16" else 1  # of the bytes of fp32
         scattered = (self.micro_batches if often else 1) * shards * self.shard // low
         gathered = self.micro_batches * self.sharded.gathers
-        travelling = self.travelling // low if often or self.micro_batches == 1 else self.trained
+        travelling = self.travelling if low == 1 else self.travelling_low
+        if self.micro_batches > 1 and not often:
+            travelling = self.trained
         weights, optimizer = self.shard + self.shard_rest, states * self.shard
         return RankCost(
             engine="fsdp",

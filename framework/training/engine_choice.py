@@ -35,14 +35,19 @@ def build_network(recipe: Recipe, num_classes: int) -> LocalNetwork:
 
 @contextmanager
 def untrained(recipe: Recipe, num_classes: int) -> Iterator[LocalNetwork]:
-    """The recipe's network as its seed makes it, on this rank's device, to be evaluated on all ranks; collective."""
+    """The recipe's network as its seed makes it, on this rank's device, to be evaluated on all ranks; collective.
+
+    It is whole, or can be gathered, within the context only.
+    """
     net = build_network(recipe, num_classes)
     if recipe.engine != "fsdp":
         yield net.to(device())
         return
     engine = build_engine(recipe, net, num_classes)
-    yield engine.whole_net()
-    engine.close()
+    try:
+        yield engine.whole_net()
+    finally:
+        engine.close()
 
 
 def build_engine(recipe: Recipe, net: LocalNetwork, num_classes: int) -> Engine:

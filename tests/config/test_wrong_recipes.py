@@ -72,7 +72,8 @@ WRONG = {
     "train.epochs=null": "train.epochs=null: must be a whole number",
     "train.precision=fp8": "train.precision=fp8: must be one of fp32, bf16, fp16",
     "engine=horovod": "engine=horovod: must be one of deepspeed, ddp, fsdp",
-    "zero_stage=3": "zero_stage=3: must be 0, 1 or 2; engine=fsdp shards weights, too",
+    "zero_stage=3": "zero_stage=3: must be 0, 1 or 2; ZeRO-3 gathers a weight for each forward and again for the "
+    "backward, and local gradients need it in between: engine=fsdp shards weights, too",
     "zero_stage=true": "zero_stage=True: must be one of 0, 1, 2, 3",
     "seed=-1": "seed=-1: must be at least 0",
     "seed=99999999999999999999": "seed=99999999999999999999: must be at most 2147483647",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from framework.config import loading
 from framework.config.recipe import Optim, Sharding
+from framework.cost.counting import plan_cost
 from framework.cost.gathering import Sharded
 from framework.cost.ranks import (
     ENGINES,
@@ -139,10 +140,9 @@ def test_bf16_halves_what_is_gathered_and_reduced() -> None:
     """All weights here have two dimensions and more."""
     full, low = costs(window=1)["fsdp"], costs(window=1, gather="bf16", reduce="bf16")["fsdp"]
     assert (low.gathered, low.sent) == (full.gathered // 2, full.sent // 2)
-    travelling = 4 * (40 + 16)
-    assert low == replace(
-        full, gathered=low.gathered, sent=low.sent, gradients=full.gradients - travelling // 2
-    )
+    travelling, travelling_low = 4 * (40 + 16), 4 * 16 // 2 + 4 * 40 + 4 * 40 // 2
+    gradients = full.gradients - travelling + travelling_low
+    assert low == replace(full, gathered=low.gathered, sent=low.sent, gradients=gradients)
 
 
 def test_offloading_leaves_buffers_on_the_device() -> None:
@@ -167,6 +167,14 @@ def test_a_batch_that_cannot_be_divided() -> None:
     )
     with pytest.raises(UserError, match=message):
         rank_costs(recipe, 10, 7)
+
+
+def test_without_values_the_counts_are_the_same() -> None:
+    """Networks that are to be built in slices are counted without values."""
+    recipe = loading.load([str(ROOT / "recipes" / "quickstart_sharded.yaml"), "network.args.depth=2"])
+    whole = replace(recipe, engine="ddp")
+    assert rank_costs(recipe, 10, 4) == rank_costs(whole, 10, 4)
+    assert plan_cost(recipe, 10, 4) == plan_cost(whole, 10, 4)
 
 
 def test_replicas_that_do_not_divide_the_ranks() -> None:

@@ -257,7 +257,7 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path):
 
 
 # A worker that has failed is waited for, for five seconds.
-@pytest.mark.parametrize(("passing", "workers"), [(True, 0), *slow([(True, 1), (False, 1)])])
+@pytest.mark.parametrize(("passing", "workers"), [(True, 0), (False, 0), *slow([(True, 1), (False, 1)])])
 def test_a_failing_disk_is_told_from_a_mistake(tmp_path, passing, workers):
     loader = train_loader(numbered(tmp_path / "a", 9, per_shard=9), workers=workers)
     shard = tmp_path / "a" / "shard-000000.tar"

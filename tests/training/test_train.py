@@ -259,7 +259,7 @@ BAD = [
         "unit layer2 compares images with each other and needs 3 or more in a micro-batch of all ranks, not 2",
     ),
     (["train.batch_size=4096"], "holds 1437 samples, fewer than batch_size=4096"),
-    (["zero_stage=3"], "zero_stage=3: must be 0, 1 or 2; engine=fsdp shards weights, too"),
+    (["zero_stage=3"], "zero_stage=3: must be 0, 1 or 2; ZeRO-3 gathers a weight for each forward and again"),
     (["deepspeed.zero_optimization.stage=2"], "deepspeed.zero_optimization.stage: the recipe decides this"),
     (["deepspeed.fp16.enabled=true"], "deepspeed.fp16: the recipe decides this; set train.precision"),
     (["resume={tmp}/none"], "{tmp}/none: manifest.json can't be read"),
