@@ -113,7 +113,8 @@ class LocalNetwork(nn.Module):
         self.made: Made | None = None
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.weights: Tensor
-        self.register_buffer("weights", _weights(plan), persistent=False)
+        weights = torch.tensor([unit.weight for unit in plan.units], dtype=torch.float64)
+        self.register_buffer("weights", weights, persistent=False)
         of_calls = [self.program.weight(call) for call in self.program.calls]
         self.scales = LossScales(of_calls) if precision == "fp16" else None
         replays = plan.execution.kind == "replay buffer"
@@ -191,7 +192,7 @@ class LocalNetwork(nn.Module):
                 f"a batch with {batch.views} view of every image: the plan has {self.plan.views}; Batch(images, "
                 f"views={self.plan.views}) takes the first view of all images, then the second"
             )
-        batch = batch._replace(images=self._laid_out(batch.images))
+        batch = batch._replace(images=batch.images.to(memory_format=self.layout))
         if self.training and torch.is_grad_enabled():
             self.start_micro_batch()
             output = self._train(batch)
@@ -373,11 +374,8 @@ class LocalNetwork(nn.Module):
             return None if penalty is None else penalty.detach()
         return self._exchange.hooks.total(penalty.detach())
 
-    def _laid_out(self, images: Tensor) -> Tensor:
-        return images.to(memory_format=self.layout)
-
     def _last_output(self, images: Tensor) -> Tensor:
-        x = self.run_frozen(self._laid_out(images))
+        x = self.run_frozen(images.to(memory_format=self.layout))
         with self.autocast(x):
             for s, segment in enumerate(self.segments):
                 with self.lent(Use("forward", s)):
@@ -397,8 +395,3 @@ class LocalNetwork(nn.Module):
             overflow, hopeless = self.scales.update(step.take_overflows(), batch.last)
             return StepOutput(loss, result.unit_losses, overflow, self.program.by_unit(hopeless))
         return StepOutput(loss, result.unit_losses, nonfinite)
-
-
-def _weights(plan: Plan) -> Tensor:
-    """Of the units (U,), in float64."""
-    return torch.tensor([unit.weight for unit in plan.units], dtype=torch.float64)
